@@ -1,0 +1,23 @@
+"""The operators: grouped convolution in every pass, served by Triton, C++/CUDA or plain PyTorch.
+
+``kernels/`` is imported as ``resnext.kernels``. The bare name belongs to another, well-known package; this one refuses
+it.
+"""
+
+if __name__ != "resnext.kernels":
+    raise ImportError(
+        f"this folder is the package resnext.kernels, not {__name__!r}; use `from resnext import kernels`, and "
+        "run from another folder if you meant the `kernels` package from PyPI"
+    )
+
+from .dispatch import BackendError, explain, use_backend
+from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
+
+__all__ = [
+    "BackendError",
+    "explain",
+    "grouped_conv2d",
+    "grouped_conv2d_dgrad",
+    "grouped_conv2d_wgrad",
+    "use_backend",
+]

@@ -1,0 +1,138 @@
+"""What a call must look like: argument checks, their messages, and PyTorch's rule for the output's layout.
+
+Checks return the message instead of raising it: `ops` lets PyTorch raise, so that the class is PyTorch's own, and puts
+the message in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+KERNEL_SIZE = (3, 3)
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    """(v, v) for an int or a sequence of one, as ``F.conv2d`` reads its size arguments."""
+    if isinstance(value, Sequence):
+        return tuple(value) * 2 if len(value) == 1 else tuple(value)
+    return (value, value)
+
+
+def same_as_one(padding: str | int | Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
+    """Whether ``padding`` pads a 3x3 kernel by 1 on every side ("same" does, at stride 1 and dilation 1)."""
+    if isinstance(padding, str):
+        return padding == "same" and stride == (1, 1) and dilation == (1, 1)
+    return pair(padding) == (1, 1)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """PyTorch's own reading of a 4-D tensor's strides (``suggest_memory_format``), ambiguous shapes included.
+
+    Slices of a channels_last tensor count as channels_last; where sizes of 1 leave both readings open, this decides as
+    ``is_channels_last_strides_2d`` in c10/core/MemoryFormat.h does.
+    """
+    if tensor.dim() != 4 or tensor.stride(1) == 0:
+        return False
+    shape, strides = tensor.shape, tensor.stride()
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if shape[dim] == 0 or strides[dim] < least:
+            return False
+        if dim == 0 and least == strides[1]:
+            return False
+        least = strides[dim] * shape[dim] if shape[dim] > 1 else strides[dim]
+    return True
+
+
+def output_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``F.conv2d`` returns channels_last: if the input or the weight is, except in float64."""
+    return x.dtype != torch.float64 and (is_channels_last(x) or is_channels_last(weight))
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """The dense layout a flag stands for."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def invalid_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> str | None:
+    """What is wrong with a call of ``grouped_conv2d``: "expected ..., got ...; fix", or None."""
+    return (
+        _invalid_tensors(x, weight, bias)
+        or _invalid_sizes(stride, padding, dilation, groups)
+        or _invalid_shapes(x, weight, bias, groups)
+    )
+
+
+def _invalid_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            if name == "bias" and tensor is None:
+                continue
+            return f"expected {name} to be a Tensor, got {type(tensor).__name__}; convert it with torch.as_tensor"
+        if tensor.dtype != x.dtype:
+            return (
+                f"expected {name} to have x's dtype {x.dtype}, got {tensor.dtype}; convert one of them with "
+                ".to(dtype), or run under torch.autocast"
+            )
+        if tensor.device != x.device:
+            return f"expected {name} on x's device {x.device}, got {tensor.device}; move one of them with .to(device)"
+    return None
+
+
+def _invalid_sizes(
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> str | None:
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if isinstance(value, str):
+            if name != "padding" or value not in ("same", "valid"):
+                return f"expected {name} to be integers{' or same or valid' * (name == 'padding')}, got {value!r}"
+            if value == "same" and pair(stride) != (1, 1):
+                return f"expected stride 1 with padding 'same', got stride {stride}; give the padding as a number"
+        elif len(pair(value)) != 2 or any(size < least for size in pair(value)):
+            return f"expected {name} to be one or two integers >= {least}, got {value}"
+    if groups < 1:
+        return f"expected groups >= 1, got {groups}"
+    return None
+
+
+def _invalid_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> str | None:
+    if weight.dim() != 4:
+        return f"expected weight of shape (C_out, C_in/groups, kernel_h, kernel_w), got {tuple(weight.shape)}"
+    if x.dim() not in (3, 4):
+        return f"expected x of shape (N, C, H, W) or (C, H, W), got {tuple(x.shape)}; add or remove dimensions"
+    if weight.shape[0] % groups or weight.shape[0] < groups:
+        return f"expected groups to divide C_out, got C_out={weight.shape[0]} (weight.shape[0]) and groups={groups}"
+    if x.shape[-3] != weight.shape[1] * groups:
+        return (
+            f"expected x with weight.shape[1] * groups = {weight.shape[1]} * {groups} = {weight.shape[1] * groups} "
+            f"channels, got {x.shape[-3]} (x has shape {tuple(x.shape)}); change groups or the weight's second size"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        return f"expected bias of shape ({weight.shape[0]},), one value per output channel, got {tuple(bias.shape)}"
+    return None
+
+
+def invalid_grad(grad: Tensor, expected: tuple[int, ...]) -> str | None:
+    """What is wrong with an output gradient handed to dgrad or wgrad, or None."""
+    if tuple(grad.shape) != expected:
+        return f"expected grad of the convolution's output shape {expected}, got {tuple(grad.shape)}"
+    return None
+
+
+def output_size(size: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a 3x3, padding 1, dilation 1 convolution's output: floor((size - 1) / stride) + 1."""
+    return (size[0] - 1) // stride[0] + 1, (size[1] - 1) // stride[1] + 1

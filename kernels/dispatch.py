@@ -1,0 +1,241 @@
+"""Which backend serves a problem, and why not the others.
+
+Backends in order of preference: ``triton``, ``cuda`` (C++/CUDA extension), ``cpu`` (C++ extension), ``torch`` (plain
+PyTorch, which takes everything). This is the only module that reads the environment:
+
+* ``RESNEXT_BACKEND``: force one backend for the whole process (see `use_backend`);
+* ``TRITON_INTERPRET``: whether Triton runs in its interpreter, which also takes CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .config import ConvProblem
+
+BACKENDS = ("triton", "cuda", "cpu", "torch")
+_MODULES = {"triton": "grouped_conv", "cuda": "extension", "cpu": "extension", "torch": "reference"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# One value for the process, not for the thread: backward of CUDA tensors runs in threads of PyTorch's own.
+_forced = os.environ.get("RESNEXT_BACKEND", "auto")
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot serve the call."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend within a ``with`` block, in forward and in every backward that runs inside it.
+
+    Applies to the whole process, all threads included. A call that the backend cannot serve raises `BackendError` with
+    the reason.
+
+    Args:
+        name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"``, or ``"auto"`` for the automatic choice.
+
+    Raises:
+        ValueError: If there is no backend of that name.
+    """
+    global _forced
+    _check_name(name, "use_backend")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or ``RESNEXT_BACKEND`` asks for, or None if the choice is automatic."""
+    _check_name(_forced, "RESNEXT_BACKEND")
+    return None if _forced == "auto" else _forced
+
+
+def _check_name(name: str, where: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
+
+
+def why_plain_torch(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: str | int | Sequence[int],
+    dilation: tuple[int, ...],
+) -> str | None:
+    """Why a valid call is not one for our operators at all and goes to ``F.conv2d`` as it is, or None."""
+    if tuple(weight.shape[2:]) != checks.KERNEL_SIZE:
+        return f"the kernel is {'x'.join(map(str, weight.shape[2:]))}, not 3x3"
+    if dilation != (1, 1):
+        return f"dilation is {dilation}, not 1"
+    if not checks.same_as_one(padding, stride, dilation):
+        return f"padding is {padding!r}, not 1"
+    if any(s not in (1, 2) for s in stride):
+        return f"stride is {stride}, neither 1 nor 2"
+    if not x.is_floating_point():
+        return f"the dtype is {x.dtype}, not floating-point"
+    if x.layout is not torch.strided or weight.layout is not torch.strided:
+        return f"x is {x.layout} and the weight {weight.layout}, not strided"
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return f"the device is {x.device.type}, neither cuda nor cpu"
+    if 0 in x.shape or 0 in weight.shape:
+        return f"there is nothing to compute: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
+    if torch._C._are_functorch_transforms_active():
+        return "the call is inside a torch.func transform (vmap, grad, jvp, ...)"
+    return None
+
+
+def select(problem: ConvProblem, device: torch.device) -> ModuleType:
+    """The module whose launchers serve ``problem`` on ``device``.
+
+    Raises:
+        BackendError: If a forced backend cannot serve it.
+    """
+    name = forced_backend()
+    if name is None:
+        name = _automatic(problem, device)
+    elif reason := unsupported(name, problem, device):
+        raise BackendError(
+            f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
+            "leave use_backend/RESNEXT_BACKEND at auto, or choose another backend"
+        )
+    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _automatic(problem: ConvProblem, device: torch.device) -> str:
+    for name in BACKENDS:
+        if unsupported(name, problem, device) is None and not_chosen(name, problem) is None:
+            return name
+    raise AssertionError("the torch backend serves everything")
+
+
+def unsupported(name: str, problem: ConvProblem, device: torch.device) -> str | None:
+    """Why a backend cannot serve a problem, or None if it can."""
+    if name == "torch":
+        return None
+    if problem.dtype not in _FLOATS:
+        return f"the dtype is {problem.dtype}; it takes float32, float16 and bfloat16"
+    if name == "triton":
+        return _no_triton(device)
+    if name != problem.device_type:
+        return f"the tensors are on {problem.device_type}"
+    from . import extension
+
+    if reason := extension.load():
+        return reason
+    if name == "cuda" and not extension.has_cuda():
+        return "the extension was built without CUDA; that needs nvcc and a CUDA build of torch (RESNEXT_BUILD_CUDA=1)"
+    return None
+
+
+def not_chosen(name: str, problem: ConvProblem) -> str | None:
+    """Why the automatic choice passes over a backend that could serve a problem, or None."""
+    if name == "triton" and problem.device_type == "cpu":
+        return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
+    return None
+
+
+@functools.cache
+def _no_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and Triton's interpreter is off (TRITON_INTERPRET=1 at start)"
+    if torch.version.hip is not None:
+        return "the GPU is not NVIDIA's"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}; Triton kernels need 8.0"
+    try:  # Triton builds its driver stub at first use, with the machine's C compiler.
+        from triton.runtime import driver
+
+        driver.active.get_current_device()
+    except Exception as error:
+        reason = f"Triton does not start on this machine ({type(error).__name__}: {error})"
+        warnings.warn(f"resnext: {reason}; another backend serves instead", RuntimeWarning, stacklevel=2)
+        return reason
+    return None
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> str:
+    """Say which backend would serve a call of `grouped_conv2d`, pass by pass, and why not the others.
+
+    Takes the arguments of `grouped_conv2d`; computes nothing. Print the result.
+
+    Raises:
+        ValueError: If the call itself is invalid.
+    """
+    if message := checks.invalid_conv2d(x, weight, bias, stride, padding, dilation, groups):
+        raise ValueError(f"explain: {message}")
+    stride, dilation = checks.pair(stride), checks.pair(dilation)
+    channels_last = x.dim() == 4 and checks.output_channels_last(x, weight)
+    lines = [
+        f"grouped_conv2d of x {tuple(x.shape)} with weight {tuple(weight.shape)}, stride {stride}, groups {groups}, "
+        f"{str(x.dtype).removeprefix('torch.')}, {'channels_last' if channels_last else 'contiguous'}, on {x.device}"
+    ]
+    if reason := why_plain_torch(x, weight, stride, padding, dilation):
+        return "\n".join([*lines, f"  every pass: plain PyTorch (F.conv2d): {reason}"])
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    forced = forced_backend()
+    for op in ("fwd", "dgrad", "wgrad"):
+        problem = problem_of(op, batched.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+        reasons = {name: unsupported(name, problem, x.device) for name in BACKENDS}
+        if forced is None:
+            chosen = _automatic(problem, x.device)
+            reasons = {name: reason or not_chosen(name, problem) for name, reason in reasons.items()}
+        else:
+            chosen = forced if reasons[forced] is None else "an error"
+            reasons = {name: reason if name == forced else f"{forced} is forced" for name, reason in reasons.items()}
+        lines.append(f"  {op}: {chosen}")
+        lines += [f"    not {name}: {reason}" for name, reason in reasons.items() if reason and name != chosen]
+    return "\n".join(lines)
+
+
+def problem_of(
+    op: str,
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool,
+) -> ConvProblem:
+    """The problem of one pass (``"fwd"``, ``"dgrad"``, ``"wgrad"``) of a 4-D convolution."""
+    batch, in_channels, height, width = input_shape
+    return ConvProblem(
+        op=op,  # type: ignore[arg-type]
+        batch=batch,
+        in_channels=in_channels,
+        out_channels=weight_shape[0],
+        height=height,
+        width=width,
+        stride=(stride[0], stride[1]),
+        groups=groups,
+        dtype=dtype,
+        device_type=device.type,
+        channels_last=channels_last,
+    )

@@ -1,0 +1,377 @@
+"""The public functions, and the operators under them.
+
+A 3x3 convolution y = conv(x, w) is linear in x and in w, so with <,> the sum over all elements the three passes are the
+derivatives of one trilinear form T(x, w, g) = <conv(x, w), g>:
+
+    fwd   = dT/dg = conv(x, w)          dgrad = dT/dx          wgrad = dT/dw
+
+Each is linear in its two arguments, and its derivatives are the other two. So there are three operators, each with one
+`torch.autograd.Function` registered as its Autograd kernel, and every order of differentiation, reverse and forward,
+stays inside them.
+
+Each operator picks its backend when it runs (`dispatch.select`): a compiled or exported graph holds one node per pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from . import checks, dispatch
+
+_LIBRARY = torch.library.Library("resnext", "DEF")
+_OPS = torch.ops.resnext
+_DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"
+_SCHEMAS = {
+    "_grouped_conv2d_fwd": f"(Tensor x, Tensor weight, Tensor? bias, {_DIMS}) -> Tensor",
+    "_grouped_conv2d_dgrad": f"(Tensor grad, Tensor weight, SymInt[2] input_size, {_DIMS}) -> Tensor",
+    "_grouped_conv2d_wgrad": f"(Tensor grad, Tensor x, {_DIMS}) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+def grouped_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution with the semantics of `torch.nn.functional.conv2d`, served by our kernels where they apply.
+
+    Ours: 3x3 kernels with padding 1, dilation 1 and stride 1 or 2 per axis, any number of groups and of channels per
+    group, in float32, float16 and bfloat16 on CUDA and CPU (C_out/groups and C_in/groups may differ). Everything else
+    is handed to ``F.conv2d``. `explain` tells which backend serves a call, and why.
+
+    Differentiable any number of times in ``x``, ``weight`` and ``bias``, in reverse and in forward mode; inside
+    torch.func transforms through ``F.conv2d``. Accumulates in float32 and rounds once. Deterministic. Under
+    autocast the arguments are cast as ``F.conv2d`` casts them.
+
+    Args:
+        x: Input, (N, C_in, H, W) or (C_in, H, W), in any memory layout.
+        weight: Filters, (C_out, C_in / groups, kernel_h, kernel_w), of x's dtype and device.
+        bias: One value per output channel, (C_out,), or None.
+        stride: One or two integers >= 1, in pixels.
+        padding: One or two integers >= 0, in pixels, or ``"same"`` or ``"valid"``. The default is 1, not 0.
+        dilation: One or two integers >= 1.
+        groups: Number of groups; divides C_in and C_out.
+
+    Returns:
+        (N, C_out, H_out, W_out), or (C_out, H_out, W_out) for a 3-D input, with H_out = floor((H + 2 * padding -
+        dilation * (kernel_h - 1) - 1) / stride) + 1. channels_last where ``F.conv2d`` returns channels_last: if x or
+        weight is, and the dtype is not float64.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: Whatever ``F.conv2d`` raises for the same arguments, with what was
+            expected, what came and what to do in front of PyTorch's words.
+        BackendError: If a forced backend cannot serve the call.
+
+    Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2017, figure 3(c).
+    """
+    if isinstance(x, Tensor) and isinstance(weight, Tensor):
+        x, weight, bias = _autocast(x, weight, bias)
+    if message := checks.invalid_conv2d(x, weight, bias, stride, padding, dilation, groups):
+        return _left_to_pytorch(message, x, weight, bias, stride, padding, dilation, groups)
+    strides = checks.pair(stride)
+    if reason := dispatch.why_plain_torch(x, weight, strides, padding, checks.pair(dilation)):
+        if dispatch.forced_backend() not in (None, "torch"):
+            raise dispatch.BackendError(
+                f"grouped_conv2d: the {dispatch.forced_backend()} backend was asked for and cannot serve this call: "
+                f"{reason}; leave use_backend/RESNEXT_BACKEND at auto for plain PyTorch"
+            )
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if x.dim() == 3:
+        return _OPS._grouped_conv2d_fwd(x.unsqueeze(0), weight, bias, strides, groups, False).squeeze(0)
+    return _OPS._grouped_conv2d_fwd(x, weight, bias, strides, groups, checks.output_channels_last(x, weight))
+
+
+def grouped_conv2d_dgrad(
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: int | Sequence[int] = 1, groups: int = 1
+) -> Tensor:
+    """Gradient of the input of a 3x3, padding 1, dilation 1 `grouped_conv2d`, from the gradient of its output.
+
+    The counterpart of `torch.nn.grad.conv2d_input`; what backward calls. Differentiable in both tensors.
+
+    Args:
+        grad: Gradient of the output, (N, C_out, H_out, W_out), any layout.
+        weight: Filters, (C_out, C_in / groups, 3, 3), of grad's dtype and device.
+        input_size: (H, W) of the convolution's input.
+        stride: One or two integers, each 1 or 2.
+        groups: Number of groups.
+
+    Returns:
+        (N, C_in, H, W), channels_last if grad or weight is.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or sizes do not fit together.
+        BackendError: If a forced backend cannot serve the call.
+    """
+    strides = _check_stride("grouped_conv2d_dgrad", stride)
+    size = checks.pair(input_size)
+    if grad.dim() != 4:
+        raise ValueError(f"grouped_conv2d_dgrad: expected grad of 4 dimensions, got shape {tuple(grad.shape)}")
+    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *size)
+    _check_backward("grouped_conv2d_dgrad", grad, x, weight, strides, groups)
+    return _OPS._grouped_conv2d_dgrad(grad, weight, size, strides, groups, checks.output_channels_last(grad, weight))
+
+
+def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 1, groups: int = 1) -> Tensor:
+    """Gradient of the weight of a 3x3, padding 1, dilation 1 `grouped_conv2d`, from the gradient of its output.
+
+    The counterpart of `torch.nn.grad.conv2d_weight`; what backward calls. Differentiable in both tensors.
+
+    Args:
+        grad: Gradient of the output, (N, C_out, H_out, W_out), any layout.
+        x: Input of the convolution, (N, C_in, H, W), of grad's dtype and device, any layout.
+        stride: One or two integers, each 1 or 2.
+        groups: Number of groups.
+
+    Returns:
+        (C_out, C_in / groups, 3, 3), contiguous.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or sizes do not fit together.
+        BackendError: If a forced backend cannot serve the call.
+    """
+    strides = _check_stride("grouped_conv2d_wgrad", stride)
+    if grad.dim() != 4 or x.dim() != 4:
+        raise ValueError(
+            f"grouped_conv2d_wgrad: expected grad and x of 4 dimensions, got {tuple(grad.shape)} and {tuple(x.shape)}"
+        )
+    weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
+    _check_backward("grouped_conv2d_wgrad", grad, x, weight, strides, groups)
+    return _OPS._grouped_conv2d_wgrad(grad, x, strides, groups, checks.output_channels_last(grad, x))
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast makes of ``F.conv2d``'s arguments: floating-point ones other than float64 change dtype."""
+    kind = tensors[0].device.type  # type: ignore[union-attr]
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
+
+
+def _left_to_pytorch(message: str, *args) -> Tensor:
+    """Let PyTorch judge a call that our checks refuse: its class of error, our words before its own."""
+    try:
+        return F.conv2d(*args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise type(error)(f"grouped_conv2d: {message} (PyTorch: {error})") from error
+
+
+def _check_stride(name: str, stride: int | Sequence[int]) -> tuple[int, int]:
+    strides = checks.pair(stride)
+    if len(strides) != 2 or any(s not in (1, 2) for s in strides):
+        raise ValueError(
+            f"{name}: expected stride 1 or 2 per axis, got {stride}; torch.nn.grad serves other convolutions"
+        )
+    return strides
+
+
+def _check_backward(name: str, grad: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], groups: int) -> None:
+    message = checks.invalid_conv2d(x, weight, None, stride, 1, 1, groups)
+    if message is None and tuple(weight.shape[2:]) != checks.KERNEL_SIZE:
+        message = f"expected a weight of shape (C_out, C_in/groups, 3, 3), got {tuple(weight.shape)}"
+    if message is None and grad.dtype != x.dtype:
+        message = f"expected grad and x of one dtype, got {grad.dtype} and {x.dtype}"
+    if message is None:
+        size = checks.output_size(x.shape[2:], stride)
+        message = checks.invalid_grad(grad, (x.shape[0], weight.shape[0], *size))
+    if message is not None:
+        raise ValueError(f"{name}: {message}")
+
+
+# --- the three operators: what runs, what a compiler sees ---
+
+
+def _dense(tensor: Tensor, channels_last: bool) -> Tensor:
+    return tensor.contiguous(memory_format=checks.memory_format(channels_last))
+
+
+def _fwd(x, weight, bias, stride, groups, channels_last):
+    stride = tuple(stride)
+    problem = dispatch.problem_of("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    bias = None if bias is None else bias.contiguous()
+    return dispatch.select(problem, x.device).fwd(
+        _dense(x, channels_last), weight.contiguous(), bias, stride, groups, channels_last
+    )
+
+
+def _dgrad(grad, weight, input_size, stride, groups, channels_last):
+    stride, input_size = tuple(stride), tuple(input_size)
+    shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
+    problem = dispatch.problem_of("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
+    return dispatch.select(problem, grad.device).dgrad(
+        _dense(grad, channels_last), weight.contiguous(), input_size, stride, groups, channels_last
+    )
+
+
+def _wgrad(grad, x, stride, groups, channels_last):
+    stride = tuple(stride)
+    shape = (grad.shape[1], x.shape[1] // groups, 3, 3)
+    problem = dispatch.problem_of("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
+    return dispatch.select(problem, x.device).wgrad(
+        _dense(grad, channels_last), _dense(x, channels_last), stride, groups, channels_last
+    )
+
+
+def _fake_fwd(x, weight, bias, stride, groups, channels_last):
+    size = checks.output_size(x.shape[2:], stride)
+    return x.new_empty(x.shape[0], weight.shape[0], *size).contiguous(memory_format=checks.memory_format(channels_last))
+
+
+def _fake_dgrad(grad, weight, input_size, stride, groups, channels_last):
+    return grad.new_empty(grad.shape[0], weight.shape[1] * groups, *input_size).contiguous(
+        memory_format=checks.memory_format(channels_last)
+    )
+
+
+def _fake_wgrad(grad, x, stride, groups, channels_last):
+    return grad.new_empty(grad.shape[1], x.shape[1] // groups, 3, 3)
+
+
+# --- their derivatives ---
+
+
+def _save(ctx, first: Tensor, second: Tensor) -> None:
+    """Keep each of two operands only if the other one's gradient is wanted."""
+    first_wanted, second_wanted = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(first if second_wanted else None, second if first_wanted else None)
+    ctx.save_for_forward(first, second)
+
+
+def _product_rule(ctx, op, first_tangent: Tensor | None, second_tangent: Tensor | None, *rest) -> Tensor | None:
+    """op(d first, second) + op(first, d second), without the terms whose tangent is None."""
+    first, second = ctx.saved_tensors
+    tangent = None if first_tangent is None else op(first_tangent, second, *rest)
+    if second_tangent is None:
+        return tangent
+    other = op(first, second_tangent, *rest)
+    return other if tangent is None else tangent + other
+
+
+class _Fwd(torch.autograd.Function):
+    @staticmethod
+    def forward(x, weight, bias, *dims):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS._grouped_conv2d_fwd(x, weight, bias, *dims)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, *ctx.dims = inputs
+        ctx.input_size, ctx.output_shape = x.shape[2:], output.shape
+        _save(ctx, x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _OPS._grouped_conv2d_dgrad(grad, weight, ctx.input_size, *ctx.dims)
+        if ctx.needs_input_grad[1]:
+            dw = _OPS._grouped_conv2d_wgrad(grad, x, *ctx.dims)
+        if ctx.needs_input_grad[2]:
+            db = grad.sum((0, 2, 3))
+        return dx, dw, db, *(None,) * len(ctx.dims)
+
+    @staticmethod
+    def jvp(ctx, dx, dw, db, *_):
+        tangent = _product_rule(ctx, _OPS._grouped_conv2d_fwd, dx, dw, None, *ctx.dims)
+        if db is None:
+            return tangent
+        db = db[:, None, None].expand(ctx.output_shape)
+        return db.contiguous() if tangent is None else tangent + db
+
+
+class _Dgrad(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, weight, *dims):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS._grouped_conv2d_dgrad(grad, weight, *dims)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, weight, *ctx.dims = inputs
+        _save(ctx, grad, weight)
+
+    @staticmethod
+    def backward(ctx, dx):
+        grad, weight = ctx.saved_tensors
+        _, *dims = ctx.dims
+        d_grad = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_grad = _OPS._grouped_conv2d_fwd(dx, weight, None, *dims)
+        if ctx.needs_input_grad[1]:
+            d_weight = _OPS._grouped_conv2d_wgrad(grad, dx, *dims)
+        return d_grad, d_weight, *(None,) * len(ctx.dims)
+
+    @staticmethod
+    def jvp(ctx, d_grad, d_weight, *_):
+        return _product_rule(ctx, _OPS._grouped_conv2d_dgrad, d_grad, d_weight, *ctx.dims)
+
+
+class _Wgrad(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, x, *dims):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS._grouped_conv2d_wgrad(grad, x, *dims)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, x, *ctx.dims = inputs
+        ctx.input_size = x.shape[2:]
+        _save(ctx, grad, x)
+
+    @staticmethod
+    def backward(ctx, dw):
+        grad, x = ctx.saved_tensors
+        d_grad = dx = None
+        if ctx.needs_input_grad[0]:
+            d_grad = _OPS._grouped_conv2d_fwd(x, dw, None, *ctx.dims)
+        if ctx.needs_input_grad[1]:
+            dx = _OPS._grouped_conv2d_dgrad(grad, dw, ctx.input_size, *ctx.dims)
+        return d_grad, dx, *(None,) * len(ctx.dims)
+
+    @staticmethod
+    def jvp(ctx, d_grad, dx, *_):
+        return _product_rule(ctx, _OPS._grouped_conv2d_wgrad, d_grad, dx, *ctx.dims)
+
+
+def _register(name: str, kernel, fake, function: type[torch.autograd.Function]) -> None:
+    for device_type in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, kernel, device_type)
+    _LIBRARY.impl(name, function.apply, "Autograd")
+    torch.library.register_fake(f"resnext::{name}", fake, lib=_LIBRARY)
+
+
+_register("_grouped_conv2d_fwd", _fwd, _fake_fwd, _Fwd)
+_register("_grouped_conv2d_dgrad", _dgrad, _fake_dgrad, _Dgrad)
+_register("_grouped_conv2d_wgrad", _wgrad, _fake_wgrad, _Wgrad)
+
+
+@register_flop_formula(_OPS._grouped_conv2d_fwd)
+def _fwd_flops(x_shape, weight_shape, *_, out_shape, **__) -> int:
+    return conv_flop_count(x_shape, weight_shape, out_shape)
+
+
+@register_flop_formula(_OPS._grouped_conv2d_dgrad)
+def _dgrad_flops(grad_shape, weight_shape, *_, out_shape, **__) -> int:
+    return conv_flop_count(out_shape, weight_shape, grad_shape)
+
+
+@register_flop_formula(_OPS._grouped_conv2d_wgrad)
+def _wgrad_flops(grad_shape, x_shape, *_, out_shape, **__) -> int:
+    return conv_flop_count(x_shape, out_shape, grad_shape)

@@ -1,0 +1,49 @@
+"""Every pass in plain PyTorch: the oracle in tests, and the backend named ``torch``.
+
+Same signatures as the Triton and C++ launchers: 3x3, padding 1, dilation 1, ``stride`` = (h, w), activations
+dense in the layout that ``channels_last`` names. Any dtype that PyTorch's convolution takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import memory_format
+
+Stride = tuple[int, int]
+
+
+def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, groups: int, channels_last: bool) -> Tensor:
+    """Convolve ``x`` (N, C_in, H, W) with ``weight`` (C_out, C_in/groups, 3, 3)."""
+    y = torch.ops.aten.convolution(x, weight, bias, stride, (1, 1), (1, 1), False, (0, 0), groups)
+    return y.contiguous(memory_format=memory_format(channels_last))
+
+
+def dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: tuple[int, int],
+    stride: Stride,
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Gradient of the input, (N, C_in, H, W) with ``input_size`` = (H, W)."""
+    # Only the shape of x matters here. PyTorch picks the layout it works in by x and the weight.
+    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
+    weight = weight.contiguous(memory_format=memory_format(channels_last))
+    dx, _, _ = _backward(grad, x, weight, stride, groups, (True, False, False))
+    return dx.contiguous(memory_format=memory_format(channels_last))
+
+
+def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
+    """Gradient of the weight, (C_out, C_in/groups, 3, 3), contiguous."""
+    weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
+    _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
+    return dw.contiguous()
+
+
+def _backward(grad, x, weight, stride, groups, mask):
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, (1, 1), (1, 1), False, (0, 0), groups, mask
+    )
