@@ -1,0 +1,80 @@
+"""`GroupedConv2d`: ``torch.nn.Conv2d`` computed by this library's grouped convolution."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+
+from resnext.kernels import grouped_conv2d
+
+# Symbolic tracing records the convolution as one node instead of tracing into the choice of a backend.
+fx.wrap("grouped_conv2d")
+
+
+class GroupedConv2d(nn.Conv2d):
+    """A 2-D convolution with ``torch.nn.Conv2d``'s constructor, parameters, ``state_dict`` and results.
+
+    Only the computation differs: it goes through `resnext.grouped_conv2d`, which serves 3x3 kernels with
+    padding 1, dilation 1 and strides of 1 or 2 with kernels of its own, and every other convolution with
+    PyTorch's (`resnext.explain` says which one serves a given problem, and why). A ``padding_mode`` other
+    than ``"zeros"`` always uses PyTorch's.
+
+    Shapes: input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H_out, W_out) or (C_out, H_out, W_out),
+    as ``torch.nn.Conv2d``; the output is channels_last if the input or the weight is. Any dtype that
+    ``torch.nn.Conv2d`` takes. Differentiable, also twice, in the input, the weight and the bias.
+    """
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d) -> GroupedConv2d:
+        """Make the `GroupedConv2d` that can take the place of ``conv`` in a model.
+
+        The new module holds the very ``Parameter`` objects of ``conv``, not copies: optimizers, tied weights
+        and ``requires_grad`` flags stay valid. It is in the same training mode.
+
+        Hooks are refused, not carried: their handles, and often their closures, belong to the old module, so
+        a carried hook could no longer be removed. Pruned and weight-normalised convolutions, which work
+        through hooks, are refused with them.
+
+        Args:
+            conv: A plain ``torch.nn.Conv2d``, with any arguments.
+
+        Returns:
+            A new `GroupedConv2d`; ``conv`` is unchanged and still works.
+
+        Raises:
+            TypeError: ``conv`` is not exactly a ``torch.nn.Conv2d``. Subclasses (lazy, quantized,
+                parametrized) change what the module computes or how it finds its weight.
+            ValueError: ``conv`` has hooks.
+        """
+        if type(conv) is not nn.Conv2d:
+            raise TypeError(
+                f"{cls.__name__}.from_conv: expected a torch.nn.Conv2d, got {type(conv).__name__}; "
+                "undo what changed its class (parametrization, quantization) first"
+            )
+        hooks = [name.lstrip("_") for name, value in vars(conv).items() if name.endswith("_hooks") and value]
+        if hooks:
+            raise ValueError(
+                f"{cls.__name__}.from_conv: expected one without hooks, got {', '.join(hooks)}; "
+                "remove them first and register them on the new module"
+            )
+        # On the meta device: initial values would be thrown away, and drawing them would advance the random
+        # generator.
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]  # torch annotates its 2-tuples as tuple[int, ...]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device="meta",
+        )
+        new.weight = conv.weight
+        new.bias = conv.bias
+        return new.train(conv.training)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            return super()._conv_forward(input, weight, bias)
+        return grouped_conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
