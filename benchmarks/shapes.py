@@ -1,0 +1,145 @@
+"""The 3x3 grouped convolutions of the networks people train, at 224 x 224 pixels, and what each must cost.
+
+tests/test_benchmarks.py derives the same tables from the torchvision and timm models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+PASSES = ("fwd", "dgrad", "wgrad")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 3x3 grouped convolution with padding 1, dilation 1 and no bias, for any batch.
+
+    Attributes:
+        in_channels: C_in.
+        out_channels: C_out.
+        height: Height of the input.
+        width: Width of the input.
+        stride: 1 or 2, of both axes.
+        groups: Number of groups; divides both channel counts.
+    """
+
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    stride: int
+    groups: int
+
+    @property
+    def name(self) -> str:
+        """What the tables and ``--layers`` call it, e.g. ``128x56x56_s1_gw4``."""
+        channels = str(self.in_channels)
+        if self.out_channels != self.in_channels:
+            channels += f"-{self.out_channels}"
+        return f"{channels}x{self.height}x{self.width}_s{self.stride}_gw{self.group_width}"
+
+    @property
+    def group_width(self) -> int:
+        """Input channels per group."""
+        return self.in_channels // self.groups
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """(H_out, W_out)."""
+        return (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1
+
+    def input_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """(N, C_in, H, W)."""
+        return batch, self.in_channels, self.height, self.width
+
+    def output_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """(N, C_out, H_out, W_out)."""
+        return batch, self.out_channels, *self.out_size
+
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """(C_out, C_in / groups, 3, 3)."""
+        return self.out_channels, self.group_width, 3, 3
+
+    def flops(self, batch: int) -> int:
+        """Floating-point operations of any one pass, a multiply-add counted as two, padding included."""
+        out_height, out_width = self.out_size
+        return 2 * 9 * self.group_width * self.out_channels * batch * out_height * out_width
+
+    def bytes(self, batch: int, itemsize: int) -> int:
+        """Fewest bytes any one pass can move: the input, the output and the weight, or their gradients, once each."""
+        out_height, out_width = self.out_size
+        activations = batch * (self.in_channels * self.height * self.width + self.out_channels * out_height * out_width)
+        return itemsize * (activations + self.out_channels * self.group_width * 9)
+
+
+# Network -> its distinct layers and how often each occurs in one pass over the network. torchvision's and timm's names.
+NETWORKS: Mapping[str, Mapping[Layer, int]] = {
+    "resnext50_32x4d": {
+        Layer(128, 128, 56, 56, 1, 32): 3,
+        Layer(256, 256, 56, 56, 2, 32): 1,
+        Layer(256, 256, 28, 28, 1, 32): 3,
+        Layer(512, 512, 28, 28, 2, 32): 1,
+        Layer(512, 512, 14, 14, 1, 32): 5,
+        Layer(1024, 1024, 14, 14, 2, 32): 1,
+        Layer(1024, 1024, 7, 7, 1, 32): 2,
+    },
+    "resnext101_32x8d": {
+        Layer(256, 256, 56, 56, 1, 32): 3,
+        Layer(512, 512, 56, 56, 2, 32): 1,
+        Layer(512, 512, 28, 28, 1, 32): 3,
+        Layer(1024, 1024, 28, 28, 2, 32): 1,
+        Layer(1024, 1024, 14, 14, 1, 32): 22,
+        Layer(2048, 2048, 14, 14, 2, 32): 1,
+        Layer(2048, 2048, 7, 7, 1, 32): 2,
+    },
+    "resnext101_64x4d": {
+        Layer(256, 256, 56, 56, 1, 64): 3,
+        Layer(512, 512, 56, 56, 2, 64): 1,
+        Layer(512, 512, 28, 28, 1, 64): 3,
+        Layer(1024, 1024, 28, 28, 2, 64): 1,
+        Layer(1024, 1024, 14, 14, 1, 64): 22,
+        Layer(2048, 2048, 14, 14, 2, 64): 1,
+        Layer(2048, 2048, 7, 7, 1, 64): 2,
+    },
+    "regnety_040": {
+        Layer(128, 128, 112, 112, 2, 2): 1,
+        Layer(128, 128, 56, 56, 1, 2): 1,
+        Layer(192, 192, 56, 56, 2, 3): 1,
+        Layer(192, 192, 28, 28, 1, 3): 5,
+        Layer(512, 512, 28, 28, 2, 8): 1,
+        Layer(512, 512, 14, 14, 1, 8): 11,
+        Layer(1088, 1088, 14, 14, 2, 17): 1,
+        Layer(1088, 1088, 7, 7, 1, 17): 1,
+    },
+    "regnety_160": {
+        Layer(224, 224, 112, 112, 2, 2): 1,
+        Layer(224, 224, 56, 56, 1, 2): 1,
+        Layer(448, 448, 56, 56, 2, 4): 1,
+        Layer(448, 448, 28, 28, 1, 4): 3,
+        Layer(1232, 1232, 28, 28, 2, 11): 1,
+        Layer(1232, 1232, 14, 14, 1, 11): 10,
+        Layer(3024, 3024, 14, 14, 2, 27): 1,
+    },
+}
+
+
+def select_layers(names: Sequence[str]) -> list[Layer]:
+    """The layers that a list of network and layer names stands for, each once, in the order of `NETWORKS`.
+
+    Args:
+        names: Keys of `NETWORKS`, `Layer.name`s, or ``"all"``.
+
+    Raises:
+        ValueError: If a name is neither.
+    """
+    every = list(dict.fromkeys(layer for network in NETWORKS.values() for layer in network))
+    chosen: set[Layer] = set()
+    for name in names:
+        found = [layer for layer in every if name in ("all", layer.name) or layer in NETWORKS.get(name, {})]
+        if not found:
+            raise ValueError(
+                f"expected layers among all, {', '.join(NETWORKS)} or a name that --list prints, got {name!r}"
+            )
+        chosen.update(found)
+    return [layer for layer in every if layer in chosen]

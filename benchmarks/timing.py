@@ -1,0 +1,150 @@
+"""Fair timing: all contenders in one process, in turn, each repetition measured by itself."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# Shorter kernels are replayed from a CUDA graph: launching them takes the CPU as long as running them takes the GPU.
+GRAPH_BELOW_SECONDS = 50e-6
+WARM_UP_CALLS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender.
+
+    Attributes:
+        median: Over all rounds.
+        p20: 20th percentile.
+        p80: 80th percentile.
+        rounds: How often it was measured.
+        replayed: Whether as a CUDA graph.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: for ``seconds``, but ``min_rounds`` at least and ``max_rounds`` at most."""
+
+    seconds: float
+    min_rounds: int
+    max_rounds: int
+
+    def rounds(self, round_seconds: float) -> int:
+        """Rounds that fit, given how long one takes."""
+        return max(self.min_rounds, min(self.max_rounds, int(self.seconds / round_seconds)))
+
+
+Contenders = Mapping[str, Callable[[], object]]
+
+
+def interleave(contenders: Contenders, device: torch.device, budget: Budget) -> dict[str, Timing]:
+    """Time functions round-robin, so that whatever the machine does meanwhile meets all of them alike.
+
+    Each call allocates its own result, on the CPU by the system's allocator, on CUDA by PyTorch's caching one. On CUDA
+    the L2 cache is overwritten before every call, and where any contender takes less than 50 us all are replayed from
+    CUDA graphs. On the CPU a contender finds the caches as the one before left them; each round starts with another.
+
+    Args:
+        contenders: Name -> function that computes one result on ``device``.
+        device: Where they run.
+        budget: How many rounds to spend.
+    """
+    for call in contenders.values():
+        for _ in range(WARM_UP_CALLS):
+            call()
+    if device.type == "cuda":
+        return _interleave_cuda(contenders, device, budget)
+    return _interleave_cpu(contenders, budget)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Device memory that one call allocates at its peak, result and workspace; None on the CPU: nobody counts there."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _summary(samples: list[float], replayed: bool = False) -> Timing:
+    # "inclusive" treats the samples as the whole population, so that a handful already has percentiles.
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), fifths[0], fifths[-1], len(samples), replayed)
+
+
+def _round_robin(
+    contenders: Contenders, rounds: int, seconds: Callable[[Callable[[], object]], float]
+) -> dict[str, list[float]]:
+    names = list(contenders)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for start in range(rounds):
+        for turn in range(len(names)):
+            name = names[(start + turn) % len(names)]
+            samples[name].append(seconds(contenders[name]))
+    return samples
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result  # freed outside the measurement: giving memory back is not part of the convolution
+    return seconds
+
+
+def _interleave_cpu(contenders: Contenders, budget: Budget) -> dict[str, Timing]:
+    rounds = budget.rounds(sum(_cpu_seconds(call) for call in contenders.values()))
+    return {name: _summary(samples) for name, samples in _round_robin(contenders, rounds, _cpu_seconds).items()}
+
+
+def _interleave_cuda(contenders: Contenders, device: torch.device, budget: Budget) -> dict[str, Timing]:
+    # Overwriting four times the L2 also keeps the GPU busy while the CPU queues the call that is measured.
+    size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
+    flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def seconds(call: Callable[[], object]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    once = [seconds(call) for call in contenders.values()]
+    replayed = min(once) < GRAPH_BELOW_SECONDS
+    if replayed:
+        contenders = {name: _captured(call) for name, call in contenders.items()}
+    rounds = budget.rounds(sum(once) + len(once) * seconds(flush.zero_))
+    samples = _round_robin(contenders, rounds, seconds)
+    return {name: _summary(values, replayed) for name, values in samples.items()}
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of one call; its result lives in the graph's own memory pool."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
