@@ -1,0 +1,294 @@
+"""Triton kernels of the forward pass, which are also those of the input gradient: strips and taps (grouped_conv.py)."""
+
+import triton
+import triton.language as tl
+
+from .grouped_conv_tiles import (
+    accumulate_row,
+    exact_tile,
+    load_bias,
+    load_columns,
+    nan_trace,
+    store_columns,
+    weight_tiles,
+    zero_tiles,
+)
+
+
+@triton.jit
+def grouped_conv_strips_kernel(
+    src_ptr,  # (batch, src_height, src_width, src_channels)
+    weight_ptr,  # (C_out, C_in / groups, 3, 3)
+    bias_ptr,  # (dst_channels,) or None
+    dst_ptr,  # (batch, dst_height, dst_width, dst_channels)
+    batch,
+    src_height,
+    src_width,
+    src_channels,
+    dst_height,
+    dst_width,
+    dst_channels,
+    band,
+    STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    MERGED: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Forward at stride 1 or 2, or (TRANSPOSED) the input gradient at stride 1: a strip-by-band block per program."""
+    tiles = tl.cdiv(src_channels, MERGED * GROUP_K)
+    bands = tl.cdiv(dst_height, band)
+    strips = tl.cdiv(dst_width, STRIP)
+    pid = tl.program_id(0)
+    pid_tile = pid % tiles
+    pid_band = pid // tiles % bands
+    pid_m = (pid // tiles // bands).to(tl.int64)
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = offs_m // strips
+    column = (offs_m % strips).to(tl.int32) * STRIP
+    mask_m = image < batch
+    first_row = (pid_band * band).to(tl.int64)
+    rows = tl.minimum(band, dst_height - pid_band * band)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = tl.arange(0, BLOCK_N)
+    channel_k = pid_tile * (MERGED * GROUP_K) + offs_k
+    channel_n = pid_tile * (MERGED * GROUP_N) + offs_n
+    mask_k = ((offs_k < MERGED * GROUP_K) & (channel_k < src_channels))[None, :]
+    mask_n = ((offs_n < MERGED * GROUP_N) & (channel_n < dst_channels))[None, :]
+
+    src_column = column * STRIDE - 1
+    src_image = image * src_height * src_width + src_column
+    src_ptrs = src_ptr + src_image[:, None] * src_channels + channel_k[None, :]
+    dst_ptrs = dst_ptr + (image * dst_height * dst_width + column)[:, None] * dst_channels + channel_n[None, :]
+
+    weights = weight_tiles(
+        weight_ptr,
+        pid_tile,
+        src_channels // GROUP_K,
+        TRANSPOSED,
+        TRANSPOSED,
+        GROUP_K,
+        GROUP_N,
+        MERGED,
+        BLOCK_K,
+        BLOCK_N,
+    )
+    bias = load_bias(bias_ptr, pid_tile, dst_channels, HAS_BIAS, MERGED * GROUP_N, BLOCK_N)
+    trace = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    columns: tl.constexpr = (STRIP - 1) * STRIDE + 3
+
+    if STRIDE == 1:
+        # Source row r ends destination row r - 1 and goes on with row r and begins row r + 1.
+        ending = zero_tiles(STRIP, BLOCK_M, BLOCK_N)
+        going = zero_tiles(STRIP, BLOCK_M, BLOCK_N)
+        for i in range(0, rows + 2):
+            src_row = first_row + (i - 1)
+            mask_row = mask_m & (src_row >= 0) & (src_row < src_height)
+            row_ptrs = src_ptrs + src_row * src_width * src_channels
+            row = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, columns)
+            done = accumulate_row(ending, row, weights, 2, 1, PRECISION)
+            ending = accumulate_row(going, row, weights, 1, 1, PRECISION)
+            going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 1, PRECISION)
+            out_ptrs = dst_ptrs + (src_row - 1) * dst_width * dst_channels
+            store_columns(out_ptrs, done, bias, column, dst_width, dst_channels, mask_m & (i >= 2), mask_n, 1)
+            trace = nan_trace(trace, done)
+    else:
+        # Odd source row 2r - 1 ends destination row r - 1 and begins row r; even row 2r is the middle of row r.
+        going = zero_tiles(STRIP, BLOCK_M, BLOCK_N)
+        for i in range(0, rows + 1):
+            src_row = (first_row + i) * 2
+            mask_row = mask_m & (src_row >= 1) & (src_row <= src_height)
+            row_ptrs = src_ptrs + (src_row - 1) * src_width * src_channels
+            row = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, columns)
+            done = accumulate_row(going, row, weights, 2, 2, PRECISION)
+            going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 2, PRECISION)
+            mask_row = mask_m & (i < rows)
+            row_ptrs = src_ptrs + src_row * src_width * src_channels
+            row = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, columns)
+            going = accumulate_row(going, row, weights, 1, 2, PRECISION)
+            out_ptrs = dst_ptrs + (first_row + (i - 1)) * dst_width * dst_channels
+            store_columns(out_ptrs, done, bias, column, dst_width, dst_channels, mask_m & (i >= 1), mask_n, 1)
+            trace = nan_trace(trace, done)
+
+    if MERGED > 1:
+        total = tl.sum(trace)
+        if total != total:
+            tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
+            group_in: tl.constexpr = GROUP_N if TRANSPOSED else GROUP_K
+            for i in range(0, rows):
+                dst_row = first_row + i
+                for c in range(0, STRIP):
+                    mask = (mask_m & (column + c < dst_width))[:, None] & mask_n
+                    value = exact_tile(
+                        src_ptr,
+                        weight_ptr,
+                        image,
+                        dst_row,
+                        column + c,
+                        pid_tile,
+                        src_height,
+                        src_width,
+                        src_channels,
+                        1,
+                        group_in * 9,
+                        9,
+                        mask,
+                        STRIDE,
+                        STRIDE,
+                        TRANSPOSED,
+                        GROUP_K,
+                        GROUP_N,
+                        MERGED,
+                        BLOCK_M,
+                        BLOCK_N,
+                    )
+                    out_ptrs = dst_ptrs + (dst_row * dst_width + c) * dst_channels
+                    tl.store(out_ptrs, (value + bias[None, :]).to(dst_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grouped_conv_taps_kernel(
+    src_ptr,  # (batch, src_height, src_width, src_channels)
+    weight_ptr,  # (3, 3, C_out, C_in / groups)
+    bias_ptr,  # (dst_channels,) or None
+    dst_ptr,  # (batch, dst_height, dst_width, dst_channels)
+    batch,
+    src_height,
+    src_width,
+    src_channels,
+    dst_height,
+    dst_width,
+    dst_channels,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Forward or (TRANSPOSED) input gradient at any stride: BLOCK_M pixels x BLOCK_N channels per program."""
+    TILE_K: tl.constexpr = MERGED * GROUP_K
+    TILE_N: tl.constexpr = MERGED * GROUP_N
+    blocks_k: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K
+    blocks_n: tl.constexpr = (TILE_N + BLOCK_N - 1) // BLOCK_N
+    # Destination pixels of one parity form a grid of their own; without a strided gather there is one parity.
+    PARITIES_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
+    PARITIES_W: tl.constexpr = STRIDE_W if TRANSPOSED else 1
+    grid_height = tl.cdiv(dst_height, PARITIES_H)
+    grid_width = tl.cdiv(dst_width, PARITIES_W)
+
+    tiles = tl.cdiv(src_channels, TILE_K)
+    pid = tl.program_id(0)
+    first_n = pid % blocks_n * BLOCK_N
+    pid_tile = pid // blocks_n % tiles
+    pid_pixel = pid // blocks_n // tiles
+    parity_h = pid_pixel % PARITIES_H
+    parity_w = pid_pixel // PARITIES_H % PARITIES_W
+    pid_m = (pid_pixel // PARITIES_H // PARITIES_W).to(tl.int64)
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    grid_column = (offs_m % grid_width).to(tl.int32)
+    grid_row = (offs_m // grid_width % grid_height).to(tl.int32)
+    image = offs_m // grid_width // grid_height
+    dst_row = grid_row * PARITIES_H + parity_h
+    dst_column = grid_column * PARITIES_W + parity_w
+    mask_m = (image < batch) & (dst_row < dst_height) & (dst_column < dst_width)
+
+    if TRANSPOSED:
+        # dst + 1 - k must be a multiple of the stride: every STRIDE-th tap from first_k on reaches this parity.
+        first_kh = (parity_h + 1) % STRIDE_H
+        first_kw = (parity_w + 1) % STRIDE_W
+        taps_h = (2 - first_kh) // STRIDE_H + 1
+        taps_w = (2 - first_kw) // STRIDE_W + 1
+        src_row = grid_row
+        src_column = grid_column
+    else:
+        taps_h = 3
+        taps_w = 3
+        src_row = dst_row * STRIDE_H - 1
+        src_column = dst_column * STRIDE_W - 1
+
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    channel_n = pid_tile * TILE_N + offs_n
+    mask_n = (offs_n < TILE_N) & (channel_n < dst_channels)
+    src_pixel = (image * src_height + src_row) * src_width + src_column
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(0, taps_h * taps_w * blocks_k):
+        tap = step // blocks_k
+        if TRANSPOSED:
+            kh = first_kh + tap // taps_w * STRIDE_H
+            kw = first_kw + tap % taps_w * STRIDE_W
+            shift_h = (parity_h + 1 - kh) // STRIDE_H
+            shift_w = (parity_w + 1 - kw) // STRIDE_W
+        else:
+            kh = tap // 3
+            kw = tap % 3
+            shift_h = kh
+            shift_w = kw
+        in_tile_k = step % blocks_k * BLOCK_K + offs_k
+        channel_k = pid_tile * TILE_K + in_tile_k
+        mask_k = (in_tile_k < TILE_K) & (channel_k < src_channels)
+        row = src_row + shift_h
+        column = src_column + shift_w
+        hit = mask_m & (row >= 0) & (row < src_height) & (column >= 0) & (column < src_width)
+        offs_src = (src_pixel + (shift_h * src_width + shift_w))[:, None] * src_channels + channel_k[None, :]
+        src = tl.load(src_ptr + offs_src, mask=hit[:, None] & mask_k[None, :], other=0.0)
+        mask_w = mask_k[:, None] & mask_n[None, :]
+        if MERGED > 1:
+            mask_w = mask_w & ((in_tile_k // GROUP_K)[:, None] == (offs_n // GROUP_N)[None, :])
+        if TRANSPOSED:
+            channel_out = (kh * 3 + kw) * src_channels + channel_k.to(tl.int64)
+            offs_w = channel_out[:, None] * GROUP_N + (offs_n % GROUP_N)[None, :]
+        else:
+            channel_out = (kh * 3 + kw) * dst_channels + channel_n.to(tl.int64)
+            offs_w = channel_out[None, :] * GROUP_K + (in_tile_k % GROUP_K)[:, None]
+        weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0)
+        acc = tl.dot(src, weight, acc, input_precision=PRECISION)
+
+    if MERGED > 1:
+        total = tl.sum(acc * 0.0)
+        if total != total:
+            group_in: tl.constexpr = GROUP_N if TRANSPOSED else GROUP_K
+            out_channels = src_channels if TRANSPOSED else dst_channels
+            acc = exact_tile(
+                src_ptr,
+                weight_ptr,
+                image,
+                dst_row,
+                dst_column,
+                pid_tile,
+                src_height,
+                src_width,
+                src_channels,
+                out_channels * group_in,
+                group_in,
+                1,
+                mask_m[:, None] & mask_n[None, :],
+                STRIDE_H,
+                STRIDE_W,
+                TRANSPOSED,
+                GROUP_K,
+                GROUP_N,
+                MERGED,
+                BLOCK_M,
+                BLOCK_N,
+            )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + channel_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    dst_pixel = (image * dst_height + dst_row) * dst_width + dst_column
+    dst_ptrs = dst_ptr + dst_pixel[:, None] * dst_channels + channel_n[None, :]
+    tl.store(dst_ptrs, acc.to(dst_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

@@ -1,0 +1,191 @@
+"""Device functions shared by the grouped-convolution kernels: weight tiles, strips of columns, exact repair.
+
+Conventions. Activations are NHWC. A kernel reads a *source* and writes a *destination*: (x, y) in the forward pass,
+(dy, dx) in the input gradient. K indexes the source channels of one tile, N its destination channels; MERGED
+neighbouring groups of GROUP_K and GROUP_N channels share a tile. TRANSPOSED is true in the input gradient.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zero_tiles(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
+    """A tuple of COUNT zero tiles [ROWS, COLUMNS]."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles += (tl.zeros((ROWS, COLUMNS), dtype=DTYPE),)
+    return tiles
+
+
+@triton.jit
+def weight_tile(
+    weight_ptr,
+    tile,
+    groups,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Tap (KH, KW) of MERGED groups, block-diagonal [BLOCK_K, BLOCK_N], read from the OIHW weight."""
+    offs_k = tl.arange(0, BLOCK_K)[:, None]
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    first_group = tile.to(tl.int64) * MERGED
+    if TRANSPOSED:
+        offs_out = first_group * GROUP_K + offs_k
+        offs_in = offs_n % GROUP_N
+        group_in: tl.constexpr = GROUP_N
+    else:
+        offs_out = first_group * GROUP_N + offs_n
+        offs_in = offs_k % GROUP_K
+        group_in: tl.constexpr = GROUP_K
+    group_of_k = offs_k // GROUP_K
+    mask = (group_of_k == offs_n // GROUP_N) & (group_of_k < MERGED) & (first_group + group_of_k < groups)
+    return tl.load(weight_ptr + (offs_out * group_in + offs_in) * 9 + (KH * 3 + KW), mask=mask, other=0.0)
+
+
+@triton.jit
+def weight_tiles(
+    weight_ptr,
+    tile,
+    groups,
+    FLIPPED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """All nine taps as a tuple in (kh, kw) order; FLIPPED turns the kernel by 180 degrees."""
+    tiles = ()
+    for tap in tl.static_range(9):
+        tiles += (
+            weight_tile(
+                weight_ptr,
+                tile,
+                groups,
+                (8 - tap) // 3 if FLIPPED else tap // 3,
+                (8 - tap) % 3 if FLIPPED else tap % 3,
+                TRANSPOSED,
+                GROUP_K,
+                GROUP_N,
+                MERGED,
+                BLOCK_K,
+                BLOCK_N,
+            ),
+        )
+    return tiles
+
+
+@triton.jit
+def load_columns(ptrs, column, width, step, mask_row, mask_channel, COUNT: tl.constexpr):
+    """COUNT neighbouring columns, from `column` [M] on, each a tile [M, channels]; zero outside the image."""
+    tiles = ()
+    for j in tl.static_range(COUNT):
+        mask = mask_row & (column + j >= 0) & (column + j < width)
+        tiles += (tl.load(ptrs + j * step, mask=mask[:, None] & mask_channel, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_columns(ptrs, tiles, bias, column, width, step, mask_row, mask_channel, SPACING: tl.constexpr):
+    """Store tile c of the tuple at column + c * SPACING, bias added in float32 before the one rounding."""
+    for c in tl.static_range(len(tiles)):
+        mask = mask_row & (column + c * SPACING < width)
+        value = (tiles[c] + bias[None, :]).to(ptrs.dtype.element_ty)
+        tl.store(ptrs + c * SPACING * step, value, mask=mask[:, None] & mask_channel)
+
+
+@triton.jit
+def accumulate_row(accs, columns, weights, KH: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """One source row through the three taps of kernel row KH: acc[c] += sum over kw of column[c*STRIDE + kw] @ w."""
+    sums = ()
+    for c in tl.static_range(len(accs)):
+        acc = accs[c]
+        for kw in tl.static_range(3):
+            acc = tl.dot(columns[c * STRIDE + kw], weights[KH * 3 + kw], acc, input_precision=PRECISION)
+        sums += (acc,)
+    return sums
+
+
+@triton.jit
+def nan_trace(trace, tiles):
+    """`trace` [M, N], made NaN wherever one of the tiles is not finite."""
+    for c in tl.static_range(len(tiles)):
+        trace += tiles[c] * 0.0
+    return trace
+
+
+@triton.jit
+def load_bias(bias_ptr, tile, dst_channels, HAS_BIAS: tl.constexpr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile's bias [BLOCK_N] in float32; zeros where there is none."""
+    if HAS_BIAS:
+        offs_n = tl.arange(0, BLOCK_N)
+        channel = tile * TILE_N + offs_n
+        mask = (offs_n < TILE_N) & (channel < dst_channels)
+        return tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((BLOCK_N,), dtype=tl.float32)
+
+
+@triton.jit
+def exact_tile(
+    src_ptr,
+    weight_ptr,
+    image,
+    row,
+    column,
+    tile,
+    src_height,
+    src_width,
+    src_channels,
+    stride_wt,
+    stride_wo,
+    stride_wi,
+    mask,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Destination pixels (image, row, column) [M] x the tile's channels, each channel from its own group alone.
+
+    The matrix products multiply the other groups of a merged tile by zero, which turns their NaN and Inf into NaN.
+    Tiles where that may have happened are computed again here, without matrix units.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    group = tile.to(tl.int64) * MERGED + offs_n // GROUP_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for tap in range(0, 9):
+        if TRANSPOSED:
+            src_row = row + 1 - tap // 3
+            src_column = column + 1 - tap % 3
+            hit = (src_row >= 0) & (src_row % STRIDE_H == 0) & (src_column >= 0) & (src_column % STRIDE_W == 0)
+            src_row = src_row // STRIDE_H
+            src_column = src_column // STRIDE_W
+        else:
+            src_row = row * STRIDE_H - 1 + tap // 3
+            src_column = column * STRIDE_W - 1 + tap % 3
+            hit = (src_row >= 0) & (src_column >= 0)
+        hit = hit & (src_row < src_height) & (src_column < src_width)
+        pixel_ptrs = src_ptr + (((image * src_height + src_row) * src_width + src_column) * src_channels)[:, None]
+        for k in range(0, GROUP_K):
+            channel = group * GROUP_K + k
+            value = tl.load(pixel_ptrs + channel[None, :], mask=hit[:, None] & mask, other=0.0)
+            if TRANSPOSED:
+                offs_w = channel * stride_wo + (offs_n % GROUP_N) * stride_wi
+            else:
+                offs_w = (group * GROUP_N + offs_n % GROUP_N) * stride_wo + k * stride_wi
+            weight = tl.load(weight_ptr + (offs_w + tap * stride_wt)[None, :], mask=mask, other=0.0)
+            acc += value.to(tl.float32) * weight.to(tl.float32)
+    return acc
