@@ -1,0 +1,16 @@
+// Which instruction set serves: the best the machine has, unless one is forced.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace resnext::cpu {
+
+const Kernels& active_kernels();
+
+// Forces "avx512", "avx2" or "portable" for the whole process; "" goes back to the automatic choice. Throws
+// std::runtime_error for a name that is unknown or that this machine lacks.
+void force_capability(const std::string& name);
+
+}  // namespace resnext::cpu

@@ -1,0 +1,106 @@
+// What the driver (grouped_conv.cpp) and the kernels compiled for each instruction set say to each other.
+//
+// Both the forward pass and the input gradient are one operation here, a *correlation*: every destination row is a sum
+// over up to three source rows, and along a row every destination pixel is a sum over one to three neighbouring source
+// pixels. Stride 2 makes the input gradient a correlation per *phase* (even and odd rows or columns), without a single
+// multiplication by zero.
+#pragma once
+
+#include <cstdint>
+
+namespace resnext::cpu {
+
+enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+
+// A dense activation tensor, in NHWC or NCHW order.
+struct Image {
+  void* data;  // the kernels only read sources
+  Dtype dtype;
+  bool channels_last;
+  int64_t batch, channels, height, width;
+};
+
+// The destination positions out = phases * q + f, for phase f, take
+//   dst[out] += src[in_step * q + first + k] * weight[taps[k]],  k < count.
+struct Phase {
+  int count;
+  int first;
+  int taps[3];
+};
+
+struct Axis {
+  int in_step;
+  int phases;
+  Phase phase[2];
+};
+
+// How channels are laid on vectors. A *bundle* is a set of source and destination channels that only see each other:
+//  - rotating: one vector of channels, several whole groups (group width a power of two below the vector's width);
+//  - otherwise: one group, whose destination channels are cut into tiles of `tile_vectors` vectors.
+struct Layout {
+  bool rotating;
+  int64_t groups, group_src, group_dst;
+  int64_t bundles;
+  int64_t src_channels, dst_channels;  // channels of a bundle (the last one may have fewer when rotating)
+  int64_t src_lanes;                   // src_channels rounded up to whole vectors
+  int64_t depth;                       // terms per tap: the group's source channels
+  int64_t tiles, tile_vectors;
+};
+
+// Packed weights: [bundle][tile][kernel row][column phase][depth][tap of the phase][tile lane], packed bias [bundle][tile][tile lane].
+struct Correlation {
+  Image src, dst;
+  Axis rows, cols;
+  Layout layout;
+  const float* weight;
+  const float* bias;
+  int64_t block;  // bundles worked on together: their source rows share the ring buffer
+  int64_t bands;  // parts a destination image's rows are cut into
+};
+
+struct WeightPacking {
+  const void* weight;  // (C_out, C_in / groups, 3, 3)
+  const void* bias;    // (C_out) or null
+  Dtype dtype;
+  bool transposed;  // the source channels of the correlation are the weight's output channels
+  Axis cols;
+  Layout layout;
+  float* packed_weight;
+  float* packed_bias;
+};
+
+// dw partials: one slice of `slice_size` floats per (chunk, bundle); chunks cut the batch * out_height rows of grad.
+struct WeightGradient {
+  Image grad, x;
+  int64_t stride_h, stride_w;
+  Layout layout;  // source: x, destination: grad
+  int64_t block, chunks;
+  float* partial;
+  void* dw;  // (C_out, C_in / groups, 3, 3)
+  Dtype dtype;
+};
+
+// Entry points of one instruction set. The ranges are tasks, given out by the driver's parallel_for.
+struct Kernels {
+  const char* name;
+  int lanes;  // floats in a vector
+
+  Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
+  int64_t (*packed_weight_size)(const Layout&);
+  int64_t (*packed_bias_size)(const Layout&);
+  void (*pack_weight)(const WeightPacking&, int64_t begin_bundle, int64_t end_bundle);
+
+  int64_t (*correlate_scratch)(const Correlation&);
+  void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);  // over batch * bands * blocks
+
+  int64_t (*wgrad_slice_size)(const Layout&);
+  int64_t (*wgrad_scratch)(const WeightGradient&);
+  void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
+  void (*reduce_wgrad)(const WeightGradient&, int64_t begin_bundle, int64_t end_bundle);
+};
+
+const Kernels* avx512_kernels();  // null where the binary does not hold them
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace resnext::cpu

@@ -1,0 +1,14 @@
+// All kernels of one instruction set: the includer has set RESNEXT_LANES, RESNEXT_REGISTERS and the target pragma, and
+// has opened a namespace of its own.
+#include "simd.inl.h"
+// (the order matters: each part uses those before it)
+#include "rows.inl.h"
+#include "layout.inl.h"
+#include "correlate.inl.h"
+#include "wgrad.inl.h"
+
+#define RESNEXT_KERNELS(name)                                                                                  \
+  {                                                                                                            \
+    name, kLanes, make_layout, packed_weight_size, packed_bias_size, pack_weight, correlate_scratch, correlate, \
+        wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad                                                   \
+  }

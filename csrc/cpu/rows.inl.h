@@ -1,0 +1,138 @@
+// Moves one row of an image, for some of its channels, between memory (any dtype, NHWC or NCHW) and a panel: floats,
+// [pixel][lane], with the lanes a whole number of vectors. Kernels only see panels.
+
+template <class T>
+void read_row_nhwc(const T* from, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t lanes, float* panel) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const T* source = from + pixel * pixel_stride;
+    float* target = panel + pixel * lanes;
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) store(target + c, load(source + c));
+    if (c < channels) store(target + c, load_first(source + c, channels - c));
+  }
+}
+
+template <class T>
+void write_row_nhwc(T* to, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t lanes, const float* panel) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    T* target = to + pixel * pixel_stride;
+    const float* source = panel + pixel * lanes;
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) store(target + c, load(source + c));
+    if (c < channels) store_first(target + c, load(source + c), channels - c);
+  }
+}
+
+template <class T>
+void read_row_nchw(const T* from, int64_t channel_stride, int64_t pixels, int64_t channels, int64_t lanes,
+                   float* panel) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t count = min_of(kLanes, channels - c);
+    for (int64_t pixel = 0; pixel < pixels; pixel += kLanes) {
+      const int64_t width = min_of(kLanes, pixels - pixel);
+      Vec square[kLanes];
+      RESNEXT_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = i < count ? load_first(from + (c + i) * channel_stride + pixel, width) : Vec{};
+      }
+      transpose(square);
+      RESNEXT_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < width) store(panel + (pixel + i) * lanes + c, square[i]);
+      }
+    }
+  }
+}
+
+template <class T>
+void write_row_nchw(T* to, int64_t channel_stride, int64_t pixels, int64_t channels, int64_t lanes,
+                    const float* panel) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t count = min_of(kLanes, channels - c);
+    for (int64_t pixel = 0; pixel < pixels; pixel += kLanes) {
+      const int64_t width = min_of(kLanes, pixels - pixel);
+      Vec square[kLanes];
+      RESNEXT_UNROLL
+      for (int i = 0; i < kLanes; ++i) square[i] = i < width ? load(panel + (pixel + i) * lanes + c) : Vec{};
+      transpose(square);
+      RESNEXT_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < count) store_first(to + (c + i) * channel_stride + pixel, square[i], width);
+      }
+    }
+  }
+}
+
+template <class T>
+void read_row_as(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes, float* panel) {
+  const T* data = static_cast<const T*>(image.data);
+  if (image.channels_last) {
+    data += (n * image.height + h) * image.width * image.channels + c;
+    read_row_nhwc(data, image.channels, image.width, channels, lanes, panel);
+  } else {
+    data += ((n * image.channels + c) * image.height + h) * image.width;
+    read_row_nchw(data, image.height * image.width, image.width, channels, lanes, panel);
+  }
+}
+
+template <class T>
+void write_row_as(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes,
+                  const float* panel) {
+  T* data = static_cast<T*>(image.data);
+  if (image.channels_last) {
+    data += (n * image.height + h) * image.width * image.channels + c;
+    write_row_nhwc(data, image.channels, image.width, channels, lanes, panel);
+  } else {
+    data += ((n * image.channels + c) * image.height + h) * image.width;
+    write_row_nchw(data, image.height * image.width, image.width, channels, lanes, panel);
+  }
+}
+
+// Row h of image n, channels [c, c + channels): the panel's further lanes become zero.
+void read_row(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes, float* panel) {
+  switch (image.dtype) {
+    case Dtype::kFloat32:
+      return read_row_as<float>(image, n, h, c, channels, lanes, panel);
+    case Dtype::kFloat16:
+      return read_row_as<Half>(image, n, h, c, channels, lanes, panel);
+    case Dtype::kBFloat16:
+      return read_row_as<BFloat16>(image, n, h, c, channels, lanes, panel);
+  }
+}
+
+void write_row(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes,
+               const float* panel) {
+  switch (image.dtype) {
+    case Dtype::kFloat32:
+      return write_row_as<float>(image, n, h, c, channels, lanes, panel);
+    case Dtype::kFloat16:
+      return write_row_as<Half>(image, n, h, c, channels, lanes, panel);
+    case Dtype::kBFloat16:
+      return write_row_as<BFloat16>(image, n, h, c, channels, lanes, panel);
+  }
+}
+
+// A scalar of any dtype, for the weights' packing.
+RESNEXT_INLINE float read_scalar(const void* data, Dtype dtype, int64_t index) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return static_cast<const float*>(data)[index];
+    case Dtype::kFloat16:
+      return load_first(static_cast<const Half*>(data) + index, 1)[0];
+    case Dtype::kBFloat16:
+      return load_first(static_cast<const BFloat16*>(data) + index, 1)[0];
+  }
+  return 0;
+}
+
+RESNEXT_INLINE void write_scalar(void* data, Dtype dtype, int64_t index, float value) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      static_cast<float*>(data)[index] = value;
+      return;
+    case Dtype::kFloat16:
+      return store_first(static_cast<Half*>(data) + index, broadcast(value), 1);
+    case Dtype::kBFloat16:
+      return store_first(static_cast<BFloat16*>(data) + index, broadcast(value), 1);
+  }
+}

@@ -1,0 +1,182 @@
+// Vectors of floats, on the vector extensions of GCC and Clang: the same source becomes AVX-512, AVX2, SSE2 or NEON.
+// Included once per instruction set, inside a namespace of its own and under its target pragma (see isa_*.cpp), so
+// nothing here may call inline functions of the standard library: they would be compiled for that instruction set and
+// then shared with the rest of the program.
+
+constexpr int kLanes = RESNEXT_LANES;
+constexpr int kRegisters = RESNEXT_REGISTERS;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
+
+#define RESNEXT_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define RESNEXT_UNROLL _Pragma("unroll")
+#else
+#define RESNEXT_UNROLL _Pragma("GCC unroll 64")
+#endif
+
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+RESNEXT_INLINE Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, also for -0
+
+template <class To, class From>
+RESNEXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Integer arithmetic only, except for one exact scaling that turns half's subnormals into normal floats.
+// (AVX-512: the masked forms, as GCC 12 warns that the plain ones read an undefined register)
+RESNEXT_INLINE Vec widen_half(ShortVec half) {
+#if RESNEXT_LANES == 16
+  return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(half)));
+#elif RESNEXT_LANES == 8
+  return bit_cast<Vec>(_mm256_cvtph_ps(bit_cast<__m128i>(half)));
+#else
+  const UintVec bits = __builtin_convertvector(half, UintVec);
+  const UintVec magnitude = bits & 0x7fff;
+  const UintVec scaled = bit_cast<UintVec>(bit_cast<Vec>(magnitude << 13) * 0x1p112f);
+  const UintVec special = bit_cast<UintVec>(magnitude >= 0x7c00) & 0x7f800000;  // Inf and NaN
+  return bit_cast<Vec>(scaled | special | ((bits & 0x8000) << 16));
+#endif
+}
+
+RESNEXT_INLINE ShortVec narrow_half(Vec value) {
+#if RESNEXT_LANES == 16
+  return bit_cast<ShortVec>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+#elif RESNEXT_LANES == 8
+  return bit_cast<ShortVec>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const UintVec bits = bit_cast<UintVec>(value);
+  const UintVec magnitude = bits & 0x7fffffff;
+  // Below 2^-14 the result is subnormal: adding 0.5 leaves exactly the bits to keep at the bottom, rounded to even.
+  const UintVec subnormal = bit_cast<UintVec>(bit_cast<Vec>(magnitude) + 0.5f) - 0x3f000000;
+  const UintVec normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  UintVec half = bit_cast<UintVec>(magnitude < 0x38800000) & subnormal;
+  half |= bit_cast<UintVec>(magnitude >= 0x38800000) & normal;
+  const UintVec large = bit_cast<UintVec>(magnitude >= 0x477ff000);  // rounds to 65536 or more, Inf, NaN
+  const UintVec nan = bit_cast<UintVec>(magnitude > 0x7f800000);
+  half = (half & ~large) | (large & 0x7c00) | (nan & 0x200);
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), ShortVec);
+#endif
+}
+
+RESNEXT_INLINE Vec widen_bfloat16(ShortVec value) { return bit_cast<Vec>(__builtin_convertvector(value, UintVec) << 16); }
+
+RESNEXT_INLINE ShortVec narrow_bfloat16(Vec value) {
+  const UintVec bits = bit_cast<UintVec>(value);
+  const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UintVec nan = bit_cast<UintVec>(value != value);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), ShortVec);
+}
+
+RESNEXT_INLINE Vec load(const float* from) {
+  Vec value;
+  __builtin_memcpy(&value, from, sizeof(Vec));
+  return value;
+}
+RESNEXT_INLINE Vec load(const Half* from) {
+  ShortVec value;
+  __builtin_memcpy(&value, from, sizeof(ShortVec));
+  return widen_half(value);
+}
+RESNEXT_INLINE Vec load(const BFloat16* from) {
+  ShortVec value;
+  __builtin_memcpy(&value, from, sizeof(ShortVec));
+  return widen_bfloat16(value);
+}
+
+RESNEXT_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(Vec)); }
+RESNEXT_INLINE void store(Half* to, Vec value) {
+  const ShortVec half = narrow_half(value);
+  __builtin_memcpy(to, &half, sizeof(ShortVec));
+}
+RESNEXT_INLINE void store(BFloat16* to, Vec value) {
+  const ShortVec half = narrow_bfloat16(value);
+  __builtin_memcpy(to, &half, sizeof(ShortVec));
+}
+
+// The first `count` lanes; the others are zero, or are left alone.
+template <class T>
+RESNEXT_INLINE Vec load_first(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  T buffer[kLanes] = {};
+  for (int64_t lane = 0; lane < count; ++lane) buffer[lane] = from[lane];
+  return load(buffer);
+}
+template <class T>
+RESNEXT_INLINE void store_first(T* to, Vec value, int64_t count) {
+  if (count >= kLanes) return store(to, value);
+  T buffer[kLanes];
+  store(buffer, value);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = buffer[lane];
+}
+
+// Integer sequences whose only member is a type: they put no code anywhere.
+template <int... I>
+struct Indices {};
+template <class Sequence>
+struct FromStd;
+template <int... I>
+struct FromStd<std::integer_sequence<int, I...>> {
+  using Type = Indices<I...>;
+};
+using LaneIndices = FromStd<std::make_integer_sequence<int, kLanes>>::Type;
+
+// Lane l of the result is lane I[l] of a, or lane I[l] - kLanes of b.
+template <int... I>
+RESNEXT_INLINE Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, IntVec{I...});
+#endif
+}
+
+// Rotates every set of kWidth lanes: lane l of a set becomes lane (l + kBy) mod kWidth of the same set.
+template <int kWidth, int kBy, int... L>
+RESNEXT_INLINE Vec rotate(Vec value, Indices<L...>) {
+  return shuffle<((L & ~(kWidth - 1)) | ((L + kBy) & (kWidth - 1)))...>(value, value);
+}
+template <int kWidth, int kBy>
+RESNEXT_INLINE Vec rotate(Vec value) {
+  if constexpr ((kBy & (kWidth - 1)) == 0) {
+    return value;
+  } else {
+    return rotate<kWidth, kBy>(value, LaneIndices{});
+  }
+}
+
+template <int... L>
+RESNEXT_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high, Indices<L...>) {
+  *low = shuffle<(L / 2 + (L % 2) * kLanes)...>(a, b);
+  *high = shuffle<(kLanes / 2 + L / 2 + (L % 2) * kLanes)...>(a, b);
+}
+
+// Transposes a square of kLanes vectors: log2(kLanes) perfect shuffles of its two halves.
+RESNEXT_INLINE void transpose(Vec (&rows)[kLanes]) {
+  RESNEXT_UNROLL
+  for (int width = 1; width < kLanes; width *= 2) {
+    Vec next[kLanes];
+    RESNEXT_UNROLL
+    for (int i = 0; i < kLanes / 2; ++i) {
+      interleave(rows[i], rows[i + kLanes / 2], &next[2 * i], &next[2 * i + 1], LaneIndices{});
+    }
+    RESNEXT_UNROLL
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
