@@ -1,0 +1,99 @@
+// Weight gradient of any grouped 3x3 convolution on the CUDA cores, and the ordered sum that ends every weight gradient.
+//
+// dw[o, i, r, s] = sum over pixels p of grad[p, o] * x[p*stride + (r, s) - 1, i]. A block computes the 9 taps of 32
+// output channels (lane = channel) x 1 input channel of their groups over its split of the output rows; its 8 warps
+// take rows in turn and their sums are added in warp order. Bytes: grad is read once per input channel of a group, x
+// once per output channel, mostly from L2.
+//
+// Splits are summed by a second kernel in a fixed order: the result is the same bit for bit on every call.
+#pragma once
+
+#include "../shape.h"
+#include "device.cuh"
+
+namespace resnext::cuda {
+
+constexpr int kDirectWgradWarps = 8;
+constexpr int kReduceRows = 8;
+
+// partial (splits, C_out, C_in/groups, 3, 3)
+template <typename T>
+__global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize)
+    direct_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
+                        GroupedConvShape shape, int splits) {
+  constexpr int kTaps = 9;
+  __shared__ float sums[kDirectWgradWarps][kTaps][kWarpSize];
+
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t group_in = shape.in_channels / shape.groups;
+  const int64_t group_out = shape.out_channels / shape.groups;
+  const int64_t channel_blocks = (shape.out_channels + kWarpSize - 1) / kWarpSize;
+  const int64_t out_channel = blockIdx.x % channel_blocks * kWarpSize + lane;
+  const int64_t in_local = blockIdx.x / channel_blocks % group_in;
+  const int64_t split = blockIdx.x / channel_blocks / group_in;
+  const bool valid = out_channel < shape.out_channels;
+  const int64_t in_channel = valid ? out_channel / group_out * group_in + in_local : 0;
+
+  const int64_t rows = shape.batch * shape.out_height;
+  const int64_t last = rows * (split + 1) / splits;
+  float acc[kTaps] = {};
+  for (int64_t row = rows * split / splits + warp; valid && row < last; row += kDirectWgradWarps) {
+    const T* grad_row = grad + row * shape.out_width * shape.out_channels + out_channel;
+    const int64_t image = row / shape.out_height;
+    const int64_t top = row % shape.out_height * shape.stride_h - 1;
+    const T* x_rows = x + (image * shape.height + top) * shape.width * shape.in_channels + in_channel;
+    for (int64_t col = 0; col < shape.out_width; ++col) {
+      const float g = static_cast<float>(grad_row[col * shape.out_channels]);
+      const int64_t left = col * shape.stride_w - 1;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const int64_t h = top + tap / 3, w = left + tap % 3;
+        if (h >= 0 && h < shape.height && w >= 0 && w < shape.width) {
+          acc[tap] += g * static_cast<float>(x_rows[(tap / 3 * shape.width + w) * shape.in_channels]);
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    sums[warp][tap][lane] = acc[tap];
+  }
+  __syncthreads();
+  if (!valid) {
+    return;
+  }
+  for (int tap = warp; tap < kTaps; tap += kDirectWgradWarps) {
+    float sum = 0.0f;
+    for (int w = 0; w < kDirectWgradWarps; ++w) {
+      sum += sums[w][tap][lane];
+    }
+    partial[((split * shape.out_channels + out_channel) * group_in + in_local) * kTaps + tap] = sum;
+  }
+}
+
+// out[e] = sum over splits of partial[split, e]: thread row y adds splits y, y + 8, ..., then the rows are added in order.
+template <typename T>
+__global__ void __launch_bounds__(kReduceRows* kWarpSize)
+    wgrad_reduce_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t elements, int splits) {
+  __shared__ float sums[kReduceRows][kWarpSize];
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = threadIdx.x / kWarpSize;
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  float sum = 0.0f;
+  for (int split = row; split < splits && element < elements; split += kReduceRows) {
+    sum += partial[split * elements + element];
+  }
+  sums[row][lane] = sum;
+  __syncthreads();
+  if (row == 0 && element < elements) {
+    sum = 0.0f;
+    for (int r = 0; r < kReduceRows; ++r) {
+      sum += sums[r][lane];
+    }
+    out[element] = static_cast<T>(sum);
+  }
+}
+
+}  // namespace resnext::cuda

@@ -1,0 +1,57 @@
+// Host side of strip.cuh: which problems the tensor-core kernels take, and how they cut the image.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "launch.h"
+#include "strip.cuh"
+
+namespace resnext::cuda {
+
+constexpr int kPackedSlabChannels = 64;
+constexpr int kStaticSharedBytes = 2048;  // StripTables, rounded up
+static_assert(sizeof(StripTables) <= kStaticSharedBytes);
+
+// What the tensor-core kernels need, besides enough shared memory.
+inline bool tensor_cores_serve(const GroupedConvShape& shape, Dtype dtype, const Device& device) {
+  constexpr int64_t kMaxAxis = int64_t{1} << 30;
+  const int64_t width = shape.group_in();
+  const bool tiles = width <= kTile ? kTile % width == 0 && shape.in_channels % kTile == 0 : width % kTile == 0;
+  return device.tensor_cores && dtype != Dtype::kFloat && width == shape.group_out() && tiles &&
+         shape.stride_h == shape.stride_w && std::max({shape.height, shape.width, shape.in_channels}) < kMaxAxis;
+}
+
+inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// `blocks_per_unit` blocks work on each unit; bands are added until `wanted_blocks` are there or a band would be shorter
+// than four steps (a band repeats up to two source rows of its neighbour).
+template <typename Rows, typename Cols>
+StripGrid make_strip_grid(const GroupedConvShape& shape, bool dgrad, int64_t blocks_per_unit, int64_t wanted_blocks) {
+  constexpr int kMinBandSteps = 4;
+  StripGrid grid{};
+  grid.batch = shape.batch;
+  grid.source_height = static_cast<int>(dgrad ? shape.out_height : shape.height);
+  grid.source_width = static_cast<int>(dgrad ? shape.out_width : shape.width);
+  grid.out_height = static_cast<int>(dgrad ? shape.height : shape.out_height);
+  grid.out_width = static_cast<int>(dgrad ? shape.width : shape.out_width);
+  grid.position_cols = static_cast<int>(ceil_div(grid.out_width, Cols::outputs));
+  grid.steps = static_cast<int>(ceil_div(grid.out_height, Rows::outputs));
+
+  grid.col_strips = static_cast<int>(ceil_div(grid.position_cols, kStripPositions));
+  grid.cols = static_cast<int>(ceil_div(grid.position_cols, grid.col_strips));
+  grid.images = static_cast<int>(std::min<int64_t>({kStripPositions / grid.cols, kMaxStripImages, shape.batch}));
+  grid.pixels_per_image = (grid.cols - 1) * Cols::advance + Cols::inputs;
+  grid.pixels = grid.images * grid.pixels_per_image + Cols::inputs;
+
+  const int64_t strips = ceil_div(shape.batch, grid.images) * grid.col_strips;
+  const int64_t bands = std::clamp<int64_t>(ceil_div(wanted_blocks, strips * blocks_per_unit), 1,
+                                            std::max(1, grid.steps / kMinBandSteps));
+  grid.band_steps = static_cast<int>(ceil_div(grid.steps, bands));
+  grid.bands = static_cast<int>(ceil_div(grid.steps, grid.band_steps));
+  grid.units = strips * grid.bands;
+  return grid;
+}
+
+}  // namespace resnext::cuda

@@ -1,0 +1,269 @@
+// Forward and input gradient on tensor cores, 16-bit types, C_in/groups == C_out/groups.
+//
+// out[position, o] = sum over taps and k of source[pixel(position, tap), k] * weight(tap)[k, o]: for each tap a product
+// of a (32 positions x 16 source channels) tile and a (16 x 16) weight tile by mma.m16n8k16. The source tile of every
+// tap is the same staged row in shared memory, read by ldmatrix at a shifted address, and is used for all results (two
+// output rows at stride 1, up to four parities in the input gradient at stride 2) before the next one is read.
+//
+// kPacked, group width <= 16: 16 / width groups share a tile; the weight tiles are block-diagonal, built once per block,
+// and stay in 36 registers. Otherwise a result sums over width / 16 source tiles whose weights wait in shared memory, in
+// the order in which lanes want them. Warp w of a block owns 16 output channels; its block stages the source channels
+// that the block's outputs need (64 channels, or one whole group where that is wider).
+//
+// Bytes per output element (16-bit, stride 1): DRAM 2 read + 2 written; shared memory 2 written by cp.async, 12 read;
+// nothing is ever stored twice. Blocks of neighbouring channels are neighbours in the grid and meet in L2.
+//
+// Packing multiplies other groups' values by zero, which keeps them out unless they are NaN or Inf. Every such leak
+// makes an accumulator NaN; the warp then recomputes its tile group by group. Positions outside the image are zeros, so
+// a weight of Inf turns border results into NaN, as in every implicit-GEMM convolution.
+#pragma once
+
+#include <type_traits>
+
+#include "strip.cuh"
+
+namespace resnext::cuda {
+
+struct TensorCoreConvShape {
+  StripGrid grid;
+  int channels;       // of source and of out
+  int group_width;    // channels per group
+  int slab_channels;  // source channels a block stages: whole groups, or 64 channels of packed groups
+  int slabs;
+  int parts;       // blocks that share a slab
+  int part_tiles;  // 16-channel output tiles per block = its warps
+};
+
+struct alignas(16) WeightTile {  // operands of two m16n8k16 for one lane
+  uint32_t b[4];
+};
+
+constexpr int kTapCount = 9;
+
+// Index in the OIHW weight of the scalar that joins source channel k and output channel o (same group), tap 0.
+template <Pass kPass>
+__device__ __forceinline__ int64_t weight_index(int k, int o, int group_width) {
+  const int64_t row = kPass == Pass::kDgrad ? k : o;
+  const int col = (kPass == Pass::kDgrad ? o : k) % group_width;
+  return (row * group_width + col) * kTapCount;
+}
+
+// This lane's part of weight(tap)[k0 .. k0+15, o0 .. o0+15], zero between groups. Column n of the two 8-wide products
+// holds channel 4*(n/2) + n%2, and 2 more in the second, so that a lane ends with 4 neighbouring channels to store.
+template <typename T, Pass kPass>
+__device__ __forceinline__ WeightTile weight_tile(const T* __restrict__ weight, int k0, int o0, int tap,
+                                                  int group_width, int lane) {
+  WeightTile tile;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int n = lane / 4;
+    const int o = o0 + 4 * (n / 2) + n % 2 + 2 * (r / 2);
+    float pair[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int k = k0 + 2 * (lane % 4) + 8 * (r % 2) + e;
+      const bool joined = k / group_width == o / group_width;
+      pair[e] = joined ? static_cast<float>(weight[weight_index<kPass>(k, o, group_width) + tap]) : 0.0f;
+    }
+    tile.b[r] = pack2<T>(pair[0], pair[1]);
+  }
+  return tile;
+}
+
+struct alignas(8) PackedChannels {  // 4 neighbouring 16-bit channels
+  uint32_t pairs[2];
+};
+
+template <typename Values>
+__device__ __forceinline__ bool any_nan(const Values& values) {
+  if constexpr (std::is_array_v<Values>) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(std::extent_v<Values>); ++i) {
+      any |= any_nan(values[i]);
+    }
+    return any;
+  } else {
+    return values != values;
+  }
+}
+
+template <typename T, Pass kPass, int kStride, bool kPacked>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    tensor_core_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, const T* __restrict__ bias,
+                            T* __restrict__ out, TensorCoreConvShape shape) {
+  using Rows = RowAxis<kPass, kStride>;
+  using Cols = ColAxis<kPass, kStride>;
+  constexpr int kTiles = kStripPositions / kTile;
+  constexpr int kRing = Rows::inputs + Rows::advance;
+  RESNEXT_DYNAMIC_SHARED(shared);
+  __shared__ StripTables tables;
+
+  const StripGrid& grid = shape.grid;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int part = static_cast<int>(blockIdx.x % shape.parts);
+  const int slab_channel = static_cast<int>(blockIdx.x / shape.parts % shape.slabs) * shape.slab_channels;
+  const Unit unit(grid, blockIdx.x / shape.parts / shape.slabs);
+  const int tile = part * shape.part_tiles + warp;  // of the slab
+  const int channel = slab_channel + tile * kTile;
+  const bool active = tile * kTile < shape.slab_channels && channel < shape.channels;
+  const int depth = kPacked ? 1 : shape.group_width / kTile;  // source tiles per result
+  const int first_depth = tile / depth * depth;
+
+  const uint32_t weights_bytes = kPacked ? 0 : shape.part_tiles * depth * kTapCount * kWarpSize * sizeof(WeightTile);
+  WeightTile* const warp_weights = reinterpret_cast<WeightTile*>(shared) + warp * depth * kTapCount * kWarpSize + lane;
+  WeightTile weights[kTapCount];
+  if (active) {
+    for (int d = 0; d < depth; ++d) {
+#pragma unroll
+      for (int tap = 0; tap < kTapCount; ++tap) {
+        weights[tap] = weight_tile<T, kPass>(weight, slab_channel + (first_depth + d) * kTile, channel, tap,
+                                             shape.group_width, lane);
+        if (!kPacked) {
+          warp_weights[(d * kTapCount + tap) * kWarpSize] = weights[tap];
+        }
+      }
+    }
+  }
+  tables.fill<Cols>(grid, unit, shape.channels, shape.channels);
+  __syncthreads();
+
+  const RowStager<T> stager(source, grid.source_height, grid.source_width, shape.channels, slab_channel,
+                            shape.slab_channels);
+  const int pitch = stager.pitch;
+  const uint32_t row_bytes = grid.pixels * pitch;
+  const uint32_t ring = shared_address(shared) + weights_bytes;
+  const int first_row = unit.first_step * Rows::advance + Rows::origin;
+  for (int i = 0; i < Rows::inputs; ++i) {
+    stager.stage(ring + i * row_bytes, tables.source, grid.pixels, first_row + i);
+  }
+
+  uint32_t tile_address[kTiles];  // of this lane's ldmatrix row, relative to a staged row
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+    const int pixel = tables.pixel[m * kTile + lane % kTile];
+    tile_address[m] = pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
+  }
+  const int lane_channel = channel + lane % 4 * 4;
+  float shift[4] = {};
+  if (bias != nullptr && active) {
+    for (int c = 0; c < 4; ++c) {
+      shift[c] = static_cast<float>(bias[lane_channel + c]);
+    }
+  }
+
+  int head = 0;  // ring slot of the step's first source row
+  for (int step = 0; step < unit.steps; ++step) {
+    cp_async_wait_all();
+    __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
+    const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
+    if (step + 1 < unit.steps) {
+      for (int i = Rows::inputs; i < kRing; ++i) {
+        stager.stage(ring + slot(i) * row_bytes, tables.source, grid.pixels, first_row + step * Rows::advance + i);
+      }
+    }
+    if (active) {
+      float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
+      for (int d = 0; d < depth; ++d) {
+        if (!kPacked) {
+#pragma unroll
+          for (int tap = 0; tap < kTapCount; ++tap) {
+            weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < Rows::inputs; ++i) {
+          const uint32_t row = ring + slot(i) * row_bytes + d * kTile * 2;
+#pragma unroll
+          for (int j = 0; j < Cols::inputs; ++j) {
+            uint32_t a[kTiles][4];
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m) {
+              ldmatrix_x4<false>(a[m], row + tile_address[m] + j * pitch);
+            }
+#pragma unroll
+            for (int v = 0; v < Rows::outputs; ++v) {
+#pragma unroll
+              for (int h = 0; h < Cols::outputs; ++h) {
+                const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+                if (r < 0 || s < 0) {
+                  continue;
+                }
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m) {
+                  mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
+                  mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
+                }
+              }
+            }
+          }
+        }
+      }
+
+      bool mixed = false;  // a NaN may have come from another group of the tile
+      if (kPacked && shape.group_width < kTile) {
+        mixed = any_in_warp(any_nan(acc));
+      }
+
+      const int first_output = (unit.first_step + step) * Rows::outputs;
+      const auto target = [&](int position, int v, int h) -> T* {  // null: outside the image
+        const int row = first_output + v;
+        const int64_t offset = tables.output[position];
+        if (offset < 0 || row >= grid.out_height || h >= tables.output_cols[position]) {
+          return nullptr;
+        }
+        return out + offset + (static_cast<int64_t>(row) * grid.out_width + h) * shape.channels + lane_channel;
+      };
+      if (!mixed) {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int v = 0; v < Rows::outputs; ++v) {
+#pragma unroll
+              for (int h = 0; h < Cols::outputs; ++h) {
+                if (T* const pixel = target(m * kTile + half * 8 + lane / 4, v, h)) {
+                  const float* const low = acc[m][v][h][0] + half * 2;
+                  const float* const high = acc[m][v][h][1] + half * 2;
+                  *reinterpret_cast<PackedChannels*>(pixel) = {pack2<T>(low[0] + shift[0], low[1] + shift[1]),
+                                                               pack2<T>(high[0] + shift[2], high[1] + shift[3])};
+                }
+              }
+            }
+          }
+        }
+      } else {
+        // Rare: each result again, from the products of its own group only.
+#pragma unroll 1
+        for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
+          const int position = e % kStripPositions;
+          const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
+          T* const pixel = target(position, v, h);
+#pragma unroll 1
+          for (int c = 0; c < 4 && pixel != nullptr; ++c) {
+            const int o = lane_channel + c;
+            const int group_channel = o / shape.group_width * shape.group_width;
+            float sum = bias != nullptr ? static_cast<float>(bias[o]) : 0.0f;
+#pragma unroll 1
+            for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
+              const int i = ij / Cols::inputs, j = ij % Cols::inputs;
+              const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+              const T* const values = reinterpret_cast<const T*>(
+                  shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
+              for (int k = group_channel; r >= 0 && s >= 0 && k < group_channel + shape.group_width; ++k) {
+                sum += static_cast<float>(values[k - slab_channel]) *
+                       static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
+              }
+            }
+            pixel[c] = static_cast<T>(sum);
+          }
+        }
+      }
+    }
+    head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
+  }
+}
+
+}  // namespace resnext::cuda

@@ -1,0 +1,155 @@
+// Weight gradient on tensor cores, 16-bit types, C_in/groups == C_out/groups.
+//
+// dw(tap)[o, i] = sum over positions of grad[position, o] * x[pixel(position, tap), i]: for each tap a product of a
+// (16 output channels x 16 positions) tile of grad, transposed on its way out of shared memory by ldmatrix, and a (16
+// positions x 16 input channels) tile of x. A warp keeps the 9 x 16 x 16 sums of one pair of channel tiles in 72
+// registers over all units of its split. Group width <= 16: 64 channels per block, each warp one diagonal pair, of which
+// only the entries inside groups are stored (nothing leaks between groups). Wider: 32 x 32 channels of one group per
+// block, four pairs, so that grad and x are staged width / 32 times.
+//
+// Bytes per element of grad (16-bit, stride 1): DRAM 2 of grad + 2 of x; shared memory 4 written, 14 read; plus one fp32
+// copy of dw per split, written and read once. Results that do not exist (idle positions, a last odd row) are not
+// multiplied, or multiply zeros; the zero border of x turns a grad of Inf there into NaN, as in every implicit GEMM.
+#pragma once
+
+#include "strip.cuh"
+
+namespace resnext::cuda {
+
+struct TensorCoreWgradShape {
+  StripGrid grid;
+  int channels;       // of grad and of x
+  int group_width;    // channels per group
+  int tile_channels;  // of grad and of x that a block stages: 64 (packed) or 32
+  int slabs;          // packed: blocks of 64 channels; otherwise groups
+  int slab_channels;
+  int slab_tiles;  // blocks per slab along one axis; a slab has slab_tiles^2 blocks
+  int splits;
+};
+
+// partial (splits, C_out, C_in/groups, 3, 3)
+template <typename T, int kStride>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    tensor_core_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
+                             TensorCoreWgradShape shape) {
+  using Rows = RowAxis<Pass::kForward, kStride>;
+  using Cols = ColAxis<Pass::kForward, kStride>;
+  constexpr int kRing = Rows::inputs + Rows::advance;
+  RESNEXT_DYNAMIC_SHARED(shared);
+  __shared__ StripTables tables;
+
+  const StripGrid& grid = shape.grid;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int blocks_per_slab = shape.slab_tiles * shape.slab_tiles;
+  const int slab_block = static_cast<int>(blockIdx.x % blocks_per_slab);
+  const int slab = static_cast<int>(blockIdx.x / blocks_per_slab % shape.slabs);
+  const int64_t split = blockIdx.x / blocks_per_slab / shape.slabs;
+
+  const bool packed = shape.group_width <= kTile;
+  const int out_block = slab_block / shape.slab_tiles * shape.tile_channels;  // within the slab
+  const int in_block = slab_block % shape.slab_tiles * shape.tile_channels;
+  const int out_tile = (packed ? warp : warp / 2) * kTile;  // within the block
+  const int in_tile = (packed ? warp : warp % 2) * kTile;
+  const int slab_channel = slab * shape.slab_channels;
+  const int slab_end = slab_channel + shape.slab_channels < shape.channels ? slab_channel + shape.slab_channels : shape.channels;
+  const bool active = slab_channel + out_block + out_tile < slab_end && slab_channel + in_block + in_tile < slab_end;
+
+  const RowStager<T> x_stager(x, grid.source_height, grid.source_width, shape.channels, slab_channel + in_block,
+                              shape.tile_channels);
+  const RowStager<T> grad_stager(grad, grid.out_height, grid.out_width, shape.channels, slab_channel + out_block,
+                                 shape.tile_channels);
+  const int pitch = x_stager.pitch;
+  const uint32_t x_row_bytes = grid.pixels * pitch;
+  const uint32_t grad_row_bytes = kStripPositions * pitch;
+  const uint32_t x_ring = shared_address(shared);
+  const uint32_t grad_buffers = x_ring + kRing * x_row_bytes;  // two, of Rows::outputs rows each
+
+  float acc[9][2][4] = {};
+  const int64_t last_unit = grid.units * (split + 1) / shape.splits;
+  for (int64_t index = grid.units * split / shape.splits; index < last_unit; ++index) {
+    const Unit unit(grid, index);
+    __syncthreads();  // the last unit's tables and rows are no longer read
+    tables.fill<Cols>(grid, unit, shape.channels, shape.channels);
+    __syncthreads();
+    const int first_row = unit.first_step * Rows::advance + Rows::origin;
+    const int first_output = unit.first_step * Rows::outputs;
+    for (int i = 0; i < Rows::inputs; ++i) {
+      x_stager.stage(x_ring + i * x_row_bytes, tables.source, grid.pixels, first_row + i);
+    }
+    for (int v = 0; v < Rows::outputs; ++v) {
+      grad_stager.stage(grad_buffers + v * grad_row_bytes, tables.output, kStripPositions, first_output + v);
+    }
+
+    int head = 0;  // ring slot of the step's first row of x
+    for (int step = 0; step < unit.steps; ++step) {
+      cp_async_wait_all();
+      __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
+      const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
+      const auto grad_row = [&](int s, int v) { return grad_buffers + (s % 2 * Rows::outputs + v) * grad_row_bytes; };
+      if (step + 1 < unit.steps) {
+        for (int i = Rows::inputs; i < kRing; ++i) {
+          x_stager.stage(x_ring + slot(i) * x_row_bytes, tables.source, grid.pixels, first_row + step * Rows::advance + i);
+        }
+        for (int v = 0; v < Rows::outputs; ++v) {
+          grad_stager.stage(grad_row(step + 1, v), tables.output, kStripPositions,
+                            first_output + (step + 1) * Rows::outputs + v);
+        }
+      }
+      if (active) {
+        const int valid_rows = grid.out_height - first_output - step * Rows::outputs;
+#pragma unroll
+        for (int m = 0; m < kStripPositions / kTile; ++m) {
+          uint32_t grad_tile[Rows::outputs][4];
+          const int grad_position = m * kTile + lane % 8 + lane / 16 * 8;
+#pragma unroll
+          for (int v = 0; v < Rows::outputs; ++v) {
+            ldmatrix_x4<true>(grad_tile[v],
+                              grad_row(step, v) + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
+          }
+          const int pixel = tables.pixel[m * kTile + lane % kTile];
+          const uint32_t x_address = x_ring + pixel * pitch + in_tile * 2 + lane / kTile * 16;
+#pragma unroll
+          for (int i = 0; i < Rows::inputs; ++i) {
+#pragma unroll
+            for (int j = 0; j < Cols::inputs; ++j) {
+              uint32_t x_tile[4];
+              ldmatrix_x4<true>(x_tile, x_address + slot(i) * x_row_bytes + j * pitch);
+#pragma unroll
+              for (int v = 0; v < Rows::outputs; ++v) {
+                const int r = Rows::tap(v, i);
+                if (r < 0 || v >= valid_rows) {
+                  continue;
+                }
+                const int tap = r * 3 + Cols::tap(0, j);
+                mma_m16n8k16<T>(acc[tap][0], grad_tile[v], x_tile[0], x_tile[1]);
+                mma_m16n8k16<T>(acc[tap][1], grad_tile[v], x_tile[2], x_tile[3]);
+              }
+            }
+          }
+        }
+      }
+      head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
+    }
+  }
+
+  if (!active) {
+    return;
+  }
+  float* const split_partial = partial + split * shape.channels * shape.group_width * 9;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int o = slab_channel + out_block + out_tile + lane / 4 + e / 2 % 2 * 8;
+    const int i = slab_channel + in_block + in_tile + lane % 4 * 2 + e % 2 + e / 4 * 8;
+    if (o / shape.group_width != i / shape.group_width) {
+      continue;
+    }
+    float* const taps = split_partial + (static_cast<int64_t>(o) * shape.group_width + i % shape.group_width) * 9;
+#pragma unroll
+    for (int tap = 0; tap < 9; ++tap) {
+      taps[tap] = acc[tap][e / 4][e % 4];
+    }
+  }
+}
+
+}  // namespace resnext::cuda

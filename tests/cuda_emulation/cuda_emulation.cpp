@@ -1,0 +1,172 @@
+// The scheduler behind cuda_emulation.h: one block at a time, its threads as fibers.
+#include "cuda_emulation.h"
+
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+namespace resnext::cuda::emulation {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kSharedLimit = 227 * 1024;
+
+struct Copy {
+  uint32_t shared;
+  const void* source;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  std::vector<Copy> copies;
+  bool done;
+};
+
+// Counts arrivals; the last of `size` opens the barrier by moving to the next generation.
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  void* operands[kLanes];
+};
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+Barrier block;
+ucontext_t scheduler;
+int current;
+bool descending_order = false;
+bool progress;  // whether any fiber arrived somewhere or ended since the round began
+size_t shared_bytes;
+alignas(16) unsigned char shared_memory[kSharedLimit];
+const std::function<void()>* body;
+
+[[noreturn]] void fail(const char* message) {
+  std::fprintf(stderr, "cuda emulation: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
+  std::abort();
+}
+
+void yield() { swapcontext(&fibers[current].context, &scheduler); }
+
+template <typename OnLast>
+void arrive_and_wait(Barrier& barrier, int size, OnLast on_last) {
+  const unsigned generation = barrier.generation;
+  progress = true;
+  if (++barrier.arrived == size) {
+    on_last();
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) {
+    yield();
+  }
+}
+
+void fiber_main() {
+  (*body)();
+  if (!fibers[current].copies.empty()) {
+    fail("a thread ended with asynchronous copies in flight");
+  }
+  fibers[current].done = true;
+  progress = true;
+  yield();
+}
+
+void run_block(int threads) {
+  std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN in float, half and bfloat16
+  warps.assign((threads + kLanes - 1) / kLanes, Warp{});
+  block = Barrier{};
+  for (Fiber& fiber : fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.done = false;
+  }
+  for (int remaining = threads; remaining > 0;) {
+    progress = false;
+    for (int i = 0; i < threads; ++i) {
+      current = descending_order ? threads - 1 - i : i;
+      Fiber& fiber = fibers[current];
+      if (!fiber.done) {
+        threadIdx.x = current;
+        swapcontext(&scheduler, &fiber.context);
+        remaining -= fiber.done;
+      }
+    }
+    if (!progress) {
+      fail("deadlock: a barrier or warp collective not reached by all threads");
+    }
+  }
+}
+
+}  // namespace
+
+void run_grid(int64_t blocks, int threads, size_t bytes, const std::function<void()>& thread) {
+  if (bytes > kSharedLimit) {
+    fail("more shared memory than any device has");
+  }
+  shared_bytes = bytes;
+  body = &thread;
+  fibers.resize(threads);
+  for (Fiber& fiber : fibers) {
+    if (!fiber.stack) {
+      fiber.stack.reset(new unsigned char[kStackBytes]);
+    }
+  }
+  gridDim.x = static_cast<unsigned>(blocks);
+  blockDim.x = threads;
+  for (int64_t i = 0; i < blocks; ++i) {
+    blockIdx.x = static_cast<unsigned>(i);
+    run_block(threads);
+  }
+}
+
+void set_descending_order(bool descending) { descending_order = descending; }
+
+unsigned char* dynamic_shared() { return shared_memory; }
+
+unsigned char* shared_pointer(uint32_t address, size_t bytes) {
+  if (address % bytes != 0 || address + bytes > shared_bytes) {
+    fail("misaligned or out-of-range shared address");
+  }
+  return shared_memory + address;
+}
+
+void block_barrier() {
+  arrive_and_wait(block, static_cast<int>(blockDim.x), [] {});
+}
+
+void warp_collective(void* operand, void (*combine)(void* const* operands)) {
+  Warp& warp = warps[current / kLanes];
+  warp.operands[current % kLanes] = operand;
+  arrive_and_wait(warp.barrier, kLanes, [&] { combine(warp.operands); });
+}
+
+void queue_copy(uint32_t shared, const void* source) {
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0) {
+    fail("misaligned global address in an asynchronous copy");
+  }
+  fibers[current].copies.push_back({shared, source});
+}
+
+void finish_copies() {
+  for (const Copy& copy : fibers[current].copies) {
+    unsigned char* shared = shared_pointer(copy.shared, 16);
+    if (copy.source == nullptr) {
+      std::memset(shared, 0, 16);
+    } else {
+      std::memcpy(shared, copy.source, 16);
+    }
+  }
+  fibers[current].copies.clear();
+}
+
+}  // namespace resnext::cuda::emulation
