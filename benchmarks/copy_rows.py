@@ -3,8 +3,8 @@
     python benchmarks/copy_rows.py --json out.json
 
 The packed grouped convolution reads rows of a few channels: 16 in a 16-bit type are 32 bytes, a sector of the L2 and a
-quarter of its line. NOTES.md predicts that such rows cost within 5% of whole lines as long as programs with neighbouring
-channel blocks run at the same time (``channels fastest``), and more when they do not (``rows fastest``).
+quarter of its line. The prediction (NOTES.md): such rows cost within 5% of whole lines as long as programs with
+neighbouring channel blocks run at the same time (``channels fastest``).
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python benchmarks/gpu_round.py out [--seconds 560]
 
 Uses the Python that runs it and needs no network. Each step has a time limit, and the round as a whole; a step that
-fails or runs out of time does not stop the next ones. Writes eight files at most: summary.json, round.log and tests.log with
-everything printed, and the JSON of each benchmark. The exit code is 0 if every step passed, 1 if not, 2 without a GPU.
+fails or runs out of time does not stop the next ones. Writes eight files at most: summary.json, round.log and tests.log
+with everything printed, and the JSON of each benchmark. The exit code is 0 if every step passed, 1 if not, 2 without a
+GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 ROOT = environment.ROOT
 GRACE_SECONDS = 10.0
+WRITTEN = ("summary.json", "round.log", "tests.log", "copy_rows.json", "grouped_conv_*.json")
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ def main() -> int:
         return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for stale in (*out.glob("*.json"), *out.glob("*.log")):
-        stale.unlink()
+    for pattern in WRITTEN:
+        for stale in out.glob(pattern):
+            stale.unlink()
     deadline = time.monotonic() + args.seconds - GRACE_SECONDS
     outcomes: list[Outcome] = []
     for step in steps(out):

@@ -16,8 +16,8 @@ class Roofline:
 
     Attributes:
         copy_bytes_per_second: Of a large copy, bytes read plus bytes written.
-        gemm_flops_per_second: Of a large square matrix product in the benchmark's dtype, or in float32, which a kernel may
-            convert to, if that is faster: PyTorch's CPU product is slow in 16-bit types that the processor lacks.
+        gemm_flops_per_second: Of a large square matrix product in the benchmark's dtype, or in float32, which a kernel
+            may convert to, if that is faster: PyTorch's CPU product is slow in 16-bit types that the processor lacks.
     """
 
     copy_bytes_per_second: float
