@@ -32,7 +32,7 @@ struct Axis {
   static constexpr int origin = kParity ? 0 : -1;
   static_assert(!kParity || kBlock == 1);
 
-  static constexpr int tap(int o, int i) {
+  __host__ __device__ static constexpr int tap(int o, int i) {
     if (kParity) {
       return o == 0 ? (i == 0 ? 1 : -1) : (i == 0 ? 2 : 0);
     }
@@ -112,7 +112,7 @@ struct StripTables {
 
 // Bytes between pixels in shared memory: an odd number of 16-byte units, so that the 8 rows of an ldmatrix fall into
 // different banks (stride 2: two by two).
-__device__ __host__ constexpr int pixel_pitch(int channels) { return channels * 2 + 16; }
+__host__ __device__ constexpr int pixel_pitch(int channels) { return channels * 2 + 16; }
 
 // Copies rows of an NHWC tensor into shared memory: pixel p of a row from offsets[p], 16 bytes per thread and pixel.
 template <typename T>

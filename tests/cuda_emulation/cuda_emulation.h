@@ -18,6 +18,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one at a time, and a block's fibers share the statics of its kernel
