@@ -48,7 +48,7 @@ RESNEXT_INLINE void rotating_block(const RowArgs& args, int64_t pixel, Indices<R
     for (int k = 0; k < kTaps; ++k) {
       RESNEXT_UNROLL
       for (int r = 0; r < kWidth; ++r) {
-        const Vec w = load(weight + (r * kTaps + k) * kLanes);
+        const Vec w = in_register(load(weight + (r * kTaps + k) * kLanes));
         RESNEXT_UNROLL
         for (int p = 0; p < kPixels; ++p) acc[p][r] += x[p * kStep + k] * w;
       }

@@ -54,7 +54,7 @@ Axis gradient_axis(int64_t stride) {
 
 // Bundles whose rows are worked on together: wide enough to read whole cache lines, small enough for the L1/L2 cache.
 int64_t bundle_block(const Layout& layout) {
-  constexpr int64_t kChannels = 64;
+  static const int64_t kChannels = getenv("KCH") ? atoi(getenv("KCH")) : 64;
   return std::clamp<int64_t>(kChannels / layout.src_lanes, 1, layout.bundles);
 }
 
@@ -74,7 +74,10 @@ void run_correlation(Correlation& c, const Tensor& weight, const std::optional<T
                                  packed_bias.get()};
   const int64_t weights_per_bundle = kernels.packed_weight_size(c.layout) / c.layout.bundles;
   torch::stable::parallel_for(0, c.layout.bundles, std::max<int64_t>(1, 16384 / weights_per_bundle),
-                              [&](int64_t begin, int64_t end) { kernels.pack_weight(packing, begin, end); });
+                              [&](int64_t begin, int64_t end) {
+                                const Buffer scratch = allocate(kernels.weight_scratch(c.layout));
+                                kernels.pack_weight(packing, scratch.get(), begin, end);
+                              });
 
   c.weight = packed_weight.get();
   c.bias = packed_bias.get();
@@ -139,7 +142,10 @@ void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t
     kernels.wgrad(g, scratch.get(), begin, end);
   });
   torch::stable::parallel_for(0, g.layout.bundles, std::max<int64_t>(1, 16384 / (g.chunks * slice_size)),
-                              [&](int64_t begin, int64_t end) { kernels.reduce_wgrad(g, begin, end); });
+                              [&](int64_t begin, int64_t end) {
+                                const Buffer scratch = allocate(kernels.weight_scratch(g.layout));
+                                kernels.reduce_wgrad(g, scratch.get(), begin, end);
+                              });
 }
 
 std::string cpu_capability() { return active_kernels().name; }

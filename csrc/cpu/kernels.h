@@ -80,7 +80,8 @@ struct WeightGradient {
   Dtype dtype;
 };
 
-// Entry points of one instruction set. The ranges are tasks, given out by the driver's parallel_for.
+// Entry points of one instruction set. Ranges are tasks, given out by the driver's parallel_for;
+// every task range gets scratch memory of its own, of the size the function before it tells.
 struct Kernels {
   const char* name;
   int lanes;  // floats in a vector
@@ -88,7 +89,8 @@ struct Kernels {
   Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
   int64_t (*packed_weight_size)(const Layout&);
   int64_t (*packed_bias_size)(const Layout&);
-  void (*pack_weight)(const WeightPacking&, int64_t begin_bundle, int64_t end_bundle);
+  int64_t (*weight_scratch)(const Layout&);
+  void (*pack_weight)(const WeightPacking&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
 
   int64_t (*correlate_scratch)(const Correlation&);
   void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);  // over batch * bands * blocks
@@ -96,7 +98,7 @@ struct Kernels {
   int64_t (*wgrad_slice_size)(const Layout&);
   int64_t (*wgrad_scratch)(const WeightGradient&);
   void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
-  void (*reduce_wgrad)(const WeightGradient&, int64_t begin_bundle, int64_t end_bundle);
+  void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);  // weight_scratch
 };
 
 const Kernels* avx512_kernels();  // null where the binary does not hold them

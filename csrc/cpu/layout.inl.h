@@ -39,50 +39,69 @@ int64_t packed_weight_size(const Layout& layout) { return layout.bundles * layou
 
 int64_t packed_bias_size(const Layout& layout) { return layout.bundles * layout.tiles * tile_lanes(layout); }
 
-// The (destination, source) channels that lane `lane` of a tile multiplies at term `i` of the reduction. When rotating,
-// lane j of accumulator r collects what source channel j gives to destination channel (j - r) mod width of its group;
-// rotating the accumulator by r brings every sum to its own lane.
-struct ChannelPair {
-  int64_t dst, src;
-  bool exists;
-};
-RESNEXT_INLINE ChannelPair channel_pair(const Layout& layout, int64_t bundle, int64_t tile, int64_t lane, int64_t i) {
-  if (layout.rotating) {
-    const int64_t src = bundle * kLanes + lane;
-    const int64_t mask = layout.group_src - 1;
-    return {(src & ~mask) | ((src - i) & mask), src, src < layout.groups * layout.group_src};
-  }
-  const int64_t dst = tile * tile_lanes(layout) + lane;
-  return {bundle * layout.group_dst + dst, bundle * layout.group_src + i, dst < layout.group_dst};
+// Floats of a bundle's weights before packing, in whole vectors; also room for one bundle's biases.
+int64_t weight_scratch(const Layout& layout) {
+  const int64_t filters = layout.src_channels * layout.group_dst;  // = dst_channels * group_src
+  return round_up(filters * 9 > layout.dst_channels ? filters * 9 : layout.dst_channels, kLanes);
 }
 
-void pack_weight(const WeightPacking& p, int64_t begin_bundle, int64_t end_bundle) {
+// Where, among the bundle's filters, lane `lane` of a tile finds what it multiplies at term `i` of the reduction, or -1.
+// When rotating, lane j of accumulator r collects what source channel j gives to destination channel (j - r) mod width
+// of its group; rotating the accumulator by r then brings every sum to its own lane.
+RESNEXT_INLINE int64_t filter_of(const Layout& layout, bool transposed, int64_t bundle, int64_t tile, int64_t lane,
+                                 int64_t i) {
+  int64_t dst = tile * tile_lanes(layout) + lane;
+  int64_t src = i;
+  if (layout.rotating) {
+    const int64_t mask = layout.group_src - 1;
+    src = lane;
+    dst = (lane & ~mask) | ((lane - i) & mask);
+  }
+  if (dst >= bundle_dst_channels(layout, bundle)) return -1;
+  return transposed ? src * layout.group_dst + dst % layout.group_dst : dst * layout.group_src + src % layout.group_src;
+}
+
+void pack_tile(const WeightPacking& p, int64_t bundle, int64_t tile, const float* filters, float* packed) {
+  const Layout& layout = p.layout;
+  const int64_t lanes = tile_lanes(layout);
+  for (int64_t i = 0; i < layout.depth; ++i) {
+    int64_t offsets[2 * kLanes];
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      offsets[lane] = 9 * filter_of(layout, p.transposed, bundle, tile, lane, i);
+    }
+    for (int64_t row = 0; row < 3; ++row) {
+      float* packed_phase = packed + row * packed_row_size(layout);
+      for (int f = 0; f < p.cols.phases; ++f) {
+        const Phase& phase = p.cols.phase[f];
+        for (int k = 0; k < phase.count; ++k) {
+          const int64_t tap = row * 3 + phase.taps[k];
+          float* to = packed_phase + (i * phase.count + k) * lanes;
+          for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = offsets[lane] < 0 ? 0.0f : filters[offsets[lane] + tap];
+        }
+        packed_phase += layout.depth * phase.count * lanes;
+      }
+    }
+  }
+}
+
+void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
   const Layout& layout = p.layout;
   const int64_t lanes = tile_lanes(layout);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
+    const int64_t first_dst = bundle * layout.dst_channels;
+    const int64_t dst_channels = bundle_dst_channels(layout, bundle);
+    const int64_t first_filter =
+        p.transposed ? bundle * layout.src_channels * layout.group_dst : first_dst * layout.group_src;
+    const float* filters =
+        read_floats(p.weight, p.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      float* packed_tile = p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout);
-      float* packed_bias = p.packed_bias + (bundle * layout.tiles + tile) * lanes;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        for (int64_t i = 0; i < layout.depth; ++i) {
-          const ChannelPair pair = channel_pair(layout, bundle, tile, lane, i);
-          const int64_t filter = p.transposed ? pair.src * layout.group_dst + pair.dst % layout.group_dst
-                                              : pair.dst * layout.group_src + pair.src % layout.group_src;
-          for (int64_t row = 0; row < 3; ++row) {
-            float* packed = packed_tile + row * packed_row_size(layout) + lane;
-            for (int f = 0; f < p.cols.phases; ++f) {
-              const Phase& phase = p.cols.phase[f];
-              for (int k = 0; k < phase.count; ++k) {
-                packed[(i * phase.count + k) * lanes] =
-                    pair.exists ? read_scalar(p.weight, p.dtype, filter * 9 + row * 3 + phase.taps[k]) : 0.0f;
-              }
-              packed += layout.depth * phase.count * lanes;
-            }
-          }
-        }
-        const ChannelPair pair = channel_pair(layout, bundle, tile, lane, 0);
-        packed_bias[lane] = p.bias != nullptr && pair.exists ? read_scalar(p.bias, p.dtype, pair.dst) : 0.0f;
-      }
+      pack_tile(p, bundle, tile, filters, p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout));
+    }
+    float* packed_bias = p.packed_bias + bundle * layout.tiles * lanes;
+    __builtin_memset(packed_bias, 0, layout.tiles * lanes * sizeof(float));
+    if (p.bias != nullptr) {
+      const float* bias = read_floats(p.bias, p.dtype, first_dst, dst_channels, scratch);
+      __builtin_memcpy(packed_bias, bias, dst_channels * sizeof(float));
     }
   }
 }

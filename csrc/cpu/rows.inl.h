@@ -112,27 +112,28 @@ void write_row(const Image& image, int64_t n, int64_t h, int64_t c, int64_t chan
   }
 }
 
-// A scalar of any dtype, for the weights' packing.
-RESNEXT_INLINE float read_scalar(const void* data, Dtype dtype, int64_t index) {
+// Elements [begin, begin + count) of a tensor as floats: in place, or converted to `scratch` (whole vectors).
+const float* read_floats(const void* data, Dtype dtype, int64_t begin, int64_t count, float* scratch) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return static_cast<const float*>(data)[index];
+      return static_cast<const float*>(data) + begin;
     case Dtype::kFloat16:
-      return load_first(static_cast<const Half*>(data) + index, 1)[0];
+      read_row_nhwc(static_cast<const Half*>(data) + begin, 0, 1, count, 0, scratch);
+      return scratch;
     case Dtype::kBFloat16:
-      return load_first(static_cast<const BFloat16*>(data) + index, 1)[0];
+      read_row_nhwc(static_cast<const BFloat16*>(data) + begin, 0, 1, count, 0, scratch);
+      return scratch;
   }
-  return 0;
+  return nullptr;
 }
 
-RESNEXT_INLINE void write_scalar(void* data, Dtype dtype, int64_t index, float value) {
+void write_floats(void* data, Dtype dtype, int64_t begin, int64_t count, const float* from) {
   switch (dtype) {
     case Dtype::kFloat32:
-      static_cast<float*>(data)[index] = value;
-      return;
+      return write_row_nhwc(static_cast<float*>(data) + begin, 0, 1, count, 0, from);
     case Dtype::kFloat16:
-      return store_first(static_cast<Half*>(data) + index, broadcast(value), 1);
+      return write_row_nhwc(static_cast<Half*>(data) + begin, 0, 1, count, 0, from);
     case Dtype::kBFloat16:
-      return store_first(static_cast<BFloat16*>(data) + index, broadcast(value), 1);
+      return write_row_nhwc(static_cast<BFloat16*>(data) + begin, 0, 1, count, 0, from);
   }
 }

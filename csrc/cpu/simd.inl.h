@@ -125,6 +125,37 @@ RESNEXT_INLINE void store_first(T* to, Vec value, int64_t count) {
   store(buffer, value);
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = buffer[lane];
 }
+#if RESNEXT_LANES == 16
+RESNEXT_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1);
+}
+RESNEXT_INLINE Vec load_first(const float* from, int64_t count) {
+  return bit_cast<Vec>(_mm512_maskz_loadu_ps(first_lanes(count), from));
+}
+RESNEXT_INLINE void store_first(float* to, Vec value, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), bit_cast<__m512>(value));
+}
+#elif RESNEXT_LANES == 8
+RESNEXT_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+RESNEXT_INLINE Vec load_first(const float* from, int64_t count) {
+  return bit_cast<Vec>(_mm256_maskload_ps(from, first_lanes(count)));
+}
+RESNEXT_INLINE void store_first(float* to, Vec value, int64_t count) {
+  _mm256_maskstore_ps(to, first_lanes(count), bit_cast<__m256>(value));
+}
+#endif
+
+// Keeps a value in a register: GCC otherwise loads it again for every use, and loads are what the loops run out of.
+RESNEXT_INLINE Vec in_register(Vec value) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(value));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(value));
+#endif
+  return value;
+}
 
 // Integer sequences whose only member is a type: they put no code anywhere.
 template <int... I>

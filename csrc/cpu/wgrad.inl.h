@@ -8,9 +8,16 @@
 
 constexpr int kGradBlock = kRegisters >= 32 ? 8 : 4;  // grad channels times three taps are accumulators
 
-struct WgradArgs {
+constexpr int64_t kMaxRows = 8;
+
+struct WgradRow {
   const float* grad;  // [pixel][grad_lanes]
   const float* x;     // [column][x_lanes], at the first pixel's first tap
+};
+
+struct WgradArgs {
+  const WgradRow* rows;
+  int count;
   int64_t grad_lanes, x_lanes;
   int64_t pixels;
   float* acc;
@@ -27,15 +34,18 @@ RESNEXT_INLINE void rotating_wgrad(const WgradArgs& args, Indices<R...>) {
     RESNEXT_UNROLL
     for (int r = 0; r < kWidth; ++r) acc[s][r] = load(args.acc + (s * kWidth + r) * kLanes);
   }
-  const float* x = args.x;
-  for (int64_t q = 0; q < args.pixels; ++q, x += kStep * kLanes) {
-    const Vec grad = load(args.grad + q * kLanes);
-    const Vec rotated[kWidth] = {rotate<kWidth, kWidth - R>(grad)...};
-    RESNEXT_UNROLL
-    for (int s = 0; s < 3; ++s) {
-      const Vec value = load(x + s * kLanes);
+  for (int row = 0; row < args.count; ++row) {
+    const float* x = args.rows[row].x;
+    const float* grad = args.rows[row].grad;
+    for (int64_t q = 0; q < args.pixels; ++q, x += kStep * kLanes, grad += kLanes) {
+      const Vec value = load(grad);
+      const Vec rotated[kWidth] = {rotate<kWidth, kWidth - R>(value)...};
       RESNEXT_UNROLL
-      for (int r = 0; r < kWidth; ++r) acc[s][r] += value * rotated[r];
+      for (int s = 0; s < 3; ++s) {
+        const Vec x_value = in_register(load(x + s * kLanes));
+        RESNEXT_UNROLL
+        for (int r = 0; r < kWidth; ++r) acc[s][r] += x_value * rotated[r];
+      }
     }
   }
   RESNEXT_UNROLL
@@ -59,17 +69,19 @@ void broadcast_wgrad_row(const WgradArgs& args) {
     RESNEXT_UNROLL
     for (int s = 0; s < 3; ++s) acc[o][s] = load(args.acc + (o * 3 + s) * kLanes);
   }
-  const float* x = args.x;
-  const float* grad = args.grad;
-  for (int64_t q = 0; q < args.pixels; ++q, x += kStep * args.x_lanes, grad += args.grad_lanes) {
-    Vec value[3];
-    RESNEXT_UNROLL
-    for (int s = 0; s < 3; ++s) value[s] = load(x + s * args.x_lanes);
-    RESNEXT_UNROLL
-    for (int o = 0; o < kGradBlock; ++o) {
-      const Vec g = broadcast(grad[o]);
+  for (int row = 0; row < args.count; ++row) {
+    const float* x = args.rows[row].x;
+    const float* grad = args.rows[row].grad;
+    for (int64_t q = 0; q < args.pixels; ++q, x += kStep * args.x_lanes, grad += args.grad_lanes) {
+      Vec value[3];
       RESNEXT_UNROLL
-      for (int s = 0; s < 3; ++s) acc[o][s] += g * value[s];
+      for (int s = 0; s < 3; ++s) value[s] = in_register(load(x + s * args.x_lanes));
+      RESNEXT_UNROLL
+      for (int o = 0; o < kGradBlock; ++o) {
+        const Vec g = in_register(broadcast(grad[o]));
+        RESNEXT_UNROLL
+        for (int s = 0; s < 3; ++s) acc[o][s] += g * value[s];
+      }
     }
   }
   RESNEXT_UNROLL
@@ -111,24 +123,43 @@ int64_t wgrad_slice_size(const Layout& layout) {
 
 RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) { return (g.x.width + 2) * g.layout.src_lanes; }
 
-int64_t wgrad_scratch(const WeightGradient& g) {
-  return kRingRows * g.block * wgrad_panel_size(g) + g.grad.width * grad_lanes(g.layout);
+// Grad rows worked on together: narrow images would otherwise load and store the accumulators for a few pixels.
+RESNEXT_INLINE int64_t wgrad_rows(const WeightGradient& g) {
+  constexpr int64_t kPixels = 56;
+  const int64_t rows = kPixels / g.grad.width;
+  return rows < 1 ? 1 : min_of(rows, kMaxRows);
+}
+RESNEXT_INLINE int64_t wgrad_ring_rows(const WeightGradient& g) { return (wgrad_rows(g) - 1) * g.stride_h + 3; }
+RESNEXT_INLINE int64_t wgrad_ring_size(const WeightGradient& g) {
+  return wgrad_ring_rows(g) * g.block * wgrad_panel_size(g);
 }
 
-// Adds what grad row p gives to one bundle's slice.
-void wgrad_row(const WeightGradient& g, WgradKernel kernel, int64_t p, const float* ring, const float* grad,
-               float* slice) {
+int64_t wgrad_scratch(const WeightGradient& g) {
+  return wgrad_ring_size(g) + wgrad_rows(g) * g.grad.width * grad_lanes(g.layout);
+}
+
+// Adds what grad rows [begin, end) of an image give to one bundle's slice.
+void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, int64_t end, const float* ring,
+                    const float* grad, float* slice) {
   const Layout& layout = g.layout;
   const int64_t vectors = layout.src_lanes / kLanes;
   const int64_t grad_blocks = layout.rotating ? 1 : ceil_div(layout.group_dst, kGradBlock);
   const int64_t row_size = wgrad_row_size(layout);
-  for (int64_t v = 0; v < vectors; ++v) {
-    for (int64_t o = 0; o < grad_blocks; ++o) {
-      for (int64_t r = 0; r < 3; ++r) {
-        const int64_t row = p * g.stride_h + r - 1;
-        if (row < 0 || row >= g.x.height) continue;
-        kernel({grad + o * kGradBlock, ring + row % kRingRows * g.block * wgrad_panel_size(g) + v * kLanes,
-                grad_lanes(layout), layout.src_lanes, g.grad.width, slice + ((v * grad_blocks + o) * 3 + r) * row_size});
+  for (int64_t r = 0; r < 3; ++r) {
+    WgradRow rows[kMaxRows];
+    int count = 0;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = p * g.stride_h + r - 1;
+      if (row < 0 || row >= g.x.height) continue;
+      rows[count++] = {grad + (p - begin) * g.grad.width * grad_lanes(layout),
+                       ring + row % wgrad_ring_rows(g) * g.block * wgrad_panel_size(g)};
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      for (int64_t o = 0; o < grad_blocks; ++o) {
+        WgradRow block_rows[kMaxRows];
+        for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kGradBlock, rows[i].x + v * kLanes};
+        kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, g.grad.width,
+                slice + ((v * grad_blocks + o) * 3 + r) * row_size});
       }
     }
   }
@@ -137,72 +168,77 @@ void wgrad_row(const WeightGradient& g, WgradKernel kernel, int64_t p, const flo
 void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) {
   const Layout& layout = g.layout;
   const int64_t slice_size = wgrad_slice_size(layout);
-  const int64_t rows = g.grad.batch * g.grad.height;
+  const int64_t height = g.grad.height;
+  const int64_t rows = g.grad.batch * height;
   const WgradKernel kernel = g.stride_w == 2 ? wgrad_kernel<2>(layout) : wgrad_kernel<1>(layout);
   float* ring = scratch;
-  float* grad = scratch + kRingRows * g.block * wgrad_panel_size(g);
-  __builtin_memset(ring, 0, kRingRows * g.block * wgrad_panel_size(g) * sizeof(float));
+  float* grad = scratch + wgrad_ring_size(g);
+  __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % g.chunks;
     const int64_t first_bundle = task / g.chunks * g.block;
     const int64_t bundles = min_of(g.block, layout.bundles - first_bundle);
     float* slices = g.partial + (chunk * layout.bundles + first_bundle) * slice_size;
     __builtin_memset(slices, 0, bundles * slice_size * sizeof(float));
+    const int64_t chunk_end = rows * (chunk + 1) / g.chunks;
     int64_t next_row = 0;
-    for (int64_t flat = rows * chunk / g.chunks; flat < rows * (chunk + 1) / g.chunks; ++flat) {
-      const int64_t n = flat / g.grad.height;
-      const int64_t p = flat % g.grad.height;
+    for (int64_t flat = rows * chunk / g.chunks; flat < chunk_end;) {
+      const int64_t n = flat / height;
+      const int64_t p = flat % height;
+      const int64_t p_end = min_of(min_of(p + wgrad_rows(g), height), p + chunk_end - flat);
+      flat += p_end - p;
       const int64_t first_row = p * g.stride_h - 1;
       if (p == 0 || next_row < first_row) next_row = first_row < 0 ? 0 : first_row;
-      for (; next_row < min_of(first_row + 3, g.x.height); ++next_row) {
+      for (; next_row < min_of((p_end - 1) * g.stride_h + 2, g.x.height); ++next_row) {
         for (int64_t b = 0; b < bundles; ++b) {
-          float* panel = ring + (next_row % kRingRows * g.block + b) * wgrad_panel_size(g);
+          float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
           read_row(g.x, n, next_row, (first_bundle + b) * layout.src_channels,
                    bundle_src_channels(layout, first_bundle + b), layout.src_lanes, panel + layout.src_lanes);
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
         const int64_t bundle = first_bundle + b;
-        read_row(g.grad, n, p, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle), grad_lanes(layout),
-                 grad);
-        wgrad_row(g, kernel, p, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
+        for (int64_t row = p; row < p_end; ++row) {
+          read_row(g.grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
+                   grad_lanes(layout), grad + (row - p) * g.grad.width * grad_lanes(layout));
+        }
+        wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
       }
     }
   }
 }
 
 // Sums the chunks of some bundles, in order, and brings them to (C_out, C_in / groups, 3, 3).
-void reduce_wgrad(const WeightGradient& g, int64_t begin_bundle, int64_t end_bundle) {
+void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
   const Layout& layout = g.layout;
   const int64_t slice_size = wgrad_slice_size(layout);
   const int64_t row_size = wgrad_row_size(layout);
   const int64_t grad_blocks = ceil_div(layout.group_dst, kGradBlock);
+  const int64_t tap_stride = layout.rotating ? layout.group_src * kLanes : kLanes;
+  const int64_t mask = layout.group_src - 1;
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     float* total = g.partial + bundle * slice_size;
     for (int64_t chunk = 1; chunk < g.chunks; ++chunk) {
       const float* slice = g.partial + (chunk * layout.bundles + bundle) * slice_size;
       for (int64_t i = 0; i < slice_size; i += kLanes) store(total + i, load(total + i) + load(slice + i));
     }
-    const int64_t first_output = bundle * layout.dst_channels;
-    for (int64_t output = 0; output < bundle_dst_channels(layout, bundle); ++output) {
+    const int64_t outputs = bundle_dst_channels(layout, bundle);
+    float* to = scratch;
+    for (int64_t output = 0; output < outputs; ++output) {
       for (int64_t input = 0; input < layout.group_src; ++input) {
+        const float* from;
+        if (layout.rotating) {
+          from = total + ((input - output) & mask) * kLanes + ((output & ~mask) | input);
+        } else {
+          const int64_t block = input / kLanes * grad_blocks + output / kGradBlock;
+          from = total + block * 3 * row_size + output % kGradBlock * 3 * kLanes + input % kLanes;
+        }
         for (int64_t r = 0; r < 3; ++r) {
-          const float* from;
-          int64_t tap_stride;
-          if (layout.rotating) {
-            const int64_t mask = layout.group_src - 1;
-            const int64_t rotation = (input - output) & mask;
-            from = total + r * row_size + rotation * kLanes + ((output & ~mask) | input);
-            tap_stride = layout.group_src * kLanes;
-          } else {
-            const int64_t block = input / kLanes * grad_blocks + output / kGradBlock;
-            from = total + (block * 3 + r) * row_size + output % kGradBlock * 3 * kLanes + input % kLanes;
-            tap_stride = kLanes;
-          }
-          const int64_t index = (((first_output + output) * layout.group_src + input) * 3 + r) * 3;
-          for (int64_t s = 0; s < 3; ++s) write_scalar(g.dw, g.dtype, index + s, from[s * tap_stride]);
+          for (int64_t s = 0; s < 3; ++s) *to++ = from[r * row_size + s * tap_stride];
         }
       }
     }
+    const int64_t filter_size = layout.group_src * 9;
+    write_floats(g.dw, g.dtype, bundle * layout.dst_channels * filter_size, outputs * filter_size, scratch);
   }
 }
