@@ -24,7 +24,7 @@ import environment
 import report
 import shapes
 import torch
-from contenders import BASELINES, EAGER, Operands
+from contenders import BASELINES, COMPILED, EAGER, Operands
 from roofline import Roofline, measure_roofline
 from timing import Budget, interleave, peak_bytes
 from verify import mismatch
@@ -149,7 +149,8 @@ def _work(args: argparse.Namespace) -> Iterator[tuple[str, Operands]]:
 def _time(args: argparse.Namespace, roofline: Roofline, pass_: str, operands: Operands) -> report.Row:
     layer = operands.layer
     flops, num_bytes = layer.flops(args.batch), layer.bytes(args.batch, args.dtype.itemsize)
-    torch._dynamo.reset()  # forget the shapes of the layers before: a function compiles for a limited number of them
+    if not set(COMPILED).isdisjoint(args.baseline):
+        torch.compiler.reset()  # a function compiles for a limited number of shapes: forget those of the last layer
     calls = {name: contenders.baseline(name, pass_, operands) for name in args.baseline}
     calls = {report.OURS: functools.partial(contenders.ours, pass_, operands), **calls}
     return report.Row(
@@ -167,6 +168,7 @@ def _time(args: argparse.Namespace, roofline: Roofline, pass_: str, operands: Op
 def _run(args: argparse.Namespace) -> int:
     rows: list[report.Row] = []
     wrong = 0
+    about = environment.describe(args.device)  # now, while the load average is not yet our own
     roofline = None if args.verify_only else measure_roofline(args.device, args.dtype)
     complete = False
     try:
@@ -180,7 +182,7 @@ def _run(args: argparse.Namespace) -> int:
         complete = True
     finally:
         if roofline is not None and (rows or complete):
-            _publish(args, rows, roofline, wrong, complete)
+            _publish(args, rows, about, roofline, wrong, complete)
     if args.verify_only:
         checked = len(args.layers) * len(args.passes)
         print(f"{checked - wrong} of {checked} passes agree with float64")
@@ -188,14 +190,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _publish(
-    args: argparse.Namespace, rows: Sequence[report.Row], roofline: Roofline, wrong: int, complete: bool
+    args: argparse.Namespace,
+    rows: Sequence[report.Row],
+    about: dict[str, object],
+    roofline: Roofline,
+    wrong: int,
+    complete: bool,
 ) -> None:
     """Show the rows and write the files that were asked for, of an interrupted run too."""
-    about = environment.describe(args.device)
     machine = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
     title = f"{machine}; torch {about['torch']}; {str(args.dtype).removeprefix('torch.')}, batch {args.batch}"
     print(
-        f"{title}\nroofline: copy {roofline.copy_bytes_per_second * 1e-9:.1f} GB/s, "
+        f"{title}; load average {about['load_average']} at the start\n"
+        f"roofline: copy {roofline.copy_bytes_per_second * 1e-9:.1f} GB/s, "
         f"matrix product {roofline.gemm_flops_per_second * 1e-12:.3f} TFLOP/s\n"
     )
     print(report.table(rows), report.summary(rows), sep="\n\n", flush=True)
@@ -224,8 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print(_list_layers())
         return 0
-    torch.backends.cudnn.benchmark = True
     if args.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
         torch.cuda.set_device(args.device)
     try:
         with torch.no_grad(), use_backend(args.backend):
