@@ -74,16 +74,24 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
-def assert_as_accurate_as_pytorch(ours: list[Tensor], plain: list[Tensor], exact: Tensor) -> None:
-    """Each of ours within twice the error of the least accurate of PyTorch's own results, plus one ulp.
+def in_both_layouts(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return [copy.deepcopy(model).to(memory_format=each)(x.to(memory_format=each)) for each in LAYOUTS.values()]
+
+
+@torch.no_grad()
+def assert_same_logits(ours: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    """Ours, in either layout, within twice the error of PyTorch's less accurate layout, plus one ulp.
 
     Through a whole network there is no useful a-priori bound; the error that the same network makes in the same
     precision, only with another order of summation, is the measure. Twice: two errors of one size and any sign.
     """
-    ulp = torch.finfo(ours[0].dtype).eps * exact.abs().max()
-    allowed = 2 * max((result.double() - exact).abs().max() for result in plain) + ulp
-    for result in ours:
-        error = (result.double() - exact).abs().max()
+    exact = copy.deepcopy(plain).double()(x.double())
+    results, baseline = in_both_layouts(ours, x), in_both_layouts(plain, x)
+    ulp = torch.finfo(baseline[0].dtype).eps * exact.abs().max()
+    allowed = 2 * max((logits.double() - exact).abs().max() for logits in baseline) + ulp
+    for logits in results:
+        assert logits.dtype == baseline[0].dtype
+        error = (logits.double() - exact).abs().max()
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -119,17 +127,16 @@ class TestStructure:
     def test_other_norm_layer(self, images):
         ours, plain = small_pair(norm_layer=lambda channels: nn.GroupNorm(8, channels))
         assert not any(isinstance(m, nn.BatchNorm2d) for m in ours.modules())
-        exact = copy.deepcopy(plain).double()(images.double())
-        assert_as_accurate_as_pytorch([ours(images)], [plain(images)], exact)
+        assert_same_logits(ours, plain, images)
 
     def test_replace_stride_with_dilation(self, images):
         ours, plain = small_pair(layers=[1, 1, 2, 2], replace_stride_with_dilation=[False, True, True])
         convs = [[m for m in model.modules() if isinstance(m, nn.Conv2d)] for model in (ours, plain)]
         for a, b in zip(*convs, strict=True):
             assert repr(a).removeprefix("Grouped") == repr(b)
-        ours.eval(), plain.eval()
-        exact = copy.deepcopy(plain).double()(images.double())
-        assert_as_accurate_as_pytorch([ours(images)], [plain(images)], exact)
+        ours.eval()
+        plain.eval()
+        assert_same_logits(ours, plain, images)
 
 
 class TestBadArguments:
@@ -180,9 +187,9 @@ class TestWeights:
         ours.load_state_dict(theirs.state_dict())
         theirs.load_state_dict(ours.state_dict())
         x = torch.randn(1, 3, 64, 64)
-        ours.eval(), theirs.eval()
-        exact = copy.deepcopy(theirs).double()(x.double())
-        assert_as_accurate_as_pytorch([ours(x)], [theirs(x)], exact)
+        ours.eval()
+        theirs.eval()
+        assert_same_logits(ours, theirs, x)
 
     def test_weights_argument(self):
         state = tv.resnet18(num_classes=10).state_dict()
@@ -223,30 +230,28 @@ class TestResults:
         plain.eval()
         ours = resnext.ResNeXt50Fused().eval()
         ours.load_state_dict(plain.state_dict())
-        results = {ours: [], plain: []}
-        with torch.no_grad():
-            exact = copy.deepcopy(plain).double()(photos.double())
-            for model, logits in results.items():
-                for layout in LAYOUTS.values():
-                    logits.append(model.to(memory_format=layout)(photos.to(memory_format=layout)))
-        assert_as_accurate_as_pytorch(results[ours], results[plain], exact)
-        assert all(torch.equal(logits.argmax(1), exact.argmax(1)) for logits in results[ours])
+        assert_same_logits(ours, plain, photos)
+        assert torch.equal(ours(photos).argmax(1), plain(photos).argmax(1))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
     def test_16_bit(self, dtype, images):
         ours, plain = small_pair()
-        exact = copy.deepcopy(plain.to(dtype)).double()(images.to(dtype).double())
-        results = [model.to(dtype)(images.to(dtype)) for model in (ours, plain)]
-        assert results[0].dtype == dtype
-        assert_as_accurate_as_pytorch(results[:1], results[1:], exact)
+        ours, plain = ours.to(dtype), plain.to(dtype)
+        assert ours(images.to(dtype)).dtype == dtype
+        assert_same_logits(ours, plain, images.to(dtype))
+
+    @pytest.mark.parametrize(
+        "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+    )
+    def test_on_gpu(self, cuda, dtype, images):
+        ours, plain = (model.to(cuda, dtype) for model in small_pair())
+        assert_same_logits(ours, plain, images.to(cuda, dtype))
 
     def test_autocast(self, images):
         ours, plain = small_pair()
-        exact = copy.deepcopy(plain).double()(images.double())
         with torch.autocast("cpu", torch.bfloat16):
-            results = [model(images) for model in (ours, plain)]
-        assert results[0].dtype == torch.bfloat16
-        assert_as_accurate_as_pytorch(results[:1], results[1:], exact)
+            assert ours(images).dtype == torch.bfloat16
+            assert_same_logits(ours, plain, images)  # float64, the measure of both, is exempt from autocast
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_training_gradients(self, layout, images):
@@ -278,8 +283,7 @@ class TestResults:
         ours = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
         plain = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
         plain.load_state_dict(ours.state_dict())
-        exact = copy.deepcopy(plain).double()(images.double())
-        assert_as_accurate_as_pytorch([ours(images)], [plain(images)], exact)
+        assert_same_logits(ours, plain, images)
 
 
 class TestAsModule:
@@ -324,17 +328,16 @@ class TestAsModule:
         for name, module in ours.named_modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.register_forward_hook(lambda *_, name=name: fired.append(name))
-        plain.eval(), ours.eval()
+        plain.eval()
+        ours.eval()
         unchanged = ours(images)
         assert sorted(fired) == sorted(
             n for n, m in plain.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))
         )
         for model in (ours, plain):
             model.layer2[0].conv2.register_forward_hook(lambda module, args, output: output * 0.5)
-        exact = copy.deepcopy(plain).double()(images.double())
-        changed = ours(images)
-        assert_as_accurate_as_pytorch([changed], [plain(images)], exact)
-        assert not torch.allclose(changed, unchanged)
+        assert_same_logits(ours, plain, images)
+        assert not torch.allclose(ours(images), unchanged)
 
     def test_backward_hooks_and_input_gradient(self, small, images):
         """Class activation maps take a layer's output and its gradient, saliency maps the input's gradient."""
