@@ -22,6 +22,7 @@ struct RowArgs {
   float* out;
   int64_t out_stride;  // floats from one pixel to the next
   int64_t pixels;
+  int64_t next_row;    // floats from a pixel to the same one a row further down, to be prefetched
 };
 
 // A row kernel writes whole blocks: with fewer pixels than that, it reads and writes past the end of the row.
@@ -58,7 +59,9 @@ RESNEXT_INLINE void rotating_block(const RowArgs& args, int64_t pixel, Indices<R
   for (int p = 0; p < kPixels; ++p) {
     Vec sum = acc[p][0];
     ((sum = R == 0 ? sum : sum + rotate<kWidth, R>(acc[p][R])), ...);
-    store(args.out + (pixel + p) * args.out_stride, sum);
+    float* out = args.out + (pixel + p) * args.out_stride;
+    __builtin_prefetch(out + args.next_row, kForWriting, kKeepInL2);
+    store(out, sum);
   }
 }
 
@@ -100,8 +103,12 @@ RESNEXT_INLINE void broadcast_block(const RowArgs& args, int64_t pixel) {
   }
   RESNEXT_UNROLL
   for (int p = 0; p < kPixels; ++p) {
+    float* out = args.out + (pixel + p) * args.out_stride;
     RESNEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(args.out + (pixel + p) * args.out_stride + v * kLanes, acc[p][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(out + args.next_row + v * kLanes, kForWriting, kKeepInL2);
+      store(out + v * kLanes, acc[p][v]);
+    }
   }
 }
 
@@ -219,7 +226,7 @@ void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, c
       }
       kernels[f].run({sources, count, layout.depth, layout.src_lanes,
                       c.bias + (bundle * layout.tiles + tile) * lanes, out + f * out_stride,
-                      out_stride * c.cols.phases, (c.dst.width - f + c.cols.phases - 1) / c.cols.phases});
+                      out_stride * c.cols.phases, (c.dst.width - f + c.cols.phases - 1) / c.cols.phases, direct ? c.dst.width * c.dst.channels : 0});
       phase_offset += layout.depth * phase.count * lanes;
     }
     if (!direct) write_row(c.dst, n, h, channel, tile_channels, lanes, buffer);

@@ -52,10 +52,11 @@ Axis gradient_axis(int64_t stride) {
   return {1, 2, {{1, 0, {1}}, {2, 0, {2, 0}}}};
 }
 
-// Bundles whose rows are worked on together: wide enough to read whole cache lines, small enough for the L1/L2 cache.
-int64_t bundle_block(const Layout& layout) {
-  static const int64_t kChannels = getenv("KCH") ? atoi(getenv("KCH")) : 64;
-  return std::clamp<int64_t>(kChannels / layout.src_lanes, 1, layout.bundles);
+// Bundles whose rows are worked on together: their panels should fit the L1 cache. NHWC reads the block's channels of a
+// pixel at once, NCHW reads one stream per channel; hence the wider block for NHWC (both measured).
+int64_t bundle_block(const Layout& layout, bool channels_last) {
+  const int64_t channels = channels_last ? 32 : 16;
+  return std::clamp<int64_t>(channels / layout.src_lanes, 1, layout.bundles);
 }
 
 void run_correlation(Correlation& c, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed,
@@ -81,7 +82,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const std::optional<T
 
   c.weight = packed_weight.get();
   c.bias = packed_bias.get();
-  c.block = bundle_block(c.layout);
+  c.block = bundle_block(c.layout, c.src.channels_last);
   const int64_t blocks = (c.layout.bundles + c.block - 1) / c.block;
   const int64_t wanted_tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   c.bands = std::clamp<int64_t>((wanted_tasks + c.dst.batch * blocks - 1) / (c.dst.batch * blocks), 1, c.dst.height);
@@ -123,7 +124,7 @@ void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t
   g.stride_h = stride_h;
   g.stride_w = stride_w;
   g.layout = kernels.make_layout(groups, shape.group_in(), shape.group_out());
-  g.block = bundle_block(g.layout);
+  g.block = bundle_block(g.layout, channels_last);
   g.dw = out.data_ptr();
   g.dtype = dtype_of(out);
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each is worth at

@@ -1,13 +1,24 @@
 // Moves one row of an image, for some of its channels, between memory (any dtype, NHWC or NCHW) and a panel: floats,
 // [pixel][lane], with the lanes a whole number of vectors. Kernels only see panels.
+//
+// Rows are read in order, but in pieces that hardware prefetchers do not follow: the same piece of the next row is
+// asked for while one is read. (A prefetch past the end of the tensor is harmless.)
+
+constexpr int kForReading = 0;
+constexpr int kForWriting = 1;
+constexpr int kKeepInL2 = 2;
 
 template <class T>
 void read_row_nhwc(const T* from, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t lanes, float* panel) {
+  const int64_t next_row = pixels * pixel_stride;
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     const T* source = from + pixel * pixel_stride;
     float* target = panel + pixel * lanes;
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) store(target + c, load(source + c));
+    for (; c + kLanes <= channels; c += kLanes) {
+      __builtin_prefetch(source + next_row + c, kForReading, kKeepInL2);
+      store(target + c, load(source + c));
+    }
     if (c < channels) store(target + c, load_first(source + c, channels - c));
   }
 }
@@ -33,7 +44,9 @@ void read_row_nchw(const T* from, int64_t channel_stride, int64_t pixels, int64_
       Vec square[kLanes];
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        square[i] = i < count ? load_first(from + (c + i) * channel_stride + pixel, width) : Vec{};
+        const T* source = from + (c + i) * channel_stride + pixel;
+        __builtin_prefetch(source + pixels, kForReading, kKeepInL2);
+        square[i] = i < count ? load_first(source, width) : Vec{};
       }
       transpose(square);
       RESNEXT_UNROLL
@@ -57,7 +70,9 @@ void write_row_nchw(T* to, int64_t channel_stride, int64_t pixels, int64_t chann
       transpose(square);
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        if (i < count) store_first(to + (c + i) * channel_stride + pixel, square[i], width);
+        T* target = to + (c + i) * channel_stride + pixel;
+        __builtin_prefetch(target + pixels, kForWriting, kKeepInL2);
+        if (i < count) store_first(target, square[i], width);
       }
     }
   }

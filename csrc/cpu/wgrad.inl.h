@@ -125,7 +125,7 @@ RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) { return (g.x.w
 
 // Grad rows worked on together: narrow images would otherwise load and store the accumulators for a few pixels.
 RESNEXT_INLINE int64_t wgrad_rows(const WeightGradient& g) {
-  constexpr int64_t kPixels = 56;
+  constexpr int64_t kPixels = 49;
   const int64_t rows = kPixels / g.grad.width;
   return rows < 1 ? 1 : min_of(rows, kMaxRows);
 }
