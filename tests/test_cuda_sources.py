@@ -22,6 +22,13 @@ from .numerics import assert_close, exact
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["conv_launch.cu", "grouped_conv.cu", "wgrad_launch.cu"]
 ARCHITECTURES = ["sm_80", "sm_90a"]
+INSTANTIATIONS = {
+    "direct_conv": 6,  # 3 dtypes x 2 passes
+    "tensor_core_conv": 16,  # 2 dtypes x 2 passes x 2 strides x packed or not
+    "direct_wgrad": 3,
+    "tensor_core_wgrad": 4,  # 2 dtypes x 2 strides
+    "wgrad_reduce": 3,
+}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # resnext::cuda::Dtype
 HOPPER_SHARED, ADA_SHARED, TURING_SHARED = 227 * 1024, 99 * 1024, 64 * 1024
 OPS = ["fwd", "dgrad", "wgrad"]
@@ -84,6 +91,15 @@ class Emulator:
         return out
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The oracle's problems are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -109,3 +125,146 @@ def test_emulated_kernels_match_the_oracle(emulator: Emulator, case: Case, dtype
         got = emulator.run(op, case, integers, descending=True)
         torch.testing.assert_close(got, exact(op, case, integers).value.to(dtype), rtol=0, atol=0)
         assert_close(emulator.run(op, case, values), exact(op, case, values))
+
+
+@pytest.mark.parametrize("shared_memory", [HOPPER_SHARED, ADA_SHARED], ids=["hopper", "ada"])
+@pytest.mark.parametrize("groups", [1, 2], ids=["gw128", "gw64"])
+def test_wide_groups_fit_the_shared_memory_they_get(emulator: Emulator, groups: int, shared_memory: int):
+    """Fewer output tiles per block, down to the direct kernel, must not change the result."""
+    case = Case("wide", 1, 128, 128, 3, 34, groups, bias=True)
+    tensors = make_tensors(case, torch.bfloat16, channels_last=True, integers=True)
+    for op in OPS:
+        got = emulator.run(op, case, tensors, shared_memory=shared_memory)
+        torch.testing.assert_close(got, exact(op, case, tensors).value.bfloat16(), rtol=0, atol=0)
+
+
+def test_without_tensor_cores_or_alignment_the_direct_kernels_serve(emulator: Emulator):
+    case = Case("fallback", 1, 16, 16, 4, 5, 4)
+    tensors = make_tensors(case, torch.float16, channels_last=True, integers=True)
+    shifted = dict(tensors)
+    for name in ("x", "grad"):  # the same values, two bytes off a 16-byte boundary
+        values = tensors[name]
+        storage = torch.empty(values.numel() + 1, dtype=values.dtype)
+        shifted[name] = torch.as_strided(storage, values.shape, values.stride(), 1).copy_(values)
+        assert shifted[name].data_ptr() % 16 != 0
+    for op in OPS:
+        expected = exact(op, case, tensors).value.half()
+        got = emulator.run(op, case, tensors, shared_memory=TURING_SHARED, tensor_cores=False)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        torch.testing.assert_close(emulator.run(op, case, shifted), expected, rtol=0, atol=0)
+
+
+def test_tensor_cores_serve_the_shapes_they_are_for(emulator: Emulator):
+    """Otherwise the tests above would pass on the direct kernels alone."""
+    for width, channels in [(1, 64), (2, 64), (4, 128), (8, 256), (16, 512), (32, 1024), (64, 256), (112, 448)]:
+        case = Case("served", 1, channels, channels, 7, 7, channels // width)
+        assert emulator.uses_tensor_cores(case, torch.float16), case
+        assert emulator.uses_tensor_cores(case, torch.bfloat16), case
+        assert not emulator.uses_tensor_cores(case, torch.float32), case
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=["stride1", "stride2"])
+@pytest.mark.parametrize("width", [1, 4, 8], ids=lambda width: f"gw{width}")
+def test_nan_and_inf_stay_in_their_group(emulator: Emulator, width: int, stride: tuple[int, int], bad: float):
+    """Groups share a matrix tile; a bad value must reach exactly the results that PyTorch's definition says."""
+    case = Case("bad-value", 1, 16, 16, 5, 6, 16 // width, stride, True)
+    for name, op, channel in [("x", "fwd", 3), ("grad", "dgrad", 9), ("weight", "fwd", 5), ("x", "wgrad", 3)]:
+        tensors = make_tensors(case, torch.float16, channels_last=True)
+        position = (channel, 0, 1, 1) if name == "weight" else (0, channel, 2, 2)
+        tensors[name][position] = bad
+        expected = exact(op, case, tensors)
+        got = emulator.run(op, case, tensors).double()
+        finite = expected.value.isfinite()
+        assert not finite.all()
+        torch.testing.assert_close(got[~finite], expected.value[~finite], rtol=0, atol=0, equal_nan=True)
+        tensors[name][position] = 0.0
+        clean = exact(op, case, tensors)
+        bound = torch.finfo(torch.float16).eps / 2 * clean.value.abs() + (clean.terms + 1) * 2.0**-24 * clean.magnitude
+        error = (got - clean.value).abs()
+        assert (error <= bound + 2.0**-25)[finite].all()
+
+
+def test_same_call_same_bits(emulator: Emulator):
+    case = Case("repeat", 3, 32, 32, 9, 7, 8)
+    tensors = make_tensors(case, torch.float16, channels_last=True)
+    for op in OPS:
+        first, second = emulator.run(op, case, tensors), emulator.run(op, case, tensors, descending=True)
+        assert torch.equal(first.view(torch.int16), second.view(torch.int16))
+
+
+def find_cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton carries."""
+    try:
+        from triton import backends
+    except ImportError:
+        return shutil.which("cuobjdump")
+    carried = Path(backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or shutil.which(str(carried))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports about one kernel."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def parse_ptxas(log: str) -> list[Kernel]:
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    return [Kernel(m[1], int(m[4]), int(m[2]), int(m[3])) for m in pattern.finditer(log)]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Kernel]]]:
+    """Every CUDA source compiled for every architecture: object file and ptxas' report."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp("nvcc")
+    # USE_CUDA opens the CUDA part of PyTorch's stable C interface.
+    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
+    includes = [f"-isystem={path}" for path in include_paths()]
+
+    def compile_source(name: str) -> tuple[Path, list[Kernel]]:
+        target = folder / f"{name}.o"
+        command = ["nvcc", *flags, *targets, *includes, "-Xptxas", "-v", "-Xcompiler", "-fPIC", "-c"]
+        done = subprocess.run(
+            [*command, str(ROOT / "csrc/cuda" / name), "-o", str(target)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return target, parse_ptxas(done.stdout + done.stderr)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SOURCES, pool.map(compile_source, SOURCES), strict=True))
+
+
+def test_sources_compile_without_spills(compiled: dict[str, tuple[Path, list[Kernel]]]):
+    kernels = [kernel for _, reports in compiled.values() for kernel in reports]
+    assert len(kernels) == len(ARCHITECTURES) * sum(INSTANTIATIONS.values())
+    spilled = [kernel for kernel in kernels if kernel.stack_bytes or kernel.spill_bytes]
+    assert not spilled
+
+
+def test_tensor_core_kernels_use_tensor_cores(compiled: dict[str, tuple[Path, list[Kernel]]]):
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump")
+    seen = 0
+    for name in ("conv_launch.cu", "wgrad_launch.cu"):
+        listing = subprocess.run(
+            [cuobjdump, "-sass", str(compiled[name][0])], capture_output=True, text=True, check=True
+        )
+        for function in listing.stdout.split("Function : ")[1:]:
+            symbol = function.split(maxsplit=1)[0]
+            assert ("HMMA.16816.F32" in function) == ("tensor_core" in symbol), symbol
+            assert ("LDGSTS" in function) == ("tensor_core" in symbol), symbol  # cp.async
+            seen += "tensor_core" in symbol
+    assert seen == len(ARCHITECTURES) * sum(n for name, n in INSTANTIATIONS.items() if "tensor_core" in name)

@@ -46,7 +46,7 @@ __device__ __forceinline__ int64_t source_coordinate(int64_t out, int tap, int s
 }
 
 template <typename T, bool kDgrad>
-__global__ void __launch_bounds__(kDirectThreads)
+__global__ void __launch_bounds__(kDirectThreads, 2)
     direct_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, const T* __restrict__ bias,
                        T* __restrict__ out, GatherShape shape) {
   constexpr int kDepth = 8;  // source channels per pass through shared memory

@@ -18,7 +18,7 @@ constexpr int kReduceRows = 8;
 
 // partial (splits, C_out, C_in/groups, 3, 3)
 template <typename T>
-__global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize)
+__global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize, 2)
     direct_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
                         GroupedConvShape shape, int splits) {
   constexpr int kTaps = 9;

@@ -47,7 +47,8 @@ using RowAxis = Axis<kPass, kStride, kStride == 1 ? 2 : 1>;
 template <Pass kPass, int kStride>
 using ColAxis = Axis<kPass, kStride, 1>;
 
-// Cuts (batch, image) into strips and bands. Sizes of one axis stay below 2^30 (launchers check).
+// Cuts (batch, image) into strips and bands. A row (width * channels)
+// stays below 2^30 elements (launchers check).
 struct StripGrid {
   int64_t batch;
   int source_height, source_width;
@@ -118,8 +119,7 @@ __host__ __device__ constexpr int pixel_pitch(int channels) { return channels * 
 template <typename T>
 struct RowStager {
   const T* base;  // at this thread's 8 channels
-  int64_t row_stride;
-  int height, pitch, granule_bytes;
+  int row_stride, height, pitch, granule_bytes;
   int first_pixel, pixel_step;
   bool channels_valid;
 
@@ -134,7 +134,7 @@ struct RowStager {
     }
     base = tensor + channel + granule * 8;
     channels_valid = channel + granule * 8 < channels;
-    row_stride = static_cast<int64_t>(width) * channels;
+    row_stride = width * channels;
     height = rows;
     pitch = pixel_pitch(count);
     granule_bytes = granule * 16;
@@ -142,7 +142,7 @@ struct RowStager {
 
   __device__ void stage(uint32_t shared_row, const int64_t* offsets, int pixels, int row) const {
     const bool row_valid = channels_valid && row >= 0 && row < height;
-    const T* row_base = base + (row_valid ? row * row_stride : 0);
+    const T* row_base = base + (row_valid ? static_cast<int64_t>(row) * row_stride : 0);
     for (int p = first_pixel; p < pixels; p += pixel_step) {
       const int64_t offset = offsets[p];
       const bool valid = row_valid && offset >= 0;

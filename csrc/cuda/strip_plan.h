@@ -16,11 +16,11 @@ static_assert(sizeof(StripTables) <= kStaticSharedBytes);
 
 // What the tensor-core kernels need, besides enough shared memory.
 inline bool tensor_cores_serve(const GroupedConvShape& shape, Dtype dtype, const Device& device) {
-  constexpr int64_t kMaxAxis = int64_t{1} << 30;
+  constexpr int64_t kMaxRow = int64_t{1} << 30;
   const int64_t width = shape.group_in();
   const bool tiles = width <= kTile ? kTile % width == 0 && shape.in_channels % kTile == 0 : width % kTile == 0;
   return device.tensor_cores && dtype != Dtype::kFloat && width == shape.group_out() && tiles &&
-         shape.stride_h == shape.stride_w && std::max({shape.height, shape.width, shape.in_channels}) < kMaxAxis;
+         shape.stride_h == shape.stride_w && shape.height < kMaxRow && shape.width < kMaxRow / shape.in_channels;
 }
 
 inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

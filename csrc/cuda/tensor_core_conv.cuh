@@ -89,7 +89,7 @@ __device__ __forceinline__ bool any_nan(const Values& values) {
 }
 
 template <typename T, Pass kPass, int kStride, bool kPacked>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>::kParity ? 3 : 4)
     tensor_core_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, const T* __restrict__ bias,
                             T* __restrict__ out, TensorCoreConvShape shape) {
   using Rows = RowAxis<kPass, kStride>;
@@ -146,12 +146,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     tile_address[m] = pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
   }
   const int lane_channel = channel + lane % 4 * 4;
-  float shift[4] = {};
-  if (bias != nullptr && active) {
-    for (int c = 0; c < 4; ++c) {
-      shift[c] = static_cast<float>(bias[lane_channel + c]);
-    }
-  }
 
   int head = 0;  // ring slot of the step's first source row
   for (int step = 0; step < unit.steps; ++step) {
@@ -216,6 +210,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
         return out + offset + (static_cast<int64_t>(row) * grid.out_width + h) * shape.channels + lane_channel;
       };
       if (!mixed) {
+        float shift[4] = {};
+        if (bias != nullptr) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            shift[c] = static_cast<float>(bias[lane_channel + c]);
+          }
+        }
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
 #pragma unroll

@@ -16,6 +16,9 @@
 
 namespace resnext::cuda {
 
+// Resident at once, by registers (up to 168) and shared memory (47 kB at 32 positions x 64 channels).
+constexpr int kWgradBlocksPerMultiprocessor = 3;
+
 struct TensorCoreWgradShape {
   StripGrid grid;
   int channels;       // of grad and of x
@@ -29,7 +32,7 @@ struct TensorCoreWgradShape {
 
 // partial (splits, C_out, C_in/groups, 3, 3)
 template <typename T, int kStride>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiprocessor)
     tensor_core_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
                              TensorCoreWgradShape shape) {
   using Rows = RowAxis<Pass::kForward, kStride>;

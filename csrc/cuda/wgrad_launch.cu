@@ -33,10 +33,8 @@ TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, int64_t 
   return problem;
 }
 
-int64_t wanted_blocks(const Device& device) {
-  constexpr int kBlocksPerMultiprocessor = 4;  // resident together: more would only add partial sums
-  return int64_t{device.multiprocessors} * kBlocksPerMultiprocessor;
-}
+// One wave of blocks: more would only add partial sums.
+int64_t wanted_blocks(const Device& device) { return int64_t{device.multiprocessors} * kWgradBlocksPerMultiprocessor; }
 
 template <int kStride>
 WgradPlan tensor_core_plan(const GroupedConvShape& shape, const Device& device) {

@@ -1,8 +1,10 @@
 // The scheduler behind cuda_emulation.h: one block at a time, its threads as fibers.
 #include "cuda_emulation.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -17,11 +19,13 @@ struct Copy {
   const void* source;
 };
 
+// Started once by ucontext, then switched by setjmp, which unlike swapcontext makes no system call; runs block after
+// block.
 struct Fiber {
-  ucontext_t context;
+  jmp_buf resume;
   std::unique_ptr<unsigned char[]> stack;
   std::vector<Copy> copies;
-  bool done;
+  bool done;  // with the present block
 };
 
 // Counts arrivals; the last of `size` opens the barrier by moving to the next generation.
@@ -35,10 +39,10 @@ struct Warp {
   void* operands[kLanes];
 };
 
-std::vector<Fiber> fibers;
+std::deque<Fiber> fibers;  // never moved
 std::vector<Warp> warps;
 Barrier block;
-ucontext_t scheduler;
+jmp_buf scheduler;
 int current;
 bool descending_order = false;
 bool progress;  // whether any fiber arrived somewhere or ended since the round began
@@ -51,7 +55,19 @@ const std::function<void()>* body;
   std::abort();
 }
 
-void yield() { swapcontext(&fibers[current].context, &scheduler); }
+void yield() {
+  if (_setjmp(fibers[current].resume) == 0) {
+    _longjmp(scheduler, 1);
+  }
+}
+
+void resume(int fiber) {
+  current = fiber;
+  threadIdx.x = fiber;
+  if (_setjmp(scheduler) == 0) {
+    _longjmp(fibers[fiber].resume, 1);
+  }
+}
 
 template <typename OnLast>
 void arrive_and_wait(Barrier& barrier, int size, OnLast on_last) {
@@ -69,36 +85,48 @@ void arrive_and_wait(Barrier& barrier, int size, OnLast on_last) {
 }
 
 void fiber_main() {
-  (*body)();
-  if (!fibers[current].copies.empty()) {
-    fail("a thread ended with asynchronous copies in flight");
+  for (yield();; yield()) {
+    (*body)();
+    if (!fibers[current].copies.empty()) {
+      fail("a thread ended with asynchronous copies in flight");
+    }
+    fibers[current].done = true;
+    progress = true;
   }
-  fibers[current].done = true;
-  progress = true;
-  yield();
+}
+
+void start_fibers(int count) {
+  while (static_cast<int>(fibers.size()) < count) {
+    current = static_cast<int>(fibers.size());
+    fibers.emplace_back();
+    Fiber& fiber = fibers.back();
+    fiber.stack.reset(new unsigned char[kStackBytes]);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, fiber_main, 0);
+    if (_setjmp(scheduler) == 0) {
+      setcontext(&context);
+    }
+  }
 }
 
 void run_block(int threads) {
-  std::memset(shared_memory, 0xff, sizeof(shared_memory));  // NaN in float, half and bfloat16
+  std::memset(shared_memory, 0xff, shared_bytes);  // NaN in float, half and bfloat16
   warps.assign((threads + kLanes - 1) / kLanes, Warp{});
   block = Barrier{};
-  for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-    fiber.done = false;
+  for (int i = 0; i < threads; ++i) {
+    fibers[i].done = false;
   }
   for (int remaining = threads; remaining > 0;) {
     progress = false;
     for (int i = 0; i < threads; ++i) {
-      current = descending_order ? threads - 1 - i : i;
-      Fiber& fiber = fibers[current];
-      if (!fiber.done) {
-        threadIdx.x = current;
-        swapcontext(&scheduler, &fiber.context);
-        remaining -= fiber.done;
+      const int fiber = descending_order ? threads - 1 - i : i;
+      if (!fibers[fiber].done) {
+        resume(fiber);
+        remaining -= fibers[fiber].done;
       }
     }
     if (!progress) {
@@ -115,12 +143,7 @@ void run_grid(int64_t blocks, int threads, size_t bytes, const std::function<voi
   }
   shared_bytes = bytes;
   body = &thread;
-  fibers.resize(threads);
-  for (Fiber& fiber : fibers) {
-    if (!fiber.stack) {
-      fiber.stack.reset(new unsigned char[kStackBytes]);
-    }
-  }
+  start_fibers(threads);
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = threads;
   for (int64_t i = 0; i < blocks; ++i) {
