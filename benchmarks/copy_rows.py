@@ -10,8 +10,10 @@ neighbouring channel blocks run at the same time (``channels fastest``).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import environment
@@ -75,11 +77,11 @@ def main() -> int:
         return 2
     device = torch.device("cuda")
     x = torch.randn(2**21, CHANNELS, device=device).to(torch.bfloat16)  # 1 GiB, far beyond any L2
-    calls = {"torch clone": x.clone}
+    calls: dict[str, Callable[[], torch.Tensor]] = {"torch clone": x.clone}
     for block_channels in BLOCK_CHANNELS:
         for order in ("channels", "rows"):
             name = f"{block_channels * x.element_size():>3} B, {order} fastest"
-            calls[name] = lambda width=block_channels, fastest=order == "channels": copy_rows(x, width, fastest)
+            calls[name] = functools.partial(copy_rows, x, block_channels, order == "channels")
     for name, call in calls.items():
         if not torch.equal(call(), x):
             print(f"copy_rows.py: WRONG: {name} is not a copy", file=sys.stderr)

@@ -20,7 +20,6 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import contenders  # noqa: E402
-import gpu_round  # noqa: E402
 import grouped_conv  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
@@ -356,63 +355,6 @@ def test_without_resnext_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [NotInstalled, *sys.meta_path])
     with pytest.raises(SystemExit, match="pip install --no-build-isolation -e"):
         runpy.run_path(str(BENCHMARKS / "contenders.py"))
-
-
-def test_gpu_round_without_a_gpu(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_round.py", str(tmp_path / "out")])
-    assert gpu_round.main() == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def short_round(monkeypatch, tmp_path):
-    """A round of four commands on a pretended GPU; returns its exit code, summary and output folder."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu_round.environment, "describe", lambda device: {"device": device.type})
-    monkeypatch.setattr(gpu_round, "GRACE_SECONDS", 2.0)
-    steps = [
-        gpu_round.Step("broken", ["-c", "raise SystemExit(3)"], 30),
-        gpu_round.Step("slow", ["-c", "import time; time.sleep(60)"], 1),
-        gpu_round.Step("builds", ["-c", "import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])"], 30),
-        gpu_round.Step("late", ["-c", "print('never')"], 0),
-    ]
-    monkeypatch.setattr(gpu_round, "steps", lambda out: steps)
-    monkeypatch.setattr(sys, "argv", ["gpu_round.py", str(tmp_path)])
-    (tmp_path / "summary.json").write_text("of an earlier round")
-    (tmp_path / "notes.json").write_text("someone else's")
-    code = gpu_round.main()
-    return code, json.loads((tmp_path / "summary.json").read_text()), tmp_path
-
-
-def test_gpu_round_goes_on_after_a_failure(short_round):
-    code, summary, out = short_round
-    assert code == 1
-    statuses = {step["step"]: step["status"] for step in summary["steps"]}
-    assert statuses == {"broken": "failed (3)", "slow": "out of time", "builds": "passed", "late": "not started"}
-    assert (out / "round.log").read_text().splitlines()[-1] == "9.0"
-    assert (out / "notes.json").exists()
-
-
-def test_gpu_round_writes_eight_files_at_most(tmp_path):
-    steps = gpu_round.steps(tmp_path)
-    files = {step.log for step in steps} | {"summary.json"}
-    files |= {
-        Path(argument).name for step in steps for argument in step.arguments if argument.startswith(str(tmp_path))
-    }
-    assert len(files) == 8
-    assert all(any(Path(name).match(pattern) for pattern in gpu_round.WRITTEN) for name in files)
-
-
-def test_gpu_round_gives_the_benchmark_arguments_it_takes(tmp_path):
-    for step in gpu_round.steps(tmp_path):
-        script, *arguments = step.arguments
-        if script == "benchmarks/grouped_conv.py":
-            known = grouped_conv._parser().parse_args(arguments)
-            assert shapes.select_layers(known.layers.split(",")) == list(NETWORKS["resnext50_32x4d"])
-            assert set(known.baseline.split(",")) <= set(contenders.BASELINES)
 
 
 def test_copy_rows_copies():
