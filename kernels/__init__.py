@@ -10,6 +10,7 @@ if __name__ != "resnext.kernels":
         "run from another folder if you meant the `kernels` package from PyPI"
     )
 
+from . import flops  # noqa: F401  registers what FLOP counters count
 from .dispatch import BackendError, explain, use_backend
 from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
 

@@ -48,8 +48,10 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def output_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``F.conv2d`` returns channels_last: if the input or the weight is, except in float64."""
-    return x.dtype != torch.float64 and (is_channels_last(x) or is_channels_last(weight))
+    """Whether ``F.conv2d`` returns channels_last: if the input or the weight is, except on GPUs in float64."""
+    if x.dtype == torch.float64 and x.device.type == "cuda":
+        return False
+    return is_channels_last(x) or is_channels_last(weight)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import checks, dispatch
 
@@ -66,7 +65,7 @@ def grouped_conv2d(
     Returns:
         (N, C_out, H_out, W_out), or (C_out, H_out, W_out) for a 3-D input, with H_out = floor((H + 2 * padding -
         dilation * (kernel_h - 1) - 1) / stride) + 1. channels_last where ``F.conv2d`` returns channels_last: if x or
-        weight is, and the dtype is not float64.
+        weight is (on GPUs not in float64).
 
     Raises:
         RuntimeError, TypeError, ValueError: Whatever ``F.conv2d`` raises for the same arguments, with what was
@@ -76,7 +75,7 @@ def grouped_conv2d(
     Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2017, figure 3(c).
     """
     if isinstance(x, Tensor) and isinstance(weight, Tensor):
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]  # a Tensor stays one
     if message := checks.invalid_conv2d(x, weight, bias, stride, padding, dilation, groups):
         return _left_to_pytorch(message, x, weight, bias, stride, padding, dilation, groups)
     strides = checks.pair(stride)
@@ -360,18 +359,3 @@ def _register(name: str, kernel, fake, function: type[torch.autograd.Function]) 
 _register("_grouped_conv2d_fwd", _fwd, _fake_fwd, _Fwd)
 _register("_grouped_conv2d_dgrad", _dgrad, _fake_dgrad, _Dgrad)
 _register("_grouped_conv2d_wgrad", _wgrad, _fake_wgrad, _Wgrad)
-
-
-@register_flop_formula(_OPS._grouped_conv2d_fwd)
-def _fwd_flops(x_shape, weight_shape, *_, out_shape, **__) -> int:
-    return conv_flop_count(x_shape, weight_shape, out_shape)
-
-
-@register_flop_formula(_OPS._grouped_conv2d_dgrad)
-def _dgrad_flops(grad_shape, weight_shape, *_, out_shape, **__) -> int:
-    return conv_flop_count(out_shape, weight_shape, grad_shape)
-
-
-@register_flop_formula(_OPS._grouped_conv2d_wgrad)
-def _wgrad_flops(grad_shape, x_shape, *_, out_shape, **__) -> int:
-    return conv_flop_count(x_shape, out_shape, grad_shape)

@@ -1,0 +1,39 @@
+"""What FlopCounterMode, and the tools built on it, count for our operators: PyTorch's own figures for conv2d."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from . import ops  # noqa: F401  defines the operators
+
+# The import looks for Triton and logs a warning where a CUDA build of torch comes without it.
+_logger = logging.getLogger("torch.utils.flop_counter")
+_level = _logger.level
+_logger.setLevel(logging.ERROR)
+from torch.utils import flop_counter  # noqa: E402
+
+_logger.setLevel(_level)
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._grouped_conv2d_fwd)
+def _fwd_flops(x_shape, weight_shape, *_, out_shape, **__) -> int:
+    return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape)
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._grouped_conv2d_dgrad)
+def _dgrad_flops(grad_shape, weight_shape, *_, out_shape, **__) -> int:
+    return _backward_flops(grad_shape, out_shape, weight_shape, (True, False, False), (out_shape, None, None))
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._grouped_conv2d_wgrad)
+def _wgrad_flops(grad_shape, x_shape, *_, out_shape, **__) -> int:
+    return _backward_flops(grad_shape, x_shape, out_shape, (False, True, False), (None, out_shape, None))
+
+
+def _backward_flops(grad_shape, x_shape, weight_shape, mask, out_shapes) -> int:
+    """PyTorch's own count, so that both models report one figure (as of 2.13, PyTorch counts wgrad `groups` times)."""
+    unused = (None,) * 4
+    count = flop_counter.flop_registry[torch.ops.aten.convolution_backward]
+    return count(grad_shape, x_shape, weight_shape, *unused, False, None, None, mask, out_val=out_shapes)

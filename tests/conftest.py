@@ -1,0 +1,63 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-configs",
+        action="store_true",
+        help="compile every Triton launch setting ahead of time, not just the representative ones (slow)",
+    )
+
+
+def _let_torchvision_import() -> None:
+    """Define the operators whose absence stops torchvision's CUDA build from importing beside a CPU build of torch."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept.append(library)
+
+
+_kept: list[torch.library.Library] = []
+_let_torchvision_import()
+
+# A `with torch.device(...)` block knows the allocating functions by identity, as they are at its first use in the
+# process: that use is here, so that it finds PyTorch's own torch.empty and not the one below.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty allocates with NaN, so that an element that a kernel forgets to write shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device("cuda")

@@ -1,0 +1,216 @@
+"""Which backend serves what, how to force one, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from resnext import explain, grouped_conv2d, use_backend
+from resnext.kernels import BackendError, dispatch, extension
+
+X, W = torch.randn(2, 8, 5, 6), torch.randn(8, 2, 3, 3)
+CPU = torch.device("cpu")
+
+
+def problem(**changes):
+    fields = {
+        "op": "fwd",
+        "input_shape": (2, 8, 5, 6),
+        "weight_shape": (8, 2, 3, 3),
+        "stride": (1, 1),
+        "groups": 4,
+        "dtype": torch.float32,
+        "device": CPU,
+        "channels_last": False,
+    }
+    return dispatch.problem_of(**(fields | changes))
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_automatic_choice_takes_the_first_that_fits(monkeypatch):
+    dispatch._automatic.cache_clear()
+    served = {"triton": "no triton", "cuda": "no cuda", "cpu": None, "torch": None}
+    monkeypatch.setattr(dispatch, "unsupported", lambda name, *_: served[name])
+    monkeypatch.setattr(dispatch, "not_chosen", lambda *_: None)
+    assert dispatch._automatic(problem(), CPU) == "cpu"
+    dispatch._automatic.cache_clear()
+    served["triton"] = None
+    assert dispatch._automatic(problem(), CPU) == "triton"
+    dispatch._automatic.cache_clear()
+
+
+def test_torch_serves_everything():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert dispatch.unsupported("torch", problem(dtype=dtype), CPU) is None
+
+
+def test_float64_is_left_to_torch():
+    for name in ("triton", "cuda", "cpu"):
+        assert "float64" in dispatch.unsupported(name, problem(dtype=torch.float64), CPU)
+    assert dispatch._automatic(problem(dtype=torch.float64), CPU) == "torch"
+
+
+def test_forced_backend_is_used_and_restored(monkeypatch):
+    from resnext.kernels import reference
+
+    calls = []
+    original = reference.fwd
+    monkeypatch.setattr(reference, "fwd", lambda *a: (calls.append(1), original(*a))[1])
+    with use_backend("torch"):
+        assert dispatch.forced_backend() == "torch"
+        grouped_conv2d(X, W, groups=4)
+    assert calls == [1]
+    assert dispatch.forced_backend() == (None if (f := os.environ.get("RESNEXT_BACKEND", "auto")) == "auto" else f)
+
+
+def test_forced_backend_is_restored_after_an_error():
+    before = dispatch.forced_backend()
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
+    assert dispatch.forced_backend() == before
+
+
+def test_forced_backend_that_does_not_fit_raises_with_its_reason():
+    with use_backend("cuda"), pytest.raises(BackendError, match=r"the cuda backend .* fwd: the tensors are on cpu;"):
+        grouped_conv2d(X, W, groups=4)
+    with use_backend("cpu"), pytest.raises(BackendError, match=r"cannot serve this call: dilation is \(2, 2\), not 1"):
+        grouped_conv2d(X, W, groups=4, dilation=2)
+    with use_backend("cpu"), pytest.raises(BackendError, match="the dtype is torch.float64"):
+        grouped_conv2d(X.double(), W.double(), groups=4)
+
+
+def test_forced_backend_reaches_backward():
+    x = X.clone().requires_grad_()
+    y = grouped_conv2d(x, W, groups=4)
+    with use_backend("cuda"), pytest.raises(BackendError, match="cannot serve this dgrad"):
+        y.sum().backward()
+
+
+def test_forced_torch_takes_what_is_not_ours_too():
+    with use_backend("torch"):
+        assert grouped_conv2d(X, W, groups=4, dilation=2).shape == (2, 8, 3, 4)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="use_backend: expected one of auto, triton, cuda, cpu, torch, got 'cudnn'"):
+        use_backend("cudnn").__enter__()
+
+
+def test_environment_forces_a_backend():
+    code = "import torch, resnext; print(resnext.explain(torch.ones(1, 4, 3, 3), torch.ones(4, 2, 3, 3), groups=2))"
+    result = run_python(code, RESNEXT_BACKEND="torch")
+    assert result.returncode == 0, result.stderr
+    assert "fwd: torch" in result.stdout
+    assert "not cpu: torch is forced" in result.stdout
+
+
+def test_wrong_environment_is_an_error_with_the_names():
+    code = "import torch, resnext; resnext.grouped_conv2d(torch.ones(1, 4, 3, 3), torch.ones(4, 2, 3, 3), groups=2)"
+    result = run_python(code, RESNEXT_BACKEND="quick")
+    assert result.returncode != 0
+    assert "RESNEXT_BACKEND: expected one of auto, triton, cuda, cpu, torch, got 'quick'" in result.stderr
+
+
+def test_works_without_triton_and_without_the_extension(monkeypatch):
+    """What a machine with neither a compiler nor a GPU has: plain PyTorch, and no warning."""
+    monkeypatch.setattr(extension, "load", lambda: "the extension is not built")
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: "Triton is not installed")
+    dispatch._automatic.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = X.clone().requires_grad_()
+        grouped_conv2d(x, W, groups=4).sum().backward()
+        text = explain(X, W, groups=4)
+    dispatch._automatic.cache_clear()
+    assert text.count(": torch") == 3
+    assert "not triton: Triton is not installed" in text
+    assert "not cpu: the extension is not built" in text
+
+
+def test_without_triton_installed():
+    """Triton hidden from the import system: the package imports, computes, and says so."""
+    code = """
+import sys, importlib.abc
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="triton")
+sys.meta_path.insert(0, Hide())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import torch, resnext
+x, w = torch.ones(1, 4, 3, 3), torch.ones(4, 2, 3, 3)
+resnext.grouped_conv2d(x, w, groups=2)
+assert "triton" not in sys.modules
+print(resnext.explain(x, w, groups=2))
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert "not triton: Triton is not installed" in result.stdout
+
+
+def test_explain_names_what_is_left_to_pytorch():
+    text = explain(X, W, groups=4, dilation=2)
+    assert "every pass: plain PyTorch (F.conv2d): dilation is (2, 2), not 1" in text
+    assert "the kernel is 1x1, not 3x3" in explain(X, torch.randn(8, 8, 1, 1), padding=0)
+    assert "padding is 'valid', not 1" in explain(X, W, padding="valid", groups=4)
+    assert "stride is (3, 3)" in explain(X, W, stride=3, groups=4)
+    assert "nothing to compute" in explain(X[:0], W, groups=4)
+    assert "not floating-point" in explain(X.long(), W.long(), groups=4)
+
+
+def test_explain_reports_each_pass_and_every_reason():
+    text = explain(X, W, groups=4)
+    assert [line.split(":")[0].strip() for line in text.splitlines() if line.startswith("  ") and line[2] != " "] == [
+        "fwd",
+        "dgrad",
+        "wgrad",
+    ]
+    assert "not triton:" in text
+    assert "not cuda: the tensors are on cpu" in text
+    with use_backend("cuda"):
+        assert "fwd: an error" in explain(X, W, groups=4)
+
+
+def test_explain_takes_unbatched_input():
+    assert "fwd:" in explain(X[0], W, groups=4)
+
+
+def test_explain_refuses_an_invalid_call():
+    with pytest.raises(ValueError, match="explain: expected groups to divide C_out"):
+        explain(X, W, groups=3)
+
+
+def test_triton_that_does_not_start_is_a_reason_and_one_warning(monkeypatch):
+    """A GPU machine without a C compiler: the next backend serves, and the user hears of it once."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    from triton.runtime import driver
+
+    class Broken:
+        def get_current_device(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(driver, "_active", Broken(), raising=False)
+    dispatch._no_triton.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="Triton does not start .*Failed to find C compiler") as caught:
+            for _ in range(2):
+                assert "Failed to find C compiler" in dispatch._no_triton(torch.device("cuda", 0))
+        assert len(caught) == 1
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert "compute capability 7.5" in dispatch._no_triton(torch.device("cuda", 1))
+    finally:
+        dispatch._no_triton.cache_clear()

@@ -1,0 +1,100 @@
+"""Who may import whom, who reads the environment, and what importing the package does."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS, RESNEXT = ROOT / "kernels", ROOT / "resnext"
+STANDARD = sys.stdlib_module_names
+
+# module -> what it may import besides the standard library; "." stands before a sibling in kernels/.
+TRITON = {".config", "triton", "torch"}
+ALLOWED = {
+    "kernels/__init__": {".dispatch", ".ops", ".flops"},
+    "kernels/ops": {".checks", ".dispatch", "torch"},
+    "kernels/flops": {".ops", "torch"},
+    "kernels/dispatch": {".checks", ".config", ".extension", "torch", "triton"},
+    "kernels/checks": {"torch"},
+    "kernels/config": {"torch"},
+    "kernels/reference": {".checks", "torch"},
+    "kernels/extension": {"torch", "resnext._C"},
+    "kernels/grouped_conv": TRITON | {".grouped_conv_forward", ".grouped_conv_backward", ".grouped_conv_tiles"},
+    "kernels/grouped_conv_forward": TRITON | {".grouped_conv_tiles"},
+    "kernels/grouped_conv_backward": TRITON | {".grouped_conv_tiles"},
+    "kernels/grouped_conv_tiles": TRITON,
+    "resnext/__init__": {"resnext.kernels", "resnext.layers", "resnext.models"},
+    "resnext/layers": {"resnext.kernels", "torch"},
+    "resnext/blocks": {"resnext.layers", "torch"},
+    "resnext/models": {"resnext.blocks", "resnext.layers", "torch"},
+}
+MODULES = sorted(f"{folder.name}/{path.stem}" for folder in (KERNELS, RESNEXT) for path in folder.glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            if base in (".", "resnext"):  # `from . import ops` imports modules, not names
+                found |= {base.rstrip(".") + "." + alias.name for alias in node.names}
+            else:
+                found.add(base)
+    return {name for name in found if name.split(".")[0] not in STANDARD}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_layers(module):
+    assert module in ALLOWED, f"{module}.py is new: say in ALLOWED what it may import"
+    for name in imports(ROOT / f"{module}.py"):
+        top = name if name.startswith((".", "resnext")) else name.split(".")[0]
+        assert top in ALLOWED[module], f"{module}.py may not import {name}"
+
+
+def test_the_list_of_layers_has_no_module_that_is_gone():
+    assert set(ALLOWED) == set(MODULES)
+
+
+def test_layers_use_public_names_of_kernels_only():
+    for path in RESNEXT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "resnext.kernels":
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
+def test_only_dispatch_reads_the_environment():
+    readers = [
+        path.name
+        for folder in (KERNELS, RESNEXT)
+        for path in folder.glob("*.py")
+        if any(word in path.read_text() for word in ("os.environ", "getenv"))
+    ]
+    assert readers == ["dispatch.py"]
+
+
+def test_import_is_quiet_and_light():
+    """Importing prints nothing, and brings in neither the kernels' Triton file, nor the extension, nor other libraries."""
+    code = (
+        "import sys, torch\nfrom resnext import ResNeXt50Fused\n"
+        "loaded = [m for m in ('resnext._C', 'resnext.kernels.grouped_conv', 'torchvision', 'timm', 'numpy.testing',"
+        " 'matplotlib', 'torch._dynamo', 'torch._inductor') if m in sys.modules]\n"
+        "assert not loaded, loaded\nassert not torch.cuda.is_initialized()"
+    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_bare_kernels_package_refuses_to_be_imported():
+    """A folder named like a well-known package must not be taken for it."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    assert "ImportError: this folder is the package resnext.kernels, not 'kernels'" in result.stderr
