@@ -1,4 +1,4 @@
-"""What only a GPU can show: compiled Triton kernels and CUDA C++ against the oracle and cuDNN, streams, graphs, big tensors."""
+"""What only a GPU can show: compiled Triton kernels and CUDA C++ against the oracle, cuDNN, streams, graphs, sizes."""
 
 from __future__ import annotations
 
@@ -217,6 +217,8 @@ def test_more_than_2_31_elements(backend):
     x[1:-1] = 0
     ends = torch.cat([x[:1], x[-1:]])
     dw = grouped_conv2d_wgrad(x, x, 1, 32)
+    # Another order of summation: one rounding to float16 each, and random-walk float32 rounding of sums of |x|^2 < 3.
+    terms = 2 * size * size
     torch.testing.assert_close(
-        dw, grouped_conv2d_wgrad(ends, ends, 1, 32), rtol=2e-3, atol=2e-3 * dw.abs().max().item()
+        dw, grouped_conv2d_wgrad(ends, ends, 1, 32), rtol=2.0**-10, atol=2 * terms**0.5 * 2.0**-24 * 3 * terms
     )
