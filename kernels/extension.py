@@ -1,7 +1,7 @@
 """The launchers served by the compiled extension ``resnext._C`` (csrc): C++ on the CPU, CUDA C++ on GPUs.
 
-Both kinds of device share one set of operators, ``torch.ops.resnext_C``, which PyTorch's dispatcher sends to the kernels
-of the tensors' device. The operators only fill outputs; they are allocated here.
+Both kinds of device share one set of operators, ``torch.ops.resnext_C``: PyTorch's dispatcher sends them to the kernels
+of the tensors' device. The operators only fill outputs, which are allocated here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def load() -> str | None:
         importlib.import_module("resnext._C")
     except ImportError as error:
         raise RuntimeError(
-            f"resnext._C: expected an extension that loads with torch {torch.__version__}, got {error}; rebuild it with "
-            "`python setup.py build_ext --inplace`, or delete the file to do without it"
+            f"resnext._C: expected an extension that loads with torch {torch.__version__}, got {error}; rebuild it "
+            "with `python setup.py build_ext --inplace`, or delete the file to do without it"
         ) from error
     return None
 
