@@ -1,0 +1,52 @@
+"""README.md says what is true: its tables come from the committed results, its names and links exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import resnext
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_those_of_the_committed_results():
+    result = subprocess.run(
+        [sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_table_shows_each_ratio_of_the_results():
+    for path in re.findall(r"<!-- results: (\S+) -->", README):
+        rows = json.loads((ROOT / "benchmarks" / "results" / path).read_text())["rows"]
+        assert rows
+        for row in rows:
+            (line,) = [line for line in README.splitlines() if line.startswith(f"| {row['layer']} |")]
+            assert f"**{row['ratio']:.2f}**" in line
+
+
+def test_python_blocks_parse_and_import_what_exists():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "resnext":
+                assert not [alias.name for alias in node.names if not hasattr(resnext, alias.name)]
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_are_targets_of_the_makefile():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = re.findall(r"^    make (\w+)", README, re.MULTILINE)
+    assert commands == ["bench", "test"]
+    assert set(commands) <= set(targets)
