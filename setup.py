@@ -67,8 +67,10 @@ def extension() -> dict:
         flags["nvcc"] = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI]
         patterns, kind = [*patterns, "cuda/*.cu"], cpp_extension.CUDAExtension
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
+    module = kind("resnext._C", sources, depends=headers, extra_compile_args=flags, py_limited_api=True)
     return {
-        "ext_modules": [kind("resnext._C", sources, extra_compile_args=flags, py_limited_api=True)],
+        "ext_modules": [module],
         "cmdclass": {
             "build_ext": cpp_extension.BuildExtension.with_options(use_ninja=cpp_extension.is_ninja_available())
         },
