@@ -8,20 +8,22 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(device: torch.device) -> dict[str, object]:
+def describe(device: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and date, ready for JSON."""
-    described: dict[str, object] = {
+    described: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "cpus": os.cpu_count() or 1,
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

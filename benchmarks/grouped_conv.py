@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import contenders
 import environment
@@ -192,7 +192,7 @@ def _run(args: argparse.Namespace) -> int:
 def _publish(
     args: argparse.Namespace,
     rows: Sequence[report.Row],
-    about: dict[str, object],
+    about: dict[str, Any],
     roofline: Roofline,
     wrong: int,
     complete: bool,
@@ -201,11 +201,16 @@ def _publish(
     machine = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
     title = f"{machine}; torch {about['torch']}; {str(args.dtype).removeprefix('torch.')}, batch {args.batch}"
     print(
-        f"{title}; load average {about['load_average']} at the start\n"
+        f"{title}\n"
         f"roofline: copy {roofline.copy_bytes_per_second * 1e-9:.1f} GB/s, "
         f"matrix product {roofline.gemm_flops_per_second * 1e-12:.3f} TFLOP/s\n"
     )
     print(report.table(rows), report.summary(rows), sep="\n\n", flush=True)
+    if args.device.type == "cpu" and about["load_average"] > 0.5 * about["cpus"]:
+        print(
+            f"The machine was busy before the start (load average {about['load_average']} on {about['cpus']} CPUs): "
+            "where p20 and p80 lie far apart, the times are those of a thread waiting for a core"
+        )
     if wrong:
         print(f"{wrong} passes are WRONG and were not timed")
     if args.json is not None:
