@@ -1,6 +1,6 @@
 """One round on a GPU: build the extension, run the tests, run the benchmarks, leave the results in a folder.
 
-    python benchmarks/gpu_round.py out [--seconds 560]
+    python benchmarks/gpu_round.py [--out out] [--seconds 560]
 
 Uses the Python that runs it and needs no network. Each step has a time limit, and the round as a whole; a step that
 fails or runs out of time does not stop the next ones. Writes eight files at most: summary.json, round.log and tests.log
@@ -133,7 +133,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help="folder for logs and results; those of an earlier round are deleted")
+    parser.add_argument(
+        "--out", type=Path, default="out", help="folder for logs and results; those of an earlier round are deleted"
+    )
     parser.add_argument("--seconds", type=float, default=560.0, help="limit of the whole round (default: 560)")
     args = parser.parse_args()
     if not torch.cuda.is_available():

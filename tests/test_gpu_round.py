@@ -20,7 +20,7 @@ import shapes  # noqa: E402
 
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_round.py", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["gpu_round.py", "--out", str(tmp_path / "out")])
     assert gpu_round.main() == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -40,7 +40,7 @@ def short_round(monkeypatch, tmp_path):
         gpu_round.Step("late", ["-c", "print('never')"], 0),
     ]
     monkeypatch.setattr(gpu_round, "steps", lambda out: steps)
-    monkeypatch.setattr(sys, "argv", ["gpu_round.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu_round.py", "--out", str(tmp_path)])
     (tmp_path / "summary.json").write_text("of an earlier round")
     (tmp_path / "notes.json").write_text("someone else's")
     code = gpu_round.main()
