@@ -15,6 +15,7 @@ struct WgradRow {
   const float* x;     // [column][x_lanes], at the first pixel's first tap
 };
 
+// At least one row and one pixel: the loops test at their end, or GCC keeps the accumulators in memory between them.
 struct WgradArgs {
   const WgradRow* rows;
   int count;
@@ -34,10 +35,12 @@ RESNEXT_INLINE void rotating_wgrad(const WgradArgs& args, Indices<R...>) {
     RESNEXT_UNROLL
     for (int r = 0; r < kWidth; ++r) acc[s][r] = load(args.acc + (s * kWidth + r) * kLanes);
   }
-  for (int row = 0; row < args.count; ++row) {
+  int row = 0;
+  do {
     const float* x = args.rows[row].x;
     const float* grad = args.rows[row].grad;
-    for (int64_t q = 0; q < args.pixels; ++q, x += kStep * kLanes, grad += kLanes) {
+    int64_t q = 0;
+    do {
       const Vec value = load(grad);
       const Vec rotated[kWidth] = {rotate<kWidth, kWidth - R>(value)...};
       RESNEXT_UNROLL
@@ -46,8 +49,10 @@ RESNEXT_INLINE void rotating_wgrad(const WgradArgs& args, Indices<R...>) {
         RESNEXT_UNROLL
         for (int r = 0; r < kWidth; ++r) acc[s][r] += x_value * rotated[r];
       }
-    }
-  }
+      x += kStep * kLanes;
+      grad += kLanes;
+    } while (++q < args.pixels);
+  } while (++row < args.count);
   RESNEXT_UNROLL
   for (int s = 0; s < 3; ++s) {
     RESNEXT_UNROLL
@@ -69,10 +74,12 @@ void broadcast_wgrad_row(const WgradArgs& args) {
     RESNEXT_UNROLL
     for (int s = 0; s < 3; ++s) acc[o][s] = load(args.acc + (o * 3 + s) * kLanes);
   }
-  for (int row = 0; row < args.count; ++row) {
+  int row = 0;
+  do {
     const float* x = args.rows[row].x;
     const float* grad = args.rows[row].grad;
-    for (int64_t q = 0; q < args.pixels; ++q, x += kStep * args.x_lanes, grad += args.grad_lanes) {
+    int64_t q = 0;
+    do {
       Vec value[3];
       RESNEXT_UNROLL
       for (int s = 0; s < 3; ++s) value[s] = in_register(load(x + s * args.x_lanes));
@@ -82,8 +89,10 @@ void broadcast_wgrad_row(const WgradArgs& args) {
         RESNEXT_UNROLL
         for (int s = 0; s < 3; ++s) acc[o][s] += g * value[s];
       }
-    }
-  }
+      x += kStep * args.x_lanes;
+      grad += args.grad_lanes;
+    } while (++q < args.pixels);
+  } while (++row < args.count);
   RESNEXT_UNROLL
   for (int o = 0; o < kGradBlock; ++o) {
     RESNEXT_UNROLL
@@ -154,6 +163,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
       rows[count++] = {grad + (p - begin) * g.grad.width * grad_lanes(layout),
                        ring + row % wgrad_ring_rows(g) * g.block * wgrad_panel_size(g)};
     }
+    if (count == 0) continue;
     for (int64_t v = 0; v < vectors; ++v) {
       for (int64_t o = 0; o < grad_blocks; ++o) {
         WgradRow block_rows[kMaxRows];
