@@ -124,14 +124,12 @@ struct RowStager {
   bool channels_valid;
 
   // Stages channels [channel, channel + count) of a tensor of `channels` channels; those beyond the end become zeros.
+  // Where count / 8 does not divide the number of threads, those left over repeat a few copies.
   __device__ RowStager(const T* tensor, int rows, int width, int channels, int channel, int count) {
     const int granules = count / 8;
     const int granule = threadIdx.x % granules;
     pixel_step = blockDim.x / granules;
     first_pixel = threadIdx.x / granules;
-    if (first_pixel >= pixel_step) {
-      first_pixel = kMaxStripPixels;  // the threads left over where granules does not divide their number
-    }
     base = tensor + channel + granule * 8;
     channels_valid = channel + granule * 8 < channels;
     row_stride = width * channels;
@@ -140,13 +138,19 @@ struct RowStager {
     granule_bytes = granule * 16;
   }
 
-  __device__ void stage(uint32_t shared_row, const int64_t* offsets, int pixels, int row) const {
-    const bool row_valid = channels_valid && row >= 0 && row < height;
-    const T* row_base = base + (row_valid ? static_cast<int64_t>(row) * row_stride : 0);
+  // Stages rows row, row + 1, ... to the addresses shared_rows[0], shared_rows[1], ...
+  template <int kRows>
+  __device__ __forceinline__ void stage(const uint32_t (&shared_rows)[kRows], const int64_t* offsets, int pixels,
+                                        int row) const {
+    const T* const row_base = base + static_cast<int64_t>(row) * row_stride;
     for (int p = first_pixel; p < pixels; p += pixel_step) {
       const int64_t offset = offsets[p];
-      const bool valid = row_valid && offset >= 0;
-      cp_async_16(shared_row + p * pitch + granule_bytes, row_base + (valid ? offset : 0), valid);
+      const T* const pixel = row_base + offset;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool valid = channels_valid && offset >= 0 && row + i >= 0 && row + i < height;
+        cp_async_16(shared_rows[i] + p * pitch + granule_bytes, valid ? pixel + i * row_stride : base, valid);
+      }
     }
   }
 };

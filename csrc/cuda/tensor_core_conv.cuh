@@ -135,9 +135,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
   const uint32_t row_bytes = grid.pixels * pitch;
   const uint32_t ring = shared_address(shared) + weights_bytes;
   const int first_row = unit.first_step * Rows::advance + Rows::origin;
+  uint32_t first_rows[Rows::inputs];
+#pragma unroll
   for (int i = 0; i < Rows::inputs; ++i) {
-    stager.stage(ring + i * row_bytes, tables.source, grid.pixels, first_row + i);
+    first_rows[i] = ring + i * row_bytes;
   }
+  stager.stage(first_rows, tables.source, grid.pixels, first_row);
 
   uint32_t tile_address[kTiles];  // of this lane's ldmatrix row, relative to a staged row
 #pragma unroll
@@ -153,9 +156,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
     __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
     const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
     if (step + 1 < unit.steps) {
-      for (int i = Rows::inputs; i < kRing; ++i) {
-        stager.stage(ring + slot(i) * row_bytes, tables.source, grid.pixels, first_row + step * Rows::advance + i);
+      uint32_t next_rows[Rows::advance];
+#pragma unroll
+      for (int i = 0; i < Rows::advance; ++i) {
+        next_rows[i] = ring + slot(Rows::inputs + i) * row_bytes;
       }
+      stager.stage(next_rows, tables.source, grid.pixels, first_row + step * Rows::advance + Rows::inputs);
     }
     if (active) {
       float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
@@ -201,14 +207,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
       }
 
       const int first_output = (unit.first_step + step) * Rows::outputs;
-      const auto target = [&](int position, int v, int h) -> T* {  // null: outside the image
-        const int row = first_output + v;
-        const int64_t offset = tables.output[position];
-        if (offset < 0 || row >= grid.out_height || h >= tables.output_cols[position]) {
-          return nullptr;
-        }
-        return out + offset + (static_cast<int64_t>(row) * grid.out_width + h) * shape.channels + lane_channel;
-      };
+      const int row_stride = grid.out_width * shape.channels;
+      T* const out_row = out + static_cast<int64_t>(first_output) * row_stride + lane_channel;
       if (!mixed) {
         float shift[4] = {};
         if (bias != nullptr) {
@@ -221,15 +221,21 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
         for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
+            const int position = m * kTile + half * 8 + lane / 4;
+            const int64_t offset = tables.output[position];
+            T* const first = out_row + offset;
 #pragma unroll
             for (int v = 0; v < Rows::outputs; ++v) {
 #pragma unroll
               for (int h = 0; h < Cols::outputs; ++h) {
-                if (T* const pixel = target(m * kTile + half * 8 + lane / 4, v, h)) {
-                  const float* const low = acc[m][v][h][0] + half * 2;
-                  const float* const high = acc[m][v][h][1] + half * 2;
-                  *reinterpret_cast<PackedChannels*>(pixel) = {pack2<T>(low[0] + shift[0], low[1] + shift[1]),
-                                                               pack2<T>(high[0] + shift[2], high[1] + shift[3])};
+                const bool inside = offset >= 0 && first_output + v < grid.out_height &&
+                                    (h == 0 || h < tables.output_cols[position]);
+                const float* const low = acc[m][v][h][0] + half * 2;
+                const float* const high = acc[m][v][h][1] + half * 2;
+                const PackedChannels packed = {pack2<T>(low[0] + shift[0], low[1] + shift[1]),
+                                               pack2<T>(high[0] + shift[2], high[1] + shift[3])};
+                if (inside) {
+                  *reinterpret_cast<PackedChannels*>(first + v * row_stride + h * shape.channels) = packed;
                 }
               }
             }
@@ -241,9 +247,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
         for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
           const int position = e % kStripPositions;
           const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
-          T* const pixel = target(position, v, h);
+          const int64_t offset = tables.output[position];
+          const bool inside = offset >= 0 && first_output + v < grid.out_height && h < tables.output_cols[position];
 #pragma unroll 1
-          for (int c = 0; c < 4 && pixel != nullptr; ++c) {
+          for (int c = 0; c < 4 && inside; ++c) {
             const int o = lane_channel + c;
             const int group_channel = o / shape.group_width * shape.group_width;
             float sum = bias != nullptr ? static_cast<float>(bias[o]) : 0.0f;
@@ -258,7 +265,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
                        static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
               }
             }
-            pixel[c] = static_cast<T>(sum);
+            out_row[offset + v * row_stride + h * shape.channels + c] = static_cast<T>(sum);
           }
         }
       }

@@ -12,6 +12,8 @@
 // multiplied, or multiply zeros; the zero border of x turns a grad of Inf there into NaN, as in every implicit GEMM.
 #pragma once
 
+#include <type_traits>
+
 #include "strip.cuh"
 
 namespace resnext::cuda {
@@ -77,60 +79,79 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
     __syncthreads();
     const int first_row = unit.first_step * Rows::advance + Rows::origin;
     const int first_output = unit.first_step * Rows::outputs;
+    uint32_t first_x_rows[Rows::inputs], first_grad_rows[Rows::outputs];
+#pragma unroll
     for (int i = 0; i < Rows::inputs; ++i) {
-      x_stager.stage(x_ring + i * x_row_bytes, tables.source, grid.pixels, first_row + i);
+      first_x_rows[i] = x_ring + i * x_row_bytes;
     }
+#pragma unroll
     for (int v = 0; v < Rows::outputs; ++v) {
-      grad_stager.stage(grad_buffers + v * grad_row_bytes, tables.output, kStripPositions, first_output + v);
+      first_grad_rows[v] = grad_buffers + v * grad_row_bytes;
     }
+    x_stager.stage(first_x_rows, tables.source, grid.pixels, first_row);
+    grad_stager.stage(first_grad_rows, tables.output, kStripPositions, first_output);
 
     int head = 0;  // ring slot of the step's first row of x
     for (int step = 0; step < unit.steps; ++step) {
       cp_async_wait_all();
       __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
-      const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
-      const auto grad_row = [&](int s, int v) { return grad_buffers + (s % 2 * Rows::outputs + v) * grad_row_bytes; };
-      if (step + 1 < unit.steps) {
-        for (int i = Rows::inputs; i < kRing; ++i) {
-          x_stager.stage(x_ring + slot(i) * x_row_bytes, tables.source, grid.pixels, first_row + step * Rows::advance + i);
-        }
-        for (int v = 0; v < Rows::outputs; ++v) {
-          grad_stager.stage(grad_row(step + 1, v), tables.output, kStripPositions,
-                            first_output + (step + 1) * Rows::outputs + v);
-        }
+      uint32_t x_rows[kRing], grad_rows[2][Rows::outputs];  // this step's, then the next one's
+#pragma unroll
+      for (int i = 0; i < kRing; ++i) {
+        x_rows[i] = x_ring + (head + i < kRing ? head + i : head + i - kRing) * x_row_bytes;
       }
-      if (active) {
-        const int valid_rows = grid.out_height - first_output - step * Rows::outputs;
+#pragma unroll
+      for (int v = 0; v < Rows::outputs; ++v) {
+        grad_rows[0][v] = grad_buffers + (step % 2 * Rows::outputs + v) * grad_row_bytes;
+        grad_rows[1][v] = grad_buffers + ((step + 1) % 2 * Rows::outputs + v) * grad_row_bytes;
+      }
+      if (step + 1 < unit.steps) {
+        uint32_t next_x_rows[Rows::advance];
+#pragma unroll
+        for (int i = 0; i < Rows::advance; ++i) {
+          next_x_rows[i] = x_rows[Rows::inputs + i];
+        }
+        x_stager.stage(next_x_rows, tables.source, grid.pixels, first_row + step * Rows::advance + Rows::inputs);
+        grad_stager.stage(grad_rows[1], tables.output, kStripPositions, first_output + (step + 1) * Rows::outputs);
+      }
+
+      // One branch on the rows that exist, not one per product: mma wants the warp converged.
+      const auto accumulate = [&](auto valid_rows) {
+        constexpr int kRows = decltype(valid_rows)::value;
 #pragma unroll
         for (int m = 0; m < kStripPositions / kTile; ++m) {
-          uint32_t grad_tile[Rows::outputs][4];
+          uint32_t grad_tile[kRows][4];
           const int grad_position = m * kTile + lane % 8 + lane / 16 * 8;
 #pragma unroll
-          for (int v = 0; v < Rows::outputs; ++v) {
-            ldmatrix_x4<true>(grad_tile[v],
-                              grad_row(step, v) + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
+          for (int v = 0; v < kRows; ++v) {
+            ldmatrix_x4<true>(grad_tile[v], grad_rows[0][v] + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
           }
           const int pixel = tables.pixel[m * kTile + lane % kTile];
-          const uint32_t x_address = x_ring + pixel * pitch + in_tile * 2 + lane / kTile * 16;
+          const uint32_t x_offset = pixel * pitch + in_tile * 2 + lane / kTile * 16;
 #pragma unroll
           for (int i = 0; i < Rows::inputs; ++i) {
 #pragma unroll
             for (int j = 0; j < Cols::inputs; ++j) {
               uint32_t x_tile[4];
-              ldmatrix_x4<true>(x_tile, x_address + slot(i) * x_row_bytes + j * pitch);
+              ldmatrix_x4<true>(x_tile, x_rows[i] + x_offset + j * pitch);
 #pragma unroll
-              for (int v = 0; v < Rows::outputs; ++v) {
-                const int r = Rows::tap(v, i);
-                if (r < 0 || v >= valid_rows) {
+              for (int v = 0; v < kRows; ++v) {
+                if (Rows::tap(v, i) < 0) {
                   continue;
                 }
-                const int tap = r * 3 + Cols::tap(0, j);
+                const int tap = Rows::tap(v, i) * 3 + Cols::tap(0, j);
                 mma_m16n8k16<T>(acc[tap][0], grad_tile[v], x_tile[0], x_tile[1]);
                 mma_m16n8k16<T>(acc[tap][1], grad_tile[v], x_tile[2], x_tile[3]);
               }
             }
           }
         }
+      };
+      const bool odd_row = Rows::outputs > 1 && first_output + (step + 1) * Rows::outputs > grid.out_height;
+      if (active && !odd_row) {
+        accumulate(std::integral_constant<int, Rows::outputs>());
+      } else if (active) {
+        accumulate(std::integral_constant<int, 1>());
       }
       head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
     }
