@@ -112,8 +112,11 @@ class TapsConfig:
 
 
 Config = StripsConfig | TapsConfig
-MATRIX_WIDTH = 16  # Narrowest matrix product of 16-bit types; the channels that narrow groups are packed into.
-_PROGRAM_WAVES = 4  # Programs per resident program from which the last, half-full wave stops mattering.
+
+MATRIX_WIDTH = 16  # Channels that narrow groups are packed into: the least that 16-bit matrix units multiply.
+WIDEST_STRIPS = 32  # Wider groups are limited by arithmetic, and their nine weight tiles fill the registers.
+_WAVES = 4  # Programs per program that a device holds at once, from which a half-empty last wave stops mattering.
+_STRIPS_PER_SM = 10  # Warps of the strips kernels that one multiprocessor holds at 168-200 registers a thread.
 
 
 def round_up_to_block(channels: int) -> int:
@@ -123,76 +126,113 @@ def round_up_to_block(channels: int) -> int:
 
 def fits_strips(problem: ConvProblem) -> bool:
     """Whether the strips kernels serve ``problem``."""
-    return problem.stride in ((1, 1), (2, 2)) and max(problem.group_in, problem.group_out) <= 32
+    return problem.stride in ((1, 1), (2, 2)) and max(problem.group_in, problem.group_out) <= WIDEST_STRIPS
 
 
-def choose_config(problem: ConvProblem, arch: tuple[int, int] = (9, 0), num_sms: int = 132) -> Config:
+def choose_config(
+    problem: ConvProblem, *, allow_tf32: bool = True, arch: tuple[int, int] = (9, 0), num_sms: int = 132
+) -> Config:
     """Launch settings for one pass, from sizes alone.
 
     Args:
         problem: What to compute.
+        allow_tf32: Whether float32 products may be rounded to TF32.
         arch: Compute capability.
         num_sms: Streaming multiprocessors of the device.
 
     Returns:
-        `StripsConfig` where `fits_strips`, else `TapsConfig`.
+        `StripsConfig` where that form fits and its tiles fit the registers, else `TapsConfig`.
     """
-    return _choose_strips(problem, num_sms) if fits_strips(problem) else _choose_taps(problem, num_sms)
+    if not fits_strips(problem):
+        return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    if problem.dtype == torch.float32:
+        # Without TF32 there are no matrix units, and the operands of ordinary multiply-adds fill the registers; so do
+        # nine float32 accumulators 32 x 32 with float32 operands.
+        wide_wgrad = problem.op == "wgrad" and max(problem.group_in, problem.group_out) > MATRIX_WIDTH
+        if not allow_tf32 or wide_wgrad:
+            return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    return strips_config(problem, num_sms=num_sms)
 
 
-def candidates(problem: ConvProblem, arch: tuple[int, int] = (9, 0), num_sms: int = 132) -> list[Config]:
-    """Settings worth measuring for one pass, the heuristic's choice first; every one gives right results."""
-    chosen = choose_config(problem, arch, num_sms)
-    configs = [chosen]
+def candidates(
+    problem: ConvProblem, *, allow_tf32: bool = True, arch: tuple[int, int] = (9, 0), num_sms: int = 132
+) -> list[Config]:
+    """Settings worth measuring for one pass, the heuristic's choice first; each gives right results.
+
+    Args:
+        problem: What to compute.
+        allow_tf32: Whether float32 products may be rounded to TF32.
+        arch: Compute capability.
+        num_sms: Streaming multiprocessors of the device.
+    """
+    chosen = choose_config(problem, allow_tf32=allow_tf32, arch=arch, num_sms=num_sms)
+    configs: list[Config] = [chosen, taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)]
     if isinstance(chosen, StripsConfig):
-        for strip, block_m, num_stages in itertools.product((1, 2, 4), (16, 32), (1, 2, 3)):
-            configs.append(
-                replace(chosen, strip=strip, block_m=block_m, num_warps=block_m // 16, num_stages=num_stages)
-            )
+        for strip, block_m, num_warps, num_stages, division in itertools.product(
+            (1, 2, 4), (16, 32), (1, 2), (1, 2, 3), (1, 2)
+        ):
+            band = max(1, chosen.band // division)
+            settings = {"strip": strip, "band": band, "block_m": block_m, "num_warps": num_warps}
+            configs.append(replace(chosen, num_stages=num_stages, **settings))
+    else:
+        blocks_n = (chosen.block_n,) if chosen.merged > 1 else (32, 64, 128)
+        blocks_k = (chosen.block_k,) if chosen.merged > 1 else (16, 32, 64)
+        for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
+            (64, 128), blocks_n, blocks_k, (4, 8), (2, 3, 4)
+        ):
+            blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+            configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
     return list(dict.fromkeys(configs))
 
 
 def _merged_groups(problem: ConvProblem) -> int:
-    """As many groups as fit into one narrow matrix tile."""
+    """As many groups as one matrix tile of `MATRIX_WIDTH` holds."""
     return max(1, min(problem.groups, MATRIX_WIDTH // max(problem.group_in, problem.group_out)))
 
 
-def _walked_size(problem: ConvProblem) -> tuple[int, int]:
-    """Height and width of the image whose pixels the programs share out: the smaller of source and destination."""
-    return problem.out_height, problem.out_width
-
-
-def _choose_strips(problem: ConvProblem, num_sms: int) -> StripsConfig:
+def strips_config(problem: ConvProblem, *, num_sms: int = 132) -> StripsConfig:
+    """The heuristic's settings for the strips kernels; arguments as in `choose_config`."""
     merged = _merged_groups(problem)
+    block = round_up_to_block(merged * max(problem.group_in, problem.group_out))
+    # Accumulators and operands of a strip share 255 registers: wider tiles and wider types leave narrower strips.
+    strip = 4 if problem.stride == (1, 1) and problem.op != "wgrad" else 2
+    strip = max(1, strip * MATRIX_WIDTH // block * 2 // problem.dtype.itemsize)
+    height, width = problem.out_height, problem.out_width
+    while strip > 1 and math.ceil(width / strip) * strip * 7 > width * 8:  # at most an eighth of the columns idle
+        strip //= 2
+    block_m, num_warps = 16, block // MATRIX_WIDTH
     tiles = math.ceil(problem.groups / merged)
-    height, width = _walked_size(problem)
-    strip, block_m, num_warps, num_stages = 2, 16, 1, 2
-    strip = min(strip, 1 << (width - 1).bit_length())
-    blocks = tiles * math.ceil(problem.batch * math.ceil(width / strip) / block_m)
-    wanted = _PROGRAM_WAVES * num_sms * 10 // num_warps
-    bands = min(math.ceil(wanted / blocks), math.ceil(height / 4))
+    blocks_m = math.ceil(problem.batch * math.ceil(width / strip) / block_m)
+    wanted = _WAVES * num_sms * _STRIPS_PER_SM // num_warps
+    # Bands of one image share their border rows: no more of them than fill the device, none lower than four rows.
+    bands = max(1, min(math.ceil(wanted / (tiles * blocks_m)), height // 4))
     band = math.ceil(height / bands)
     splits = 1
     if problem.op == "wgrad":
-        work = blocks // tiles * math.ceil(height / band)
-        splits = min(work, math.ceil(wanted / tiles / 2))
+        work = blocks_m * math.ceil(height / band)
+        splits = min(work, math.ceil(wanted / _WAVES / tiles))
+    num_stages = 1 if problem.op == "wgrad" else 2
     return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits)
 
 
-def _choose_taps(problem: ConvProblem, num_sms: int) -> TapsConfig:
+def taps_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> TapsConfig:
+    """The heuristic's settings for the taps kernels; arguments as in `choose_config`."""
     merged = _merged_groups(problem)
     group_k, group_n = problem.group_in, problem.group_out
     if problem.op == "dgrad":
         group_k, group_n = group_n, group_k
-    block_n = min(64, round_up_to_block(merged * group_n))
-    if merged > 1 or problem.op == "wgrad":
-        block_k = min(64, round_up_to_block(merged * group_k))
-    else:
-        block_k = min((64, 32, 16), key=lambda block: (math.ceil(group_k / block) * block, -block))
-    splits = 1
-    pixels = problem.batch * problem.out_height * problem.out_width
+    tile_k, tile_n = merged * group_k, merged * group_n
+    block_n = min(64, round_up_to_block(tile_n))
+    # Without TF32, float32 operands and sums of ordinary multiply-adds take twice the registers.
+    block_m = 64 if problem.dtype != torch.float32 else 64 if allow_tf32 and problem.op != "wgrad" else 32
     if problem.op == "wgrad":
-        blocks = 3 * math.ceil(problem.groups / merged)
-        blocks *= math.ceil(merged * group_k / block_k) * math.ceil(merged * group_n / block_n)
-        splits = max(1, min(math.ceil(pixels / 256), math.ceil(_PROGRAM_WAVES * 2 * num_sms / blocks)))
-    return TapsConfig(merged, 64, block_n, block_k, 4, 3, splits)
+        block_k = min(64, round_up_to_block(tile_k))
+        blocks = 3 * math.ceil(problem.groups / merged) * math.ceil(tile_k / block_k) * math.ceil(tile_n / block_n)
+        steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
+        splits = min(math.ceil(steps / 4), math.ceil(_WAVES * 2 * num_sms / blocks))
+        return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=2, splits=splits)
+    # Steps of 32 where 64 would multiply more zeros (groups of 72 or 96); still narrower ones cost more than they save.
+    block_k = round_up_to_block(tile_k)
+    if block_k > 64:
+        block_k = min((64, 32), key=lambda block: math.ceil(tile_k / block) * block)
+    return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=3)

@@ -34,7 +34,6 @@ from .grouped_conv_backward import (
 )
 from .grouped_conv_forward import grouped_conv_strips_kernel, grouped_conv_taps_kernel
 
-
 _MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
 
 
@@ -83,9 +82,15 @@ def plan(problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bo
             f"grouped_conv2d: expected at most {_MAX_COUNT} pixels per image, strips and programs for the triton "
             f"backend, got {max(counts)}; split the batch, or use the torch backend"
         )
-    launch.constants["PRECISION"] = "tf32" if allow_tf32 and problem.dtype == torch.float32 else "ieee"
+    launch.constants["PRECISION"] = _precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     return launch
+
+
+def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return "upcast"  # The interpreter multiplies the bit patterns of bfloat16 numbers.
+    return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
 def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool) -> tuple[Launch, list[int]]:
@@ -192,8 +197,7 @@ def fwd(
     """
     batch, in_channels, height, width = x.shape
     problem = _problem("fwd", x, in_channels, len(weight), (height, width), stride, groups, channels_last)
-    config = config or _default_config(problem, x.device)
-    launch = plan(problem, config, allow_tf32=_allow_tf32(allow_tf32), has_bias=bias is not None)
+    launch, config = _prepare(problem, x.device, config, allow_tf32, has_bias=bias is not None)
     y = _empty_nhwc(x, batch, len(weight), problem.out_height, problem.out_width)
     with torch.cuda.device_of(x):
         launch(src_ptr=_nhwc(x), weight_ptr=_arrange_weight(weight, config), bias_ptr=bias, dst_ptr=y)
@@ -229,8 +233,7 @@ def dgrad(
     batch, out_channels = grad.shape[:2]
     in_channels = weight.shape[1] * groups
     problem = _problem("dgrad", grad, in_channels, out_channels, input_size, stride, groups, channels_last)
-    config = config or _default_config(problem, grad.device)
-    launch = plan(problem, config, allow_tf32=_allow_tf32(allow_tf32))
+    launch, config = _prepare(problem, grad.device, config, allow_tf32)
     dx = _empty_nhwc(grad, batch, in_channels, *input_size)
     tensors = {"src_ptr": _nhwc(grad), "weight_ptr": _arrange_weight(weight, config), "dst_ptr": dx}
     if "HAS_BIAS" in launch.constants:
@@ -267,8 +270,7 @@ def wgrad(
     in_channels, height, width = x.shape[1:]
     out_channels = grad.shape[1]
     problem = _problem("wgrad", x, in_channels, out_channels, (height, width), stride, groups, channels_last)
-    config = config or _default_config(problem, x.device)
-    launch = plan(problem, config, allow_tf32=_allow_tf32(allow_tf32))
+    launch, config = _prepare(problem, x.device, config, allow_tf32)
     shape = (config.splits, out_channels, problem.group_in, 3, 3)
     with torch.cuda.device_of(x):
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -292,17 +294,24 @@ def _problem(op, activation, in_channels, out_channels, size, stride, groups, ch
     )
 
 
+def _prepare(
+    problem: ConvProblem, device: torch.device, config: Config | None, allow_tf32: bool | None, has_bias: bool = False
+) -> tuple[Launch, Config]:
+    """The launch and its settings, with the defaults filled in."""
+    if allow_tf32 is None:
+        # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this one follows both.
+        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    config = config or _default_config(problem, device, allow_tf32)
+    return plan(problem, config, allow_tf32=allow_tf32, has_bias=has_bias), config
+
+
 @functools.lru_cache(maxsize=4096)
-def _default_config(problem: ConvProblem, device: torch.device) -> Config:
+def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool) -> Config:
     if device.type != "cuda":
-        return choose_config(problem)
+        return choose_config(problem, allow_tf32=allow_tf32)
     properties = torch.cuda.get_device_properties(device)
-    return choose_config(problem, (properties.major, properties.minor), properties.multi_processor_count)
-
-
-def _allow_tf32(allow_tf32: bool | None) -> bool:
-    # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this follows either.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32" if allow_tf32 is None else allow_tf32
+    arch = (properties.major, properties.minor)
+    return choose_config(problem, allow_tf32=allow_tf32, arch=arch, num_sms=properties.multi_processor_count)
 
 
 def _arrange_weight(weight: Tensor, config: Config) -> Tensor:

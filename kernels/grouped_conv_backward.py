@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_tiles import (
+    dot,
     exact_tile,
     load_columns,
     nan_trace,
@@ -24,9 +25,9 @@ def _accumulate_strided(accs, dy, weights, KH: tl.constexpr, PRECISION: tl.const
     """One dy row through kernel row KH into the 2 * STRIP dx columns of a strip; dy[j + 1] is right of dy[j]."""
     sums = ()
     for j in tl.static_range(len(accs) // 2):
-        sums += (tl.dot(dy[j], weights[KH * 3 + 1], accs[2 * j], input_precision=PRECISION),)
-        odd = tl.dot(dy[j], weights[KH * 3 + 2], accs[2 * j + 1], input_precision=PRECISION)
-        sums += (tl.dot(dy[j + 1], weights[KH * 3], odd, input_precision=PRECISION),)
+        sums += (dot(dy[j], weights[KH * 3 + 1], accs[2 * j], PRECISION),)
+        odd = dot(dy[j], weights[KH * 3 + 2], accs[2 * j + 1], PRECISION)
+        sums += (dot(dy[j + 1], weights[KH * 3], odd, PRECISION),)
     return sums
 
 
@@ -145,7 +146,7 @@ def _accumulate_taps(accs, dy, x, FIRST: tl.constexpr, STRIDE: tl.constexpr, PRE
         acc = accs[tap]
         if tap >= FIRST and tap < FIRST + 3:
             for c in tl.static_range(len(dy)):
-                acc = tl.dot(tl.trans(dy[c]), x[c * STRIDE + tap - FIRST], acc, input_precision=PRECISION)
+                acc = dot(tl.trans(dy[c]), x[c * STRIDE + tap - FIRST], acc, PRECISION)
         sums += (acc,)
     return sums
 

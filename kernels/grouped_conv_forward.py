@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .grouped_conv_tiles import (
     accumulate_row,
+    dot,
     exact_tile,
     load_bias,
     load_columns,
@@ -257,7 +258,7 @@ def grouped_conv_taps_kernel(
             channel_out = (kh * 3 + kw) * dst_channels + channel_n.to(tl.int64)
             offs_w = channel_out[None, :] * GROUP_K + (in_tile_k % GROUP_K)[:, None]
         weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0)
-        acc = tl.dot(src, weight, acc, input_precision=PRECISION)
+        acc = dot(src, weight, acc, PRECISION)
 
     if MERGED > 1:
         total = tl.sum(acc * 0.0)

@@ -19,6 +19,14 @@ def zero_tiles(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, summed in float32."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def weight_tile(
     weight_ptr,
     tile,
@@ -109,7 +117,7 @@ def accumulate_row(accs, columns, weights, KH: tl.constexpr, STRIDE: tl.constexp
     for c in tl.static_range(len(accs)):
         acc = accs[c]
         for kw in tl.static_range(3):
-            acc = tl.dot(columns[c * STRIDE + kw], weights[KH * 3 + kw], acc, input_precision=PRECISION)
+            acc = dot(columns[c * STRIDE + kw], weights[KH * 3 + kw], acc, PRECISION)
         sums += (acc,)
     return sums
 
@@ -130,8 +138,7 @@ def load_bias(bias_ptr, tile, dst_channels, HAS_BIAS: tl.constexpr, TILE_N: tl.c
         channel = tile * TILE_N + offs_n
         mask = (offs_n < TILE_N) & (channel < dst_channels)
         return tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros((BLOCK_N,), dtype=tl.float32)
+    return tl.zeros((BLOCK_N,), dtype=tl.float32)
 
 
 @triton.jit
@@ -178,14 +185,15 @@ def exact_tile(
             src_column = column * STRIDE_W - 1 + tap % 3
             hit = (src_row >= 0) & (src_column >= 0)
         hit = hit & (src_row < src_height) & (src_column < src_width)
+        mask_hit = hit[:, None] & mask  # of the weight too: its NaN and Inf count only where a pixel meets them
         pixel_ptrs = src_ptr + (((image * src_height + src_row) * src_width + src_column) * src_channels)[:, None]
         for k in range(0, GROUP_K):
             channel = group * GROUP_K + k
-            value = tl.load(pixel_ptrs + channel[None, :], mask=hit[:, None] & mask, other=0.0)
+            value = tl.load(pixel_ptrs + channel[None, :], mask=mask_hit, other=0.0)
             if TRANSPOSED:
                 offs_w = channel * stride_wo + (offs_n % GROUP_N) * stride_wi
             else:
                 offs_w = (group * GROUP_N + offs_n % GROUP_N) * stride_wo + k * stride_wi
-            weight = tl.load(weight_ptr + (offs_w + tap * stride_wt)[None, :], mask=mask, other=0.0)
+            weight = tl.load(weight_ptr + (offs_w + tap * stride_wt)[None, :], mask=mask_hit, other=0.0)
             acc += value.to(tl.float32) * weight.to(tl.float32)
     return acc
