@@ -45,41 +45,77 @@ int64_t weight_scratch(const Layout& layout) {
   return round_up(filters * 9 > layout.dst_channels ? filters * 9 : layout.dst_channels, kLanes);
 }
 
-// Where, among the bundle's filters, lane `lane` of a tile finds what it multiplies at term `i` of the reduction, or -1.
-// When rotating, lane j of accumulator r collects what source channel j gives to destination channel (j - r) mod width
-// of its group; rotating the accumulator by r then brings every sum to its own lane.
-RESNEXT_INLINE int64_t filter_of(const Layout& layout, bool transposed, int64_t bundle, int64_t tile, int64_t lane,
-                                 int64_t i) {
-  int64_t dst = tile * tile_lanes(layout) + lane;
-  int64_t src = i;
-  if (layout.rotating) {
-    const int64_t mask = layout.group_src - 1;
-    src = lane;
-    dst = (lane & ~mask) | ((lane - i) & mask);
+// Where the packed tile keeps each of the nine taps: at offset[tap] + i * stride[tap], for term i of the reduction.
+struct PackedTaps {
+  int64_t offset[9];
+  int64_t stride[9];
+};
+PackedTaps packed_taps(const Layout& layout, const Axis& cols) {
+  PackedTaps taps{};
+  const int64_t lanes = tile_lanes(layout);
+  for (int64_t row = 0; row < 3; ++row) {
+    int64_t phase_offset = row * packed_row_size(layout);
+    for (int f = 0; f < cols.phases; ++f) {
+      const Phase& phase = cols.phase[f];
+      for (int k = 0; k < phase.count; ++k) {
+        taps.offset[row * 3 + phase.taps[k]] = phase_offset + k * lanes;
+        taps.stride[row * 3 + phase.taps[k]] = phase.count * lanes;
+      }
+      phase_offset += layout.depth * phase.count * lanes;
+    }
   }
-  if (dst >= bundle_dst_channels(layout, bundle)) return -1;
-  return transposed ? src * layout.group_dst + dst % layout.group_dst : dst * layout.group_src + src % layout.group_src;
+  return taps;
 }
 
-void pack_tile(const WeightPacking& p, int64_t bundle, int64_t tile, const float* filters, float* packed) {
-  const Layout& layout = p.layout;
-  const int64_t lanes = tile_lanes(layout);
-  for (int64_t i = 0; i < layout.depth; ++i) {
-    int64_t offsets[2 * kLanes];
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      offsets[lane] = 9 * filter_of(layout, p.transposed, bundle, tile, lane, i);
-    }
-    for (int64_t row = 0; row < 3; ++row) {
-      float* packed_phase = packed + row * packed_row_size(layout);
-      for (int f = 0; f < p.cols.phases; ++f) {
-        const Phase& phase = p.cols.phase[f];
-        for (int k = 0; k < phase.count; ++k) {
-          const int64_t tap = row * 3 + phase.taps[k];
-          float* to = packed_phase + (i * phase.count + k) * lanes;
-          for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = offsets[lane] < 0 ? 0.0f : filters[offsets[lane] + tap];
-        }
-        packed_phase += layout.depth * phase.count * lanes;
+// Lane j of accumulator r collects what source channel j gives to destination channel (j - r) mod width of its group:
+// rotating the accumulator by r then brings every sum to its own lane.
+void pack_rotating_tile(const Layout& layout, bool transposed, const PackedTaps& taps, const float* filters,
+                        int64_t channels, float* packed) {
+  const int64_t width = layout.group_src;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t src = lane & (width - 1);
+      const int64_t dst = (lane - r) & (width - 1);
+      const float* filter = filters + ((lane - src) * width + (transposed ? src * width + dst : dst * width + src)) * 9;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        packed[taps.offset[tap] + r * taps.stride[tap] + lane] = lane < channels ? filter[tap] : 0.0f;
       }
+    }
+  }
+}
+
+// Lanes are destination channels: `rows` of them, `row_stride` floats apart, each with the taps of terms i, i + 1, ...
+void pack_lanes(const PackedTaps& taps, const float* filters, int64_t row_stride, int64_t rows, int64_t i, int64_t terms,
+                float* packed) {
+  for (int64_t column = 0; column < terms * 9; column += kLanes) {
+    const int64_t columns = min_of(kLanes, terms * 9 - column);
+    Vec square[kLanes];
+    RESNEXT_UNROLL
+    for (int row = 0; row < kLanes; ++row) {
+      square[row] = row < rows ? load_first(filters + row * row_stride + column, columns) : Vec{};
+    }
+    transpose(square);
+    RESNEXT_UNROLL
+    for (int c = 0; c < kLanes; ++c) {
+      if (c >= columns) break;
+      const int64_t tap = (column + c) % 9;
+      store(packed + taps.offset[tap] + (i + (column + c) / 9) * taps.stride[tap], square[c]);
+    }
+  }
+}
+
+void pack_broadcast_tile(const Layout& layout, bool transposed, const PackedTaps& taps, const float* filters,
+                         int64_t tile, float* packed) {
+  for (int64_t v = 0; v < layout.tile_vectors; ++v) {
+    const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
+    const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
+    if (transposed) {  // filters (source channel, destination channel)
+      for (int64_t i = 0; i < layout.depth; ++i) {
+        pack_lanes(taps, filters + (i * layout.group_dst + dst) * 9, 9, rows, i, 1, packed + v * kLanes);
+      }
+    } else {  // filters (destination channel, source channel)
+      const int64_t row_stride = layout.group_src * 9;
+      pack_lanes(taps, filters + dst * row_stride, row_stride, rows, 0, layout.depth, packed + v * kLanes);
     }
   }
 }
@@ -87,6 +123,7 @@ void pack_tile(const WeightPacking& p, int64_t bundle, int64_t tile, const float
 void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
   const Layout& layout = p.layout;
   const int64_t lanes = tile_lanes(layout);
+  const PackedTaps taps = packed_taps(layout, p.cols);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     const int64_t first_dst = bundle * layout.dst_channels;
     const int64_t dst_channels = bundle_dst_channels(layout, bundle);
@@ -95,7 +132,12 @@ void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, i
     const float* filters =
         read_floats(p.weight, p.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      pack_tile(p, bundle, tile, filters, p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout));
+      float* packed = p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout);
+      if (layout.rotating) {
+        pack_rotating_tile(layout, p.transposed, taps, filters, dst_channels, packed);
+      } else {
+        pack_broadcast_tile(layout, p.transposed, taps, filters, tile, packed);
+      }
     }
     float* packed_bias = p.packed_bias + bundle * layout.tiles * lanes;
     __builtin_memset(packed_bias, 0, layout.tiles * lanes * sizeof(float));
