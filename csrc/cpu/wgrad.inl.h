@@ -218,14 +218,47 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   }
 }
 
+// One rotating slice to filters [grad channel][x channel of its group][tap].
+void unpack_rotating_slice(const Layout& layout, const float* slice, int64_t outputs, float* filters) {
+  const int64_t width = layout.group_src;
+  for (int64_t output = 0; output < outputs; ++output) {
+    const int64_t group = output & ~(width - 1);
+    for (int64_t input = 0; input < width; ++input) {
+      const int64_t rotation = (input - output) & (width - 1);
+      for (int64_t tap = 0; tap < 9; ++tap) *filters++ = slice[(tap * width + rotation) * kLanes + group + input];
+    }
+  }
+}
+
+void unpack_broadcast_slice(const Layout& layout, const float* slice, int64_t outputs, float* filters) {
+  const int64_t row_size = wgrad_row_size(layout);
+  const int64_t grad_blocks = ceil_div(layout.group_dst, kGradBlock);
+  for (int64_t output = 0; output < outputs; ++output, filters += layout.group_src * 9) {
+    for (int64_t input = 0; input < layout.group_src; input += kLanes) {
+      const int64_t block = input / kLanes * grad_blocks + output / kGradBlock;
+      const float* from = slice + block * 3 * row_size + output % kGradBlock * 3 * kLanes;
+      for (int64_t tap = 0; tap < 9; tap += kLanes) {
+        Vec square[kLanes];
+        RESNEXT_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t t = tap + i;
+          square[i] = t < 9 ? load(from + t / 3 * row_size + t % 3 * kLanes) : Vec{};
+        }
+        transpose(square);
+        RESNEXT_UNROLL
+        for (int i = 0; i < kLanes; ++i) {
+          if (input + i >= layout.group_src) break;
+          store_first(filters + (input + i) * 9 + tap, square[i], 9 - tap);
+        }
+      }
+    }
+  }
+}
+
 // Sums the chunks of some bundles, in order, and brings them to (C_out, C_in / groups, 3, 3).
 void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
   const Layout& layout = g.layout;
   const int64_t slice_size = wgrad_slice_size(layout);
-  const int64_t row_size = wgrad_row_size(layout);
-  const int64_t grad_blocks = ceil_div(layout.group_dst, kGradBlock);
-  const int64_t tap_stride = layout.rotating ? layout.group_src * kLanes : kLanes;
-  const int64_t mask = layout.group_src - 1;
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     float* total = g.partial + bundle * slice_size;
     for (int64_t chunk = 1; chunk < g.chunks; ++chunk) {
@@ -233,21 +266,8 @@ void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle,
       for (int64_t i = 0; i < slice_size; i += kLanes) store(total + i, load(total + i) + load(slice + i));
     }
     const int64_t outputs = bundle_dst_channels(layout, bundle);
-    float* to = scratch;
-    for (int64_t output = 0; output < outputs; ++output) {
-      for (int64_t input = 0; input < layout.group_src; ++input) {
-        const float* from;
-        if (layout.rotating) {
-          from = total + ((input - output) & mask) * kLanes + ((output & ~mask) | input);
-        } else {
-          const int64_t block = input / kLanes * grad_blocks + output / kGradBlock;
-          from = total + block * 3 * row_size + output % kGradBlock * 3 * kLanes + input % kLanes;
-        }
-        for (int64_t r = 0; r < 3; ++r) {
-          for (int64_t s = 0; s < 3; ++s) *to++ = from[r * row_size + s * tap_stride];
-        }
-      }
-    }
+    const auto unpack = layout.rotating ? unpack_rotating_slice : unpack_broadcast_slice;
+    unpack(layout, total, outputs, scratch);
     const int64_t filter_size = layout.group_src * 9;
     write_floats(g.dw, g.dtype, bundle * layout.dst_channels * filter_size, outputs * filter_size, scratch);
   }
