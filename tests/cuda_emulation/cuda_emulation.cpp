@@ -45,7 +45,7 @@ Barrier block;
 jmp_buf scheduler;
 int current;
 bool descending_order = false;
-bool progress;  // whether any fiber arrived somewhere or ended since the round began
+bool progress;  // whether a fiber arrived somewhere or ended since this was last cleared
 size_t shared_bytes;
 alignas(16) unsigned char shared_memory[kSharedLimit];
 const std::function<void()>* body;
@@ -120,16 +120,25 @@ void run_block(int threads) {
   for (int i = 0; i < threads; ++i) {
     fibers[i].done = false;
   }
+  // Each warp runs as far as it can before the next one does: the widest skew that the barriers allow.
+  const int warp_count = static_cast<int>(warps.size());
   for (int remaining = threads; remaining > 0;) {
-    progress = false;
-    for (int i = 0; i < threads; ++i) {
-      const int fiber = descending_order ? threads - 1 - i : i;
-      if (!fibers[fiber].done) {
-        resume(fiber);
-        remaining -= fibers[fiber].done;
-      }
+    bool any_progress = false;
+    for (int i = 0; i < warp_count; ++i) {
+      const int first = (descending_order ? warp_count - 1 - i : i) * kLanes;
+      const int last = first + kLanes < threads ? first + kLanes : threads;
+      do {
+        progress = false;
+        for (int fiber = first; fiber < last; ++fiber) {
+          if (!fibers[fiber].done) {
+            resume(fiber);
+            remaining -= fibers[fiber].done;
+          }
+        }
+        any_progress |= progress;
+      } while (progress);
     }
-    if (!progress) {
+    if (!any_progress) {
       fail("deadlock: a barrier or warp collective not reached by all threads");
     }
   }
