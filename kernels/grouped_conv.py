@@ -235,11 +235,9 @@ def dgrad(
     problem = _problem("dgrad", grad, in_channels, out_channels, input_size, stride, groups, channels_last)
     launch, config = _prepare(problem, grad.device, config, allow_tf32)
     dx = _empty_nhwc(grad, batch, in_channels, *input_size)
-    tensors = {"src_ptr": _nhwc(grad), "weight_ptr": _arrange_weight(weight, config), "dst_ptr": dx}
-    if "HAS_BIAS" in launch.constants:
-        tensors["bias_ptr"] = None
+    no_bias = {"bias_ptr": None} if "HAS_BIAS" in launch.constants else {}
     with torch.cuda.device_of(grad):
-        launch(**tensors)
+        launch(src_ptr=_nhwc(grad), weight_ptr=_arrange_weight(weight, config), dst_ptr=dx, **no_bias)
     return _to_layout(dx, channels_last)
 
 
@@ -300,7 +298,7 @@ def _prepare(
     """The launch and its settings, with the defaults filled in."""
     if allow_tf32 is None:
         # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this one follows both.
-        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     config = config or _default_config(problem, device, allow_tf32)
     return plan(problem, config, allow_tf32=allow_tf32, has_bias=has_bias), config
 

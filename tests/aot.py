@@ -1,0 +1,162 @@
+"""Compile the Triton launches of real layers ahead of time, with no GPU, and read what the machine code uses.
+
+`python -m tests.aot` prints the table for one architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from resnext.kernels import grouped_conv
+from resnext.kernels.config import Config, ConvProblem, StripsConfig, choose_config
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Shared memory of one program. The code for 8.0 also runs on 8.6 and 8.9, which have the least.
+SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# (channels, groups, size of the strided layer's input) of every distinct stage.
+STAGES = {
+    "resnext50_32x4d": [(128, 32, 56), (256, 32, 56), (512, 32, 28), (1024, 32, 14)],
+    "resnext101_32x8d": [(256, 32, 56), (512, 32, 56), (1024, 32, 28), (2048, 32, 14)],
+    "resnext101_64x4d": [(256, 64, 56), (512, 64, 56), (1024, 64, 28), (2048, 64, 14)],
+    "regnetx_3.2gf": [(96, 4, 112), (192, 8, 56), (432, 18, 28), (1008, 42, 14)],  # group width 24
+    "regnety_1.6gf": [(48, 2, 112), (120, 5, 56), (336, 14, 28), (888, 37, 14)],  # group width 24
+    "regnetx_6.4gf": [(168, 3, 112), (392, 7, 56), (784, 14, 28), (1624, 29, 14)],  # group width 56
+    "regnetx_4.0gf": [(80, 2, 112), (240, 6, 56), (560, 14, 28), (1360, 34, 14)],  # group width 40
+    "regnety_4gf": [(128, 2, 112), (192, 3, 56), (512, 8, 28), (1088, 17, 14)],  # group width 64
+    "regnety_16gf": [(224, 2, 112), (448, 4, 56), (1232, 11, 28), (3024, 27, 14)],  # group width 112
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel uses."""
+
+    registers: int
+    shared: int
+    spills: int
+    matrix_instruction: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """One thing to compile."""
+
+    problem: ConvProblem
+    allow_tf32: bool = True
+
+    @property
+    def config(self) -> Config:
+        return choose_config(self.problem, allow_tf32=self.allow_tf32)
+
+    @property
+    def launch(self) -> grouped_conv.Launch:
+        return grouped_conv.plan(self.problem, self.config, allow_tf32=self.allow_tf32)
+
+    @property
+    def id(self) -> str:
+        problem = self.problem
+        dtype = str(problem.dtype).removeprefix("torch.")
+        if problem.dtype == torch.float32:
+            dtype = "tf32" if self.allow_tf32 else "float32"
+        return f"{problem.op}-s{problem.stride[0]}-gw{problem.group_in}-{dtype}"
+
+
+def problem(op: str, channels: int, groups: int, size: int, stride: int, dtype: torch.dtype) -> ConvProblem:
+    return ConvProblem(op, 256, channels, channels, size, size, (stride, stride), groups, dtype, "cuda", True)
+
+
+def all_builds() -> list[Build]:
+    """Every distinct kernel that the layers of `STAGES` launch, in every pass and dtype."""
+    builds = {}
+    for stages in STAGES.values():
+        for channels, groups, size in stages:
+            for op in ("fwd", "dgrad", "wgrad"):
+                for stride in (1, 2):
+                    side = size if stride == 2 else (size + 1) // 2
+                    for dtype, tf32 in (
+                        (torch.bfloat16, True),
+                        (torch.float16, True),
+                        (torch.float32, True),
+                        (torch.float32, False),
+                    ):
+                        build = Build(problem(op, channels, groups, side, stride, dtype), tf32)
+                        launch = build.launch
+                        sizes = [(name, size == 1, size % 16 == 0) for name, size in launch.sizes.items()]
+                        key = (launch.kernel, dtype, *launch.constants.items(), *launch.options.items(), *sizes)
+                        builds.setdefault(key, build)
+    return list(builds.values())
+
+
+def compile_launch(launch: grouped_conv.Launch, dtype: torch.dtype, arch: int) -> triton.compiler.CompiledKernel:
+    """Compile as a launch on tensors would: sizes of 1 become constants, multiples of 16 are known to be such."""
+    constants = dict(launch.constants)
+    signature, attributes = {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        if name == "bias_ptr" and not constants["HAS_BIAS"]:
+            constants[name] = None
+        elif launch.sizes.get(name) == 1:
+            constants[name] = 1
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        is_pointer = name.endswith("_ptr")
+        if not is_pointer:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*fp32" if name == "partials_ptr" else POINTERS[dtype]
+        if is_pointer or launch.sizes[name] % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def measure(build: Build, arch: int) -> Usage:
+    """Compile and read the machine code with the tools that Triton ships."""
+    kernel = compile_launch(build.launch, build.problem.dtype, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", text)
+    matrix = re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)[\w.]*", text)
+    if registers is None or "EXIT" not in text:
+        raise RuntimeError(f"cuobjdump showed no code for {build.id}, sm_{arch}:\n{text[:2000]}")
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
+    return Usage(int(registers[1]), kernel.metadata.shared, spills, matrix[0] if matrix else "-")
+
+
+def describe(config: Config) -> str:
+    form = "strips" if isinstance(config, StripsConfig) else "taps"
+    tile = f"strip {config.strip}" if form == "strips" else f"N {config.block_n} K {config.block_k}"
+    return (
+        f"{form} merged {config.merged} M {config.block_m} {tile} warps {config.num_warps} stages {config.num_stages}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMITS))
+    parser.add_argument("--only", default="", help="part of the builds' names, such as gw4-bfloat16")
+    arguments = parser.parse_args()
+    print("| build | settings | registers | shared memory, bytes | spills | matrix instruction |")
+    print("|---|---|---|---|---|---|")
+    for build in {(build.id, describe(build.config)): build for build in all_builds()}.values():
+        if arguments.only in build.id:
+            usage = measure(build, arguments.arch)
+            row = (usage.registers, usage.shared, usage.spills, usage.matrix_instruction)
+            print(f"| {build.id} | {describe(build.config)} | " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
