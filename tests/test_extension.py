@@ -128,7 +128,7 @@ def test_every_16_bit_value_is_widened_and_rounded_right(capability, dtype):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 8, 16, 24])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8, 16, 24])
 def test_nan_and_inf_stay_in_their_group(capability, width, poison):
     groups = 5
     case = Case("isolation", 2, groups * width, groups * width, 5, 9, groups, (1, 2))

@@ -31,7 +31,7 @@ struct RowKernel {
   int64_t block_pixels;
 };
 
-// Group width below the vector's: accumulator r sums x[j] * w[destination (j - r) mod width]; rotations come last.
+// Several groups to a vector: accumulator r sums x[j] * w[destination (j - r) mod width]; rotations come last.
 template <int kTaps, int kStep, int kPixels, int... R>
 RESNEXT_INLINE void rotating_block(const RowArgs& args, int64_t pixel, Indices<R...>) {
   constexpr int kWidth = sizeof...(R);
@@ -141,11 +141,11 @@ constexpr int rotating_pixels(int width, int step) {
 
 template <int kTaps, int kStep, int kWidth>
 RowKernel rotating_kernel() {
-  if constexpr (kWidth < kLanes) {
+  if constexpr (rotates(kWidth)) {
     constexpr int kPixels = rotating_pixels(kWidth, kStep);
     return {rotating_row<kTaps, kStep, kPixels, kWidth>, kPixels};
   } else {
-    return {};  // never asked for: make_layout rotates only groups narrower than a vector
+    return {};
   }
 }
 
@@ -157,8 +157,12 @@ RowKernel row_kernel(const Layout& layout, int64_t pixels) {
         return rotating_kernel<kTaps, kStep, 1>();
       case 2:
         return rotating_kernel<kTaps, kStep, 2>();
+      case 3:
+        return rotating_kernel<kTaps, kStep, 3>();
       case 4:
         return rotating_kernel<kTaps, kStep, 4>();
+      case 6:
+        return rotating_kernel<kTaps, kStep, 6>();
       default:
         return rotating_kernel<kTaps, kStep, 8>();
     }

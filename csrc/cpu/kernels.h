@@ -35,7 +35,7 @@ struct Axis {
 };
 
 // How channels are laid on vectors. A *bundle* is a set of source and destination channels that only see each other:
-//  - rotating: one vector of channels, several whole groups (group width a power of two below the vector's width);
+//  - rotating: as many whole groups as one vector holds (narrow groups with as many inputs as outputs);
 //  - otherwise: one group, whose destination channels are cut into tiles of `tile_vectors` vectors.
 struct Layout {
   bool rotating;

@@ -1,16 +1,20 @@
 // How channels are laid on vectors, and the packing of weights that follows from it.
 
+// Widths with rotating kernels. Rotating pays where at least two groups share a vector.
+constexpr bool rotates(int64_t width) {
+  return 2 * width <= kLanes && (width <= 4 || width == 6 || width == 8);
+}
+
 Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
   Layout layout{};
   layout.groups = groups;
   layout.group_src = group_src;
   layout.group_dst = group_dst;
   layout.depth = group_src;
-  const bool power_of_two = (group_src & (group_src - 1)) == 0;
-  layout.rotating = group_src == group_dst && power_of_two && group_src < kLanes;
+  layout.rotating = group_src == group_dst && rotates(group_src);
   if (layout.rotating) {
-    layout.bundles = ceil_div(groups * group_src, kLanes);
-    layout.src_channels = layout.dst_channels = kLanes;
+    layout.src_channels = layout.dst_channels = kLanes / group_src * group_src;
+    layout.bundles = ceil_div(groups * group_src, layout.src_channels);
     layout.tiles = layout.tile_vectors = 1;
   } else {
     const int64_t vectors = ceil_div(group_dst, kLanes);
@@ -74,8 +78,8 @@ void pack_rotating_tile(const Layout& layout, bool transposed, const PackedTaps&
   const int64_t width = layout.group_src;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     for (int64_t r = 0; r < width; ++r) {
-      const int64_t src = lane & (width - 1);
-      const int64_t dst = (lane - r) & (width - 1);
+      const int64_t src = lane % width;
+      const int64_t dst = (src - r + width) % width;
       const float* filter = filters + ((lane - src) * width + (transposed ? src * width + dst : dst * width + src)) * 9;
       for (int64_t tap = 0; tap < 9; ++tap) {
         packed[taps.offset[tap] + r * taps.stride[tap] + lane] = lane < channels ? filter[tap] : 0.0f;

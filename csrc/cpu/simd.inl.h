@@ -178,14 +178,20 @@ RESNEXT_INLINE Vec shuffle(Vec a, Vec b) {
 #endif
 }
 
-// Rotates every set of kWidth lanes: lane l of a set becomes lane (l + kBy) mod kWidth of the same set.
+// Rotates every set of kWidth lanes: lane l of a set becomes lane (l + kBy) mod kWidth of the same set. Lanes left over
+// when kWidth does not divide kLanes stay.
+template <int kWidth, int kBy>
+constexpr int rotated_lane(int lane) {
+  const int first = lane / kWidth * kWidth;
+  return first + kWidth <= kLanes ? first + (lane - first + kBy) % kWidth : lane;
+}
 template <int kWidth, int kBy, int... L>
 RESNEXT_INLINE Vec rotate(Vec value, Indices<L...>) {
-  return shuffle<((L & ~(kWidth - 1)) | ((L + kBy) & (kWidth - 1)))...>(value, value);
+  return shuffle<rotated_lane<kWidth, kBy>(L)...>(value, value);
 }
 template <int kWidth, int kBy>
 RESNEXT_INLINE Vec rotate(Vec value) {
-  if constexpr ((kBy & (kWidth - 1)) == 0) {
+  if constexpr (kBy % kWidth == 0) {
     return value;
   } else {
     return rotate<kWidth, kBy>(value, LaneIndices{});

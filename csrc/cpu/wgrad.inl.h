@@ -61,13 +61,15 @@ RESNEXT_INLINE void rotating_wgrad(const WgradArgs& args, Indices<R...>) {
 }
 
 template <int kStep, int kWidth>
-void rotating_wgrad_row(const WgradArgs& args) {
-  rotating_wgrad<kStep>(args, typename FromStd<std::make_integer_sequence<int, kWidth>>::Type{});
+void rotating_wgrad_rows(const WgradArgs& args) {
+  if constexpr (rotates(kWidth)) {
+    rotating_wgrad<kStep>(args, typename FromStd<std::make_integer_sequence<int, kWidth>>::Type{});
+  }
 }
 
 // Lanes are x channels; every grad value is broadcast once for the three taps.
 template <int kStep>
-void broadcast_wgrad_row(const WgradArgs& args) {
+void broadcast_wgrad_rows(const WgradArgs& args) {
   Vec acc[kGradBlock][3];
   RESNEXT_UNROLL
   for (int o = 0; o < kGradBlock; ++o) {
@@ -102,20 +104,21 @@ void broadcast_wgrad_row(const WgradArgs& args) {
 
 template <int kStep>
 WgradKernel wgrad_kernel(const Layout& layout) {
-  if (!layout.rotating) return broadcast_wgrad_row<kStep>;
+  if (!layout.rotating) return broadcast_wgrad_rows<kStep>;
   switch (layout.group_src) {
     case 1:
-      return rotating_wgrad_row<kStep, 1>;
+      return rotating_wgrad_rows<kStep, 1>;
     case 2:
-      return rotating_wgrad_row<kStep, 2>;
+      return rotating_wgrad_rows<kStep, 2>;
+    case 3:
+      return rotating_wgrad_rows<kStep, 3>;
     case 4:
-      if constexpr (kLanes > 4) return rotating_wgrad_row<kStep, 4>;
-      break;
-    case 8:
-      if constexpr (kLanes > 8) return rotating_wgrad_row<kStep, 8>;
-      break;
+      return rotating_wgrad_rows<kStep, 4>;
+    case 6:
+      return rotating_wgrad_rows<kStep, 6>;
+    default:
+      return rotating_wgrad_rows<kStep, 8>;
   }
-  return nullptr;  // never asked for: make_layout rotates only groups narrower than a vector
 }
 
 RESNEXT_INLINE int64_t grad_lanes(const Layout& layout) { return round_up(layout.dst_channels, kLanes); }
@@ -222,10 +225,10 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
 void unpack_rotating_slice(const Layout& layout, const float* slice, int64_t outputs, float* filters) {
   const int64_t width = layout.group_src;
   for (int64_t output = 0; output < outputs; ++output) {
-    const int64_t group = output & ~(width - 1);
+    const int64_t first = output / width * width;
     for (int64_t input = 0; input < width; ++input) {
-      const int64_t rotation = (input - output) & (width - 1);
-      for (int64_t tap = 0; tap < 9; ++tap) *filters++ = slice[(tap * width + rotation) * kLanes + group + input];
+      const int64_t rotation = (first + input - output + width) % width;
+      for (int64_t tap = 0; tap < 9; ++tap) *filters++ = slice[(tap * width + rotation) * kLanes + first + input];
     }
   }
 }
