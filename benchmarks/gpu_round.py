@@ -14,9 +14,11 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,12 +41,20 @@ class Step:
         arguments: Of Python.
         seconds: Its time limit.
         log: The file in the output folder that its output is added to.
+        shards: Processes side by side, each with ``--shard K/N`` behind its arguments where there are several.
     """
 
     name: str
     arguments: Sequence[str]
     seconds: float
     log: str = "round.log"
+    shards: int = 1
+
+    def commands(self) -> list[list[str]]:
+        """The arguments of each process."""
+        if self.shards == 1:
+            return [list(self.arguments)]
+        return [[*self.arguments, "--shard", f"{k}/{self.shards}"] for k in range(self.shards)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,10 @@ class Outcome:
 def steps(out: Path) -> list[Step]:
     """The round, the most telling benchmarks first."""
     build = Step("build", ["setup.py", "build_ext", "--inplace"], 180)
-    tests = Step("tests", ["-m", "pytest", "tests", "-q", "--durations=10"], 180, log="tests.log")
+    # What a GPU changes; compiling kernels takes most of the time, on one core per process.
+    files = [f"tests/test_{name}.py" for name in ("gpu", "triton_numerics", "ops", "models")]
+    shards = max(1, (os.cpu_count() or 1) * 3 // 4)
+    tests = Step("tests", ["-m", "pytest", *files, "-q"], 240, log="tests.log", shards=shards)
     copy = Step("copy_rows", ["benchmarks/copy_rows.py", "--json", str(out / "copy_rows.json")], 30)
     benchmarks = [
         Step(
@@ -86,7 +99,7 @@ def steps(out: Path) -> list[Step]:
             (64, "cuda", "nchw,channels_last", 60),
         )
     ]
-    return [build, copy, *benchmarks[:2], tests, *benchmarks[2:]]
+    return [build, copy, tests, *benchmarks]
 
 
 def run(step: Step, out: Path, seconds: float) -> Outcome:
@@ -94,23 +107,31 @@ def run(step: Step, out: Path, seconds: float) -> Outcome:
     if seconds <= 0:
         return Outcome(step.name, "not started", 0.0)
     start = time.monotonic()
-    with (out / step.log).open("a") as log:
-        log.write(f"\n== {step.name}: python {' '.join(step.arguments)}\n")
-        log.flush()
-        process = subprocess.Popen(
-            [sys.executable, *step.arguments],
-            cwd=ROOT,
-            env=_environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(seconds)
-            status = "passed" if code == 0 else f"failed ({code})"
-        except subprocess.TimeoutExpired:
-            status = "out of time"
-            _end(process)
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in step.commands()]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=_environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for command, output in zip(step.commands(), outputs, strict=True)
+        ]
+        status = "passed"
+        for process in processes:
+            try:
+                if code := process.wait(max(0.0, start + seconds - time.monotonic())):
+                    status = f"failed ({code})"
+            except subprocess.TimeoutExpired:
+                status = "out of time"
+                _end(process)
+        with (out / step.log).open("a") as log:
+            for command, output in zip(step.commands(), outputs, strict=True):
+                output.seek(0)
+                log.write(f"\n== {step.name}: python {' '.join(command)}\n{output.read()}")
     return Outcome(step.name, status, time.monotonic() - start)
 
 
@@ -166,7 +187,10 @@ def _print_results(out: Path) -> None:
         print(f"{path.stem}: {len(result['rows'])} passes, {result['wrong_passes']} wrong{partly}; ratios: {means}")
     tests = out / "tests.log"
     if tests.exists():
-        print(f"tests: {tests.read_text().rstrip().rpartition(chr(10))[2]}")
+        closing = [
+            line for line in tests.read_text().splitlines() if re.search(r"(passed|failed|error).* in [0-9.]+s", line)
+        ]
+        print("tests, each process:", *closing, sep="\n  ")
 
 
 if __name__ == "__main__":

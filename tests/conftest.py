@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 
@@ -12,6 +14,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compile every Triton launch setting ahead of time, not just the representative ones (slow)",
     )
+
+    parser.addoption(
+        "--shard",
+        metavar="K/N",
+        help="run only the K-th of N parts, K from 0, for N processes side by side; a problem's tests stay together",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (shard := config.getoption("--shard")) is None:
+        return
+    part, parts = map(int, shard.split("/"))
+
+    def problem(item: pytest.Item) -> str:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        return case.id if case else item.nodeid
+
+    items[:] = [item for item in items if zlib.crc32(problem(item).encode()) % parts == part]
 
 
 def _let_torchvision_import() -> None:
