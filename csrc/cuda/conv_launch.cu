@@ -7,6 +7,9 @@
 namespace resnext::cuda {
 namespace {
 
+// Bands are cut until this many units per block even out what a wave of blocks leaves over.
+constexpr int kUnitsPerBlock = 4;
+
 struct Operands {
   const void* source;
   const void* weight;
@@ -40,8 +43,6 @@ cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& dev
                                 cudaStream_t stream) {
   using Rows = RowAxis<kPass, kStride>;
   using Cols = ColAxis<kPass, kStride>;
-  constexpr int kBlocksPerMultiprocessor = 8;  // two waves of blocks: the slower ones even out
-
   const int group_width = static_cast<int>(shape.group_in());
   const bool packed = group_width <= kTile;
   TensorCoreConvShape problem{};
@@ -56,20 +57,28 @@ cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& dev
   for (problem.part_tiles = std::min(slab_tiles, kMaxWarps); problem.part_tiles >= 1; problem.part_tiles /= 2) {
     problem.parts = static_cast<int>(ceil_div(slab_tiles, problem.part_tiles));
     const int64_t blocks_per_unit = int64_t{problem.slabs} * problem.parts;
-    problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad, blocks_per_unit,
-                                               int64_t{device.multiprocessors} * kBlocksPerMultiprocessor);
+    const int64_t wave = int64_t{device.multiprocessors} * kConvBlocksPerMultiprocessor<kPass, kStride>;
+    problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad, blocks_per_unit, kUnitsPerBlock * wave);
+
     const int64_t rows_bytes =
         int64_t{Rows::inputs + Rows::advance} * problem.grid.pixels * pixel_pitch(problem.slab_channels);
     const int64_t weights_bytes =
         packed ? 0 : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize * sizeof(WeightTile);
+    const int64_t bytes = weights_bytes + std::max<int64_t>(rows_bytes, problem.part_tiles * kStagedWeightBytes);
     const int threads = problem.part_tiles * kWarpSize;
-    if (rows_bytes + weights_bytes + kStaticSharedBytes <= device.shared_memory && problem.slab_channels / 8 <= threads) {
-      return launch(packed ? tensor_core_conv_kernel<T, kPass, kStride, true>
-                           : tensor_core_conv_kernel<T, kPass, kStride, false>,
-                    problem.grid.units * blocks_per_unit, threads, rows_bytes + weights_bytes, stream,
-                    static_cast<const T*>(operands.source), static_cast<const T*>(operands.weight),
-                    static_cast<const T*>(operands.bias), static_cast<T*>(operands.out), problem);
+    const int64_t resident = std::min<int64_t>(device.shared_memory / (bytes + kStaticSharedBytes),
+                                               kConvBlocksPerMultiprocessor<kPass, kStride>);
+    if (resident == 0 || problem.slab_channels / 8 > threads || problem.grid.units > INT32_MAX) {
+      continue;
     }
+    // One wave of blocks, so that each lays out its weights once.
+    problem.splits = static_cast<int>(
+        std::clamp<int64_t>(device.multiprocessors * resident / blocks_per_unit, 1, problem.grid.units));
+    return launch(packed ? tensor_core_conv_kernel<T, kPass, kStride, true>
+                         : tensor_core_conv_kernel<T, kPass, kStride, false>,
+                  blocks_per_unit * problem.splits, threads, bytes, stream, static_cast<const T*>(operands.source),
+                  static_cast<const T*>(operands.weight), static_cast<const T*>(operands.bias),
+                  static_cast<T*>(operands.out), problem);
   }
   return launch_direct<T, kPass>(shape, operands, stream);
 }
@@ -77,7 +86,7 @@ cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& dev
 template <typename T, Pass kPass>
 cudaError_t launch_16_bit(const GroupedConvShape& shape, Dtype dtype, const Device& device, const Operands& operands,
                           cudaStream_t stream) {
-  if (!tensor_cores_serve(shape, dtype, device) || !aligned(operands.source, 16) ||
+  if (!tensor_cores_serve(shape, dtype, device) || !aligned(operands.source, 16) || !aligned(operands.weight, 16) ||
       !aligned(operands.out, sizeof(PackedChannels))) {
     return launch_direct<T, kPass>(shape, operands, stream);
   }

@@ -32,6 +32,7 @@ struct TensorCoreConvShape {
   int slabs;
   int parts;       // blocks that share a slab
   int part_tiles;  // 16-channel output tiles per block = its warps
+  int splits;      // blocks that share the units of a part
 };
 
 struct alignas(16) WeightTile {  // operands of two m16n8k16 for one lane
@@ -39,6 +40,7 @@ struct alignas(16) WeightTile {  // operands of two m16n8k16 for one lane
 };
 
 constexpr int kTapCount = 9;
+constexpr int kStagedWeightBytes = kTile * kTile * kTapCount * 2;  // scalars of a warp's weight tiles, before they are laid out
 
 // Index in the OIHW weight of the scalar that joins source channel k and output channel o (same group), tap 0.
 template <Pass kPass>
@@ -48,22 +50,39 @@ __device__ __forceinline__ int64_t weight_index(int k, int o, int group_width) {
   return (row * group_width + col) * kTapCount;
 }
 
-// This lane's part of weight(tap)[k0 .. k0+15, o0 .. o0+15], zero between groups. Column n of the two 8-wide products
-// holds channel 4*(n/2) + n%2, and 2 more in the second, so that a lane ends with 4 neighbouring channels to store.
+// Asynchronously copies the weights that join source channels k0 .. k0+15 with output channels o0 .. o0+15, by one warp:
+// 16 rows of min(width, 16) x 9 scalars, dense in `shared`.
 template <typename T, Pass kPass>
-__device__ __forceinline__ WeightTile weight_tile(const T* __restrict__ weight, int k0, int o0, int tap,
-                                                  int group_width, int lane) {
+__device__ __forceinline__ void stage_weights(const T* __restrict__ weight, int k0, int o0, int group_width, int lane,
+                                              uint32_t shared) {
+  constexpr int kScalarsPerCopy = 8;
+  const int copies = kTile * (group_width < kTile ? group_width : kTile) * kTapCount / kScalarsPerCopy;
+  const T* const first = weight + weight_index<kPass>(k0, o0, group_width);
+  for (int copy = lane; copy < copies; copy += kWarpSize) {
+    constexpr int kCopiesPerWideRow = kTile * kTapCount / kScalarsPerCopy;
+    const int64_t offset = group_width <= kTile
+                               ? copy * kScalarsPerCopy  // whole rows: one contiguous piece
+                               : static_cast<int64_t>(copy / kCopiesPerWideRow) * group_width * kTapCount +
+                                     copy % kCopiesPerWideRow * kScalarsPerCopy;
+    cp_async_16(shared + copy * 16, first + offset, true);
+  }
+}
+
+// This lane's part of weight(tap)[k0 .. k0+15, o0 .. o0+15] from the staged scalars, zero between groups. Column n of
+// the two 8-wide products holds channel 4*(n/2) + n%2, and 2 more in the second, so that a lane ends with 4 neighbouring
+// channels to store. k0 and o0 are multiples of 16, and so of every packed width.
+template <typename T, Pass kPass>
+__device__ __forceinline__ WeightTile weight_tile(const T* staged, int tap, int group_width, int lane) {
+  const int width = group_width < kTile ? group_width : kTile;
   WeightTile tile;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const int n = lane / 4;
-    const int o = o0 + 4 * (n / 2) + n % 2 + 2 * (r / 2);
+    const int o = 4 * (lane / 8) + lane / 4 % 2 + 2 * (r / 2);
     float pair[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int k = k0 + 2 * (lane % 4) + 8 * (r % 2) + e;
-      const bool joined = k / group_width == o / group_width;
-      pair[e] = joined ? static_cast<float>(weight[weight_index<kPass>(k, o, group_width) + tap]) : 0.0f;
+      const int k = 2 * (lane % 4) + 8 * (r % 2) + e;
+      pair[e] = k / width == o / width ? static_cast<float>(staged[weight_index<kPass>(k, o, width) + tap]) : 0.0f;
     }
     tile.b[r] = pack2<T>(pair[0], pair[1]);
   }
@@ -88,8 +107,12 @@ __device__ __forceinline__ bool any_nan(const Values& values) {
   }
 }
 
+// Blocks resident at once, by registers: the input gradient at stride 2 has four results per position.
+template <Pass kPass, int kStride>
+constexpr int kConvBlocksPerMultiprocessor = RowAxis<kPass, kStride>::kParity ? 3 : 4;
+
 template <typename T, Pass kPass, int kStride, bool kPacked>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>::kParity ? 3 : 4)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiprocessor<kPass, kStride>)
     tensor_core_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, const T* __restrict__ bias,
                             T* __restrict__ out, TensorCoreConvShape shape) {
   using Rows = RowAxis<kPass, kStride>;
@@ -104,7 +127,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
   const int warp = threadIdx.x / kWarpSize;
   const int part = static_cast<int>(blockIdx.x % shape.parts);
   const int slab_channel = static_cast<int>(blockIdx.x / shape.parts % shape.slabs) * shape.slab_channels;
-  const Unit unit(grid, blockIdx.x / shape.parts / shape.slabs);
+  const int64_t split = blockIdx.x / shape.parts / shape.slabs;
   const int tile = part * shape.part_tiles + warp;  // of the slab
   const int channel = slab_channel + tile * kTile;
   const bool active = tile * kTile < shape.slab_channels && channel < shape.channels;
@@ -113,164 +136,175 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, RowAxis<kPass, kStride>:
 
   const uint32_t weights_bytes = kPacked ? 0 : shape.part_tiles * depth * kTapCount * kWarpSize * sizeof(WeightTile);
   WeightTile* const warp_weights = reinterpret_cast<WeightTile*>(shared) + warp * depth * kTapCount * kWarpSize + lane;
+  const uint32_t ring = shared_address(shared) + weights_bytes;
   WeightTile weights[kTapCount];
-  if (active) {
-    for (int d = 0; d < depth; ++d) {
+  for (int d = 0; d < depth; ++d) {
+    const uint32_t staged = warp * kStagedWeightBytes;  // in the ring, which is not in use yet
+    if (active) {
+      stage_weights<T, kPass>(weight, slab_channel + (first_depth + d) * kTile, channel, shape.group_width, lane,
+                              ring + staged);
+    }
+    cp_async_wait_all();
+    __syncthreads();
 #pragma unroll
-      for (int tap = 0; tap < kTapCount; ++tap) {
-        weights[tap] = weight_tile<T, kPass>(weight, slab_channel + (first_depth + d) * kTile, channel, tap,
-                                             shape.group_width, lane);
-        if (!kPacked) {
-          warp_weights[(d * kTapCount + tap) * kWarpSize] = weights[tap];
-        }
+    for (int tap = 0; tap < kTapCount && active; ++tap) {
+      weights[tap] = weight_tile<T, kPass>(reinterpret_cast<const T*>(shared + weights_bytes + staged), tap,
+                                           shape.group_width, lane);
+      if (!kPacked) {
+        warp_weights[(d * kTapCount + tap) * kWarpSize] = weights[tap];
       }
     }
+    __syncthreads();
   }
-  tables.fill<Cols>(grid, unit, shape.channels, shape.channels);
-  __syncthreads();
 
   const RowStager<T> stager(source, grid.source_height, grid.source_width, shape.channels, slab_channel,
                             shape.slab_channels);
   const int pitch = stager.pitch;
   const uint32_t row_bytes = grid.pixels * pitch;
-  const uint32_t ring = shared_address(shared) + weights_bytes;
-  const int first_row = unit.first_step * Rows::advance + Rows::origin;
-  uint32_t first_rows[Rows::inputs];
-#pragma unroll
-  for (int i = 0; i < Rows::inputs; ++i) {
-    first_rows[i] = ring + i * row_bytes;
-  }
-  stager.stage(first_rows, tables.source, grid.pixels, first_row);
-
-  uint32_t tile_address[kTiles];  // of this lane's ldmatrix row, relative to a staged row
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-    const int pixel = tables.pixel[m * kTile + lane % kTile];
-    tile_address[m] = pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
-  }
   const int lane_channel = channel + lane % 4 * 4;
 
-  int head = 0;  // ring slot of the step's first source row
-  for (int step = 0; step < unit.steps; ++step) {
-    cp_async_wait_all();
-    __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
-    const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
-    if (step + 1 < unit.steps) {
-      uint32_t next_rows[Rows::advance];
+  const int last_unit = static_cast<int>(grid.units * (split + 1) / shape.splits);
+  for (int index = static_cast<int>(grid.units * split / shape.splits); index < last_unit; ++index) {
+    const Unit unit(grid, index);
+    __syncthreads();  // the last unit's tables and rows are no longer read
+    tables.fill<Cols>(grid, unit, shape.channels, shape.channels);
+    __syncthreads();
+    const int first_row = unit.first_step * Rows::advance + Rows::origin;
+    uint32_t first_rows[Rows::inputs];
 #pragma unroll
-      for (int i = 0; i < Rows::advance; ++i) {
-        next_rows[i] = ring + slot(Rows::inputs + i) * row_bytes;
-      }
-      stager.stage(next_rows, tables.source, grid.pixels, first_row + step * Rows::advance + Rows::inputs);
+    for (int i = 0; i < Rows::inputs; ++i) {
+      first_rows[i] = ring + i * row_bytes;
     }
-    if (active) {
-      float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
-      for (int d = 0; d < depth; ++d) {
-        if (!kPacked) {
+    stager.stage(first_rows, tables.source, grid.pixels, first_row);
+
+    uint32_t tile_address[kTiles];  // of this lane's ldmatrix row, relative to a staged row
 #pragma unroll
-          for (int tap = 0; tap < kTapCount; ++tap) {
-            weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
-          }
+    for (int m = 0; m < kTiles; ++m) {
+      const int pixel = tables.pixel[m * kTile + lane % kTile];
+      tile_address[m] = pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
+    }
+    int head = 0;  // ring slot of the step's first source row
+    for (int step = 0; step < unit.steps; ++step) {
+      cp_async_wait_all();
+      __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
+      const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
+      if (step + 1 < unit.steps) {
+        uint32_t next_rows[Rows::advance];
+#pragma unroll
+        for (int i = 0; i < Rows::advance; ++i) {
+          next_rows[i] = ring + slot(Rows::inputs + i) * row_bytes;
         }
+        stager.stage(next_rows, tables.source, grid.pixels, first_row + step * Rows::advance + Rows::inputs);
+      }
+      if (active) {
+        float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
+        for (int d = 0; d < depth; ++d) {
+          if (!kPacked) {
 #pragma unroll
-        for (int i = 0; i < Rows::inputs; ++i) {
-          const uint32_t row = ring + slot(i) * row_bytes + d * kTile * 2;
-#pragma unroll
-          for (int j = 0; j < Cols::inputs; ++j) {
-            uint32_t a[kTiles][4];
-#pragma unroll
-            for (int m = 0; m < kTiles; ++m) {
-              ldmatrix_x4<false>(a[m], row + tile_address[m] + j * pitch);
+            for (int tap = 0; tap < kTapCount; ++tap) {
+              weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
             }
+          }
 #pragma unroll
-            for (int v = 0; v < Rows::outputs; ++v) {
+          for (int i = 0; i < Rows::inputs; ++i) {
+            const uint32_t row = ring + slot(i) * row_bytes + d * kTile * 2;
 #pragma unroll
-              for (int h = 0; h < Cols::outputs; ++h) {
-                const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-                if (r < 0 || s < 0) {
-                  continue;
-                }
+            for (int j = 0; j < Cols::inputs; ++j) {
+              uint32_t a[kTiles][4];
 #pragma unroll
-                for (int m = 0; m < kTiles; ++m) {
-                  mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
-                  mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
+              for (int m = 0; m < kTiles; ++m) {
+                ldmatrix_x4<false>(a[m], row + tile_address[m] + j * pitch);
+              }
+#pragma unroll
+              for (int v = 0; v < Rows::outputs; ++v) {
+#pragma unroll
+                for (int h = 0; h < Cols::outputs; ++h) {
+                  const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+                  if (r < 0 || s < 0) {
+                    continue;
+                  }
+#pragma unroll
+                  for (int m = 0; m < kTiles; ++m) {
+                    mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
+                    mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
+                  }
                 }
               }
             }
           }
         }
-      }
 
-      bool mixed = false;  // a NaN may have come from another group of the tile
-      if (kPacked && shape.group_width < kTile) {
-        mixed = any_in_warp(any_nan(acc));
-      }
-
-      const int first_output = (unit.first_step + step) * Rows::outputs;
-      const int row_stride = grid.out_width * shape.channels;
-      T* const out_row = out + static_cast<int64_t>(first_output) * row_stride + lane_channel;
-      if (!mixed) {
-        float shift[4] = {};
-        if (bias != nullptr) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            shift[c] = static_cast<float>(bias[lane_channel + c]);
-          }
+        bool mixed = false;  // a NaN may have come from another group of the tile
+        if (kPacked && shape.group_width < kTile) {
+          mixed = any_in_warp(any_nan(acc));
         }
+
+        const int first_output = (unit.first_step + step) * Rows::outputs;
+        const int row_stride = grid.out_width * shape.channels;
+        T* const out_row = out + static_cast<int64_t>(first_output) * row_stride + lane_channel;
+        if (!mixed) {
+          float shift[4] = {};
+          if (bias != nullptr) {
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
+            for (int c = 0; c < 4; ++c) {
+              shift[c] = static_cast<float>(bias[lane_channel + c]);
+            }
+          }
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int position = m * kTile + half * 8 + lane / 4;
+          for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int position = m * kTile + half * 8 + lane / 4;
+              const int64_t offset = tables.output[position];
+              T* const first = out_row + offset;
+#pragma unroll
+              for (int v = 0; v < Rows::outputs; ++v) {
+#pragma unroll
+                for (int h = 0; h < Cols::outputs; ++h) {
+                  const bool inside = offset >= 0 && first_output + v < grid.out_height &&
+                                      (h == 0 || h < tables.output_cols[position]);
+                  const float* const low = acc[m][v][h][0] + half * 2;
+                  const float* const high = acc[m][v][h][1] + half * 2;
+                  const PackedChannels packed = {pack2<T>(low[0] + shift[0], low[1] + shift[1]),
+                                                 pack2<T>(high[0] + shift[2], high[1] + shift[3])};
+                  if (inside) {
+                    *reinterpret_cast<PackedChannels*>(first + v * row_stride + h * shape.channels) = packed;
+                  }
+                }
+              }
+            }
+          }
+        } else {
+          // Rare: each result again, from the products of its own group only.
+#pragma unroll 1
+          for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
+            const int position = e % kStripPositions;
+            const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
             const int64_t offset = tables.output[position];
-            T* const first = out_row + offset;
-#pragma unroll
-            for (int v = 0; v < Rows::outputs; ++v) {
-#pragma unroll
-              for (int h = 0; h < Cols::outputs; ++h) {
-                const bool inside = offset >= 0 && first_output + v < grid.out_height &&
-                                    (h == 0 || h < tables.output_cols[position]);
-                const float* const low = acc[m][v][h][0] + half * 2;
-                const float* const high = acc[m][v][h][1] + half * 2;
-                const PackedChannels packed = {pack2<T>(low[0] + shift[0], low[1] + shift[1]),
-                                               pack2<T>(high[0] + shift[2], high[1] + shift[3])};
-                if (inside) {
-                  *reinterpret_cast<PackedChannels*>(first + v * row_stride + h * shape.channels) = packed;
+            const bool inside = offset >= 0 && first_output + v < grid.out_height && h < tables.output_cols[position];
+#pragma unroll 1
+            for (int c = 0; c < 4 && inside; ++c) {
+              const int o = lane_channel + c;
+              const int group_channel = o / shape.group_width * shape.group_width;
+              float sum = bias != nullptr ? static_cast<float>(bias[o]) : 0.0f;
+#pragma unroll 1
+              for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
+                const int i = ij / Cols::inputs, j = ij % Cols::inputs;
+                const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+                const T* const values = reinterpret_cast<const T*>(
+                    shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
+                for (int k = group_channel; r >= 0 && s >= 0 && k < group_channel + shape.group_width; ++k) {
+                  sum += static_cast<float>(values[k - slab_channel]) *
+                         static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
                 }
               }
+              out_row[offset + v * row_stride + h * shape.channels + c] = static_cast<T>(sum);
             }
-          }
-        }
-      } else {
-        // Rare: each result again, from the products of its own group only.
-#pragma unroll 1
-        for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
-          const int position = e % kStripPositions;
-          const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
-          const int64_t offset = tables.output[position];
-          const bool inside = offset >= 0 && first_output + v < grid.out_height && h < tables.output_cols[position];
-#pragma unroll 1
-          for (int c = 0; c < 4 && inside; ++c) {
-            const int o = lane_channel + c;
-            const int group_channel = o / shape.group_width * shape.group_width;
-            float sum = bias != nullptr ? static_cast<float>(bias[o]) : 0.0f;
-#pragma unroll 1
-            for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
-              const int i = ij / Cols::inputs, j = ij % Cols::inputs;
-              const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-              const T* const values = reinterpret_cast<const T*>(
-                  shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
-              for (int k = group_channel; r >= 0 && s >= 0 && k < group_channel + shape.group_width; ++k) {
-                sum += static_cast<float>(values[k - slab_channel]) *
-                       static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
-              }
-            }
-            out_row[offset + v * row_stride + h * shape.channels + c] = static_cast<T>(sum);
           }
         }
       }
+      head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
     }
-    head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
   }
 }
 
