@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from shapes import Layer
 from torch import Tensor
 
 try:
-    from resnext.kernels import explain, grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
+    from resnext.kernels import checks, dispatch, grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
 except ModuleNotFoundError as error:
     if error.name != "resnext":
         raise
@@ -86,10 +85,10 @@ def baseline(name: str, pass_: str, operands: Operands) -> Callable[[], Tensor]:
 
 
 def serving_backend(pass_: str, operands: Operands) -> str:
-    """The backend that serves `ours`, by the word of `explain`."""
-    layer = operands.layer
-    text = explain(operands.x, operands.weight, None, layer.stride, 1, 1, layer.groups)
-    found = re.search(rf"^  {pass_}: (\w+)$", text, flags=re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"expected a line '  {pass_}: <backend>' from explain, got:\n{text}")
-    return found[1]
+    """The backend that serves `ours`."""
+    layer, x, weight = operands.layer, operands.x, operands.weight
+    channels_last = checks.output_channels_last(x, weight)
+    problem = dispatch.problem_of(
+        pass_, x.shape, weight.shape, (layer.stride, layer.stride), layer.groups, x.dtype, x.device, channels_last
+    )
+    return dispatch.choose(problem, x.device)

@@ -98,21 +98,30 @@ def why_plain_torch(
     return None
 
 
-def select(problem: ConvProblem, device: torch.device) -> ModuleType:
-    """The module whose launchers serve ``problem`` on ``device``.
+def choose(problem: ConvProblem, device: torch.device) -> str:
+    """The name of the backend that serves ``problem`` on ``device``.
 
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
     name = forced_backend()
     if name is None:
-        name = _automatic(problem, device)
-    elif reason := unsupported(name, problem, device):
+        return _automatic(problem, device)
+    if reason := unsupported(name, problem, device):
         raise BackendError(
             f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
             "leave use_backend/RESNEXT_BACKEND at auto, or choose another backend"
         )
-    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
+    return name
+
+
+def launchers(problem: ConvProblem, device: torch.device) -> ModuleType:
+    """The module whose ``fwd``, ``dgrad`` and ``wgrad`` serve ``problem`` on ``device``.
+
+    Raises:
+        BackendError: If a forced backend cannot serve it.
+    """
+    return importlib.import_module(f"{__package__}.{_MODULES[choose(problem, device)]}")
 
 
 @functools.lru_cache(maxsize=4096)

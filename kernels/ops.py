@@ -9,7 +9,7 @@ Each is linear in its two arguments, and its derivatives are the other two. So t
 `torch.autograd.Function` registered as its Autograd kernel, and every order of differentiation, reverse and forward,
 stays inside them.
 
-Each operator picks its backend when it runs (`dispatch.select`): a compiled or exported graph holds one node per pass.
+Each operator picks its backend when it runs (`dispatch.choose`): a compiled or exported graph holds one node per pass.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _fwd(x, weight, bias, stride, groups, channels_last):
     stride = tuple(stride)
     problem = dispatch.problem_of("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     bias = None if bias is None else bias.contiguous()
-    return dispatch.select(problem, x.device).fwd(
+    return dispatch.launchers(problem, x.device).fwd(
         _dense(x, channels_last), weight.contiguous(), bias, stride, groups, channels_last
     )
 
@@ -213,7 +213,7 @@ def _dgrad(grad, weight, input_size, stride, groups, channels_last):
     stride, input_size = tuple(stride), tuple(input_size)
     shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
     problem = dispatch.problem_of("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
-    return dispatch.select(problem, grad.device).dgrad(
+    return dispatch.launchers(problem, grad.device).dgrad(
         _dense(grad, channels_last), weight.contiguous(), input_size, stride, groups, channels_last
     )
 
@@ -222,7 +222,7 @@ def _wgrad(grad, x, stride, groups, channels_last):
     stride = tuple(stride)
     shape = (grad.shape[1], x.shape[1] // groups, 3, 3)
     problem = dispatch.problem_of("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
-    return dispatch.select(problem, x.device).wgrad(
+    return dispatch.launchers(problem, x.device).wgrad(
         _dense(grad, channels_last), _dense(x, channels_last), stride, groups, channels_last
     )
 
