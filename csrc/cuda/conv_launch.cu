@@ -20,15 +20,16 @@ struct Operands {
 template <typename T, Pass kPass>
 cudaError_t launch_direct(const GroupedConvShape& shape, const Operands& operands, cudaStream_t stream) {
   constexpr bool kDgrad = kPass == Pass::kDgrad;
+  const auto axis = [](int64_t size) { return static_cast<int>(size); };
   GatherShape gather{};
-  gather.out_height = kDgrad ? shape.height : shape.out_height;
-  gather.out_width = kDgrad ? shape.width : shape.out_width;
-  gather.out_channels = kDgrad ? shape.in_channels : shape.out_channels;
-  gather.out_group = kDgrad ? shape.group_in() : shape.group_out();
-  gather.source_height = kDgrad ? shape.out_height : shape.height;
-  gather.source_width = kDgrad ? shape.out_width : shape.width;
-  gather.source_channels = kDgrad ? shape.out_channels : shape.in_channels;
-  gather.source_group = kDgrad ? shape.group_out() : shape.group_in();
+  gather.out_height = axis(kDgrad ? shape.height : shape.out_height);
+  gather.out_width = axis(kDgrad ? shape.width : shape.out_width);
+  gather.out_channels = axis(kDgrad ? shape.in_channels : shape.out_channels);
+  gather.out_group = axis(kDgrad ? shape.group_in() : shape.group_out());
+  gather.source_height = axis(kDgrad ? shape.out_height : shape.height);
+  gather.source_width = axis(kDgrad ? shape.out_width : shape.width);
+  gather.source_channels = axis(kDgrad ? shape.out_channels : shape.in_channels);
+  gather.source_group = axis(kDgrad ? shape.group_out() : shape.group_in());
   gather.pixels = shape.batch * gather.out_height * gather.out_width;
   gather.stride_h = static_cast<int>(shape.stride_h);
   gather.stride_w = static_cast<int>(shape.stride_w);
@@ -97,6 +98,9 @@ cudaError_t launch_16_bit(const GroupedConvShape& shape, Dtype dtype, const Devi
 template <Pass kPass>
 cudaError_t launch_conv(const GroupedConvShape& shape, Dtype dtype, const Device& device, const Operands& operands,
                         cudaStream_t stream) {
+  if (!axes_fit_int(shape)) {
+    return cudaErrorInvalidValue;
+  }
   switch (dtype) {
     case Dtype::kHalf:
       return launch_16_bit<Half, kPass>(shape, dtype, device, operands, stream);

@@ -23,24 +23,24 @@ constexpr int kDirectPixels = 32;
 // The convolution as a gather from `source` to `out`, whichever of the two passes it is.
 struct GatherShape {
   int64_t pixels;  // of out, over the whole batch
-  int64_t source_height, source_width, source_channels;
-  int64_t out_height, out_width, out_channels;
-  int64_t source_group, out_group;  // channels per group
+  int source_height, source_width, source_channels;  // one axis always fits into 32 bits (launchers check)
+  int out_height, out_width, out_channels;
+  int source_group, out_group;  // channels per group
   int stride_h, stride_w;
 };
 
 // Source coordinate that tap `tap` of output coordinate `out` reads along one axis, or -1.
 template <bool kDgrad>
-__device__ __forceinline__ int64_t source_coordinate(int64_t out, int tap, int stride, int64_t size) {
+__device__ __forceinline__ int source_coordinate(int out, int tap, int stride, int size) {
   if constexpr (kDgrad) {
-    const int64_t scaled = out + 1 - tap;
+    const int scaled = out + 1 - tap;
     if (scaled < 0 || (stride == 2 && scaled % 2 != 0)) {
       return -1;
     }
-    const int64_t source = stride == 2 ? scaled / 2 : scaled;
+    const int source = stride == 2 ? scaled / 2 : scaled;
     return source < size ? source : -1;
   } else {
-    const int64_t source = out * stride + tap - 1;
+    const int source = out * stride + tap - 1;
     return source < size ? source : -1;
   }
 }
@@ -57,34 +57,37 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
-  const int64_t channel_blocks = (shape.out_channels + kDirectChannels - 1) / kDirectChannels;
-  const int64_t first_channel = blockIdx.x % channel_blocks * kDirectChannels;
-  const int64_t first_pixel = blockIdx.x / channel_blocks * kDirectPixels + warp;
-  const int64_t channel = first_channel + lane;
+  const int channel_blocks = (shape.out_channels + kDirectChannels - 1) / kDirectChannels;
+  const int first_channel = static_cast<int>(blockIdx.x % channel_blocks) * kDirectChannels;
+  const int64_t first_pixel = static_cast<int64_t>(blockIdx.x / channel_blocks) * kDirectPixels + warp;
+  const int channel = first_channel + lane;
   const bool channel_valid = channel < shape.out_channels;
-  const int64_t source_channel = channel / shape.out_group * shape.source_group;
+  const int source_channel = channel / shape.out_group * shape.source_group;
 
-  int64_t image[kPixelsPerWarp], row[kPixelsPerWarp], col[kPixelsPerWarp];
+  int64_t image[kPixelsPerWarp];
+  int row[kPixelsPerWarp], col[kPixelsPerWarp];
   float acc[kPixelsPerWarp] = {};
 #pragma unroll
   for (int u = 0; u < kPixelsPerWarp; ++u) {
-    const int64_t pixel = first_pixel + u * kWarps;
-    col[u] = pixel % shape.out_width;
-    row[u] = pixel / shape.out_width % shape.out_height;
-    image[u] = pixel / shape.out_width / shape.out_height;
+    const int64_t out_row = (first_pixel + u * kWarps) / shape.out_width;
+    col[u] = static_cast<int>((first_pixel + u * kWarps) % shape.out_width);
+    row[u] = static_cast<int>(out_row % shape.out_height);
+    image[u] = out_row / shape.out_height;
   }
 
-  for (int64_t k0 = 0; k0 < shape.source_group; k0 += kDepth) {
-    const int depth = shape.source_group - k0 < kDepth ? static_cast<int>(shape.source_group - k0) : kDepth;
+  for (int k0 = 0; k0 < shape.source_group; k0 += kDepth) {
+    const int depth = shape.source_group - k0 < kDepth ? shape.source_group - k0 : kDepth;
     __syncthreads();
     for (int i = threadIdx.x; i < kDirectChannels * kDepth * kTaps; i += kDirectThreads) {
       const int entry = i % (kDepth * kTaps);
-      const int64_t o = first_channel + i / (kDepth * kTaps);
-      const int64_t k = k0 + entry / kTaps;
+      const int o = first_channel + i / (kDepth * kTaps);
+      const int k = k0 + entry / kTaps;
       float value = 0.0f;
       if (o < shape.out_channels && k < shape.source_group) {
-        const int64_t index = kDgrad ? (o / shape.out_group * shape.source_group + k) * shape.out_group + o % shape.out_group
-                                     : o * shape.source_group + k;
+        const int weight_row = kDgrad ? o / shape.out_group * shape.source_group + k : o;
+        const int weight_col = kDgrad ? o % shape.out_group : k;
+        const int weight_cols = kDgrad ? shape.out_group : shape.source_group;
+        const int64_t index = static_cast<int64_t>(weight_row) * weight_cols + weight_col;
         value = static_cast<float>(weight[index * kTaps + entry % kTaps]);
       }
       weights[entry][i / (kDepth * kTaps)] = value;
@@ -95,8 +98,8 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
       const T* pixels[kPixelsPerWarp];
 #pragma unroll
       for (int u = 0; u < kPixelsPerWarp; ++u) {
-        const int64_t h = source_coordinate<kDgrad>(row[u], tap / 3, shape.stride_h, shape.source_height);
-        const int64_t w = source_coordinate<kDgrad>(col[u], tap % 3, shape.stride_w, shape.source_width);
+        const int h = source_coordinate<kDgrad>(row[u], tap / 3, shape.stride_h, shape.source_height);
+        const int w = source_coordinate<kDgrad>(col[u], tap % 3, shape.stride_w, shape.source_width);
         const bool valid = channel_valid && h >= 0 && w >= 0 && first_pixel + u * kWarps < shape.pixels;
         const int64_t pixel = (image[u] * shape.source_height + h) * shape.source_width + w;
         pixels[u] = valid ? source + pixel * shape.source_channels + source_channel + k0 : nullptr;

@@ -35,22 +35,32 @@ __global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize, 2)
   const bool valid = out_channel < shape.out_channels;
   const int64_t in_channel = valid ? out_channel / group_out * group_in + in_local : 0;
 
+  const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
+  const int out_width = static_cast<int>(shape.out_width), stride_w = static_cast<int>(shape.stride_w);
   const int64_t rows = shape.batch * shape.out_height;
   const int64_t last = rows * (split + 1) / splits;
   float acc[kTaps] = {};
   for (int64_t row = rows * split / splits + warp; valid && row < last; row += kDirectWgradWarps) {
-    const T* grad_row = grad + row * shape.out_width * shape.out_channels + out_channel;
-    const int64_t image = row / shape.out_height;
-    const int64_t top = row % shape.out_height * shape.stride_h - 1;
-    const T* x_rows = x + (image * shape.height + top) * shape.width * shape.in_channels + in_channel;
-    for (int64_t col = 0; col < shape.out_width; ++col) {
-      const float g = static_cast<float>(grad_row[col * shape.out_channels]);
-      const int64_t left = col * shape.stride_w - 1;
+    const T* grad_pixel = grad + row * shape.out_width * shape.out_channels + out_channel;
+    const int top = static_cast<int>(row % shape.out_height * shape.stride_h) - 1;
+    const T* x_rows[3];  // null: outside the image
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int64_t h = top + tap / 3, w = left + tap % 3;
-        if (h >= 0 && h < shape.height && w >= 0 && w < shape.width) {
-          acc[tap] += g * static_cast<float>(x_rows[(tap / 3 * shape.width + w) * shape.in_channels]);
+    for (int r = 0; r < 3; ++r) {
+      const int64_t x_row = row / shape.out_height * shape.height + top + r;
+      const bool inside = top + r >= 0 && top + r < height;
+      x_rows[r] = inside ? x + x_row * shape.width * shape.in_channels + in_channel : nullptr;
+    }
+    for (int col = 0; col < out_width; ++col, grad_pixel += shape.out_channels) {
+      const float g = static_cast<float>(*grad_pixel);
+#pragma unroll
+      for (int s = 0; s < 3; ++s) {
+        const int w = col * stride_w + s - 1;
+        const int64_t offset = w * shape.in_channels;
+#pragma unroll
+        for (int r = 0; r < 3; ++r) {
+          if (x_rows[r] != nullptr && w >= 0 && w < width) {
+            acc[r * 3 + s] += g * static_cast<float>(x_rows[r][offset]);
+          }
         }
       }
     }

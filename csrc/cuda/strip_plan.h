@@ -14,6 +14,11 @@ constexpr int kPackedSlabChannels = 64;
 constexpr int kStaticSharedBytes = 2048;  // StripTables, rounded up
 static_assert(sizeof(StripTables) <= kStaticSharedBytes);
 
+// Kernels count along one axis in 32 bits; offsets over several axes are 64 bits wide.
+inline bool axes_fit_int(const GroupedConvShape& shape) {
+  return std::max({shape.height, shape.width, shape.in_channels, shape.out_channels}) < INT32_MAX / 2;
+}
+
 // What the tensor-core kernels need, besides enough shared memory.
 inline bool tensor_cores_serve(const GroupedConvShape& shape, Dtype dtype, const Device& device) {
   constexpr int64_t kMaxRow = int64_t{1} << 30;

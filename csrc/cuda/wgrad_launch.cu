@@ -98,6 +98,9 @@ WgradPlan plan_wgrad(const GroupedConvShape& shape, Dtype dtype, const Device& d
 
 cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Device& device, const WgradPlan& plan,
                          const void* grad, const void* x, float* workspace, void* out, cudaStream_t stream) {
+  if (!axes_fit_int(shape)) {
+    return cudaErrorInvalidValue;
+  }
   switch (dtype) {
     case Dtype::kHalf:
       return launch_typed<Half>(shape, device, plan, grad, x, workspace, out, stream);

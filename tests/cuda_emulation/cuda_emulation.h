@@ -30,7 +30,7 @@ struct Index3 {
 inline Index3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
 namespace resnext::cuda {
 
