@@ -33,10 +33,11 @@ cudaError_t launch_direct(const GroupedConvShape& shape, const Operands& operand
   gather.pixels = shape.batch * gather.out_height * gather.out_width;
   gather.stride_h = static_cast<int>(shape.stride_h);
   gather.stride_w = static_cast<int>(shape.stride_w);
-  const int64_t blocks = ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
-  return launch(direct_conv_kernel<T, kDgrad>, blocks, kDirectThreads, 0, stream, static_cast<const T*>(operands.source),
-                static_cast<const T*>(operands.weight), static_cast<const T*>(operands.bias),
-                static_cast<T*>(operands.out), gather);
+  const int64_t blocks =
+      ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
+  return launch(direct_conv_kernel<T, kDgrad>, blocks, kDirectThreads, 0, stream,
+                static_cast<const T*>(operands.source), static_cast<const T*>(operands.weight),
+                static_cast<const T*>(operands.bias), static_cast<T*>(operands.out), gather);
 }
 
 template <typename T, Pass kPass, int kStride>

@@ -1,11 +1,11 @@
 // Forward and input gradient of any grouped 3x3 convolution on the CUDA cores: float32, and every 16-bit shape that
 // tensor_core_conv.cuh does not take.
 //
-// Both passes are one gather: out[p, o] = bias[o] + sum over taps (r, s) and k of source[q(p, r, s), k] * weight, with
-// k over the source channels of o's group. Forward: q = p*stride + (r, s) - 1. Input gradient: q = (p + 1 - (r, s)) /
-// stride where that divides. A block computes 32 pixels x 32 channels: lane = channel, so that loads and stores of NHWC
-// rows coalesce; each warp owns 4 pixels, so that a weight read from shared memory serves 4 products. Weights pass
-// through shared memory 8 source channels at a time.
+// Both passes are one gather: out[p, o] = bias[o] + sum over taps (r, s) and k of source[q(p, r, s), k] * weight,
+// with k over the source channels of o's group. Forward: q = p*stride + (r, s) - 1. Input gradient: q = (p + 1 - (r,
+// s)) / stride where that divides. A block computes 32 pixels x 32 channels: lane = channel, so that loads and stores
+// of NHWC rows coalesce; each warp owns 4 pixels, so that a weight read from shared memory serves 4 products. Weights
+// pass through shared memory 8 source channels at a time.
 //
 // Bytes: every source element is read up to 9 times, but through L1; DRAM sees it about once. Source elements outside
 // the image are skipped, not multiplied by zero, and groups never mix: NaN and Inf stay where they belong.
@@ -29,12 +29,13 @@ struct GatherShape {
   int stride_h, stride_w;
 };
 
-// Source coordinate that tap `tap` of output coordinate `out` reads along one axis, or -1.
+// Source coordinate that tap `tap` of output coordinate `out` reads along one axis, or -1, which is also what the
+// arithmetic gives before the first pixel.
 template <bool kDgrad>
 __device__ __forceinline__ int source_coordinate(int out, int tap, int stride, int size) {
   if constexpr (kDgrad) {
     const int scaled = out + 1 - tap;
-    if (scaled < 0 || (stride == 2 && scaled % 2 != 0)) {
+    if (stride == 2 && scaled % 2 != 0) {
       return -1;
     }
     const int source = stride == 2 ? scaled / 2 : scaled;

@@ -1,4 +1,5 @@
-// Weight gradient of any grouped 3x3 convolution on the CUDA cores, and the ordered sum that ends every weight gradient.
+// Weight gradient of any grouped 3x3 convolution on the CUDA cores, and the ordered sum that ends every weight
+// gradient.
 //
 // dw[o, i, r, s] = sum over pixels p of grad[p, o] * x[p*stride + (r, s) - 1, i]. A block computes the 9 taps of 32
 // output channels (lane = channel) x 1 input channel of their groups over its split of the output rows; its 8 warps
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize, 2)
   }
 }
 
-// out[e] = sum over splits of partial[split, e]: thread row y adds splits y, y + 8, ..., then the rows are added in order.
+// out[e] = sum over splits of partial[split, e]: thread row y adds splits y, y + 8, ..., then the rows are added in
+// order.
 template <typename T>
 __global__ void __launch_bounds__(kReduceRows* kWarpSize)
     wgrad_reduce_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t elements, int splits) {

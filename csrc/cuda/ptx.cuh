@@ -1,5 +1,5 @@
-// The few instructions and launch details that CUDA C++ does not spell portably. tests/cuda_emulation/cuda_emulation.h
-// defines the same names for a CPU; a change here needs its twin there.
+// The few instructions and launch details that CUDA C++ does not spell portably.
+// tests/cuda_emulation/cuda_emulation.h defines the same names for a CPU; a change here needs its twin there.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,8 +40,8 @@ __device__ __forceinline__ void cp_async_wait_all() {
   RESNEXT_SM80(asm volatile("cp.async.wait_all;" ::: "memory"));
 }
 
-// Four 8x8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8 (16 bytes, 16-byte aligned); register m
-// receives elements 2*(lane%4), 2*(lane%4)+1 of row lane/4 of matrix m, or of its transpose.
+// Four 8x8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8 (16 bytes, 16-byte aligned); register
+// m receives elements 2*(lane%4), 2*(lane%4)+1 of row lane/4 of matrix m, or of its transpose.
 template <bool kTranspose>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t shared) {
   if constexpr (kTranspose) {

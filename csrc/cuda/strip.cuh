@@ -1,11 +1,11 @@
-// Shared by the tensor-core kernels: how a pass maps outputs to source pixels, how the image is cut into strips, and how
-// rows of the source travel into shared memory.
+// Shared by the tensor-core kernels: how a pass maps outputs to source pixels, how the image is cut into strips, and
+// how rows of the source travel into shared memory.
 //
 // A *position* is one entry of the M (forward, input gradient) or K (weight gradient) axis of the matrix products. A
 // *strip* is 32 positions wide: one stretch of columns of one image, or the full width of a few narrow images side by
-// side (7x7: four), so that little of a 16-row matrix tile is wasted. A block slides down its strip, or down a *band* of
-// it, a few rows per step. Source rows live in a ring in shared memory, with their zero border; the rows of the next
-// step are copied while the present one is computed. DRAM sees every element once, plus the overlap of bands.
+// side (7x7: four), so that little of a 16-row matrix tile is wasted. A block slides down its strip, or down a *band*
+// of it, a few rows per step. Source rows live in a ring in shared memory, with their zero border; the rows of the
+// next step are copied while the present one is computed. DRAM sees every element once, plus the overlap of bands.
 #pragma once
 
 #include "device.cuh"
@@ -20,9 +20,10 @@ constexpr int kMaxWarps = 4;
 
 enum class Pass { kForward, kDgrad };
 
-// One image axis of a pass: per step (rows) or position (columns), `outputs` results are computed from `inputs` source
-// entries, of which the first is at step * advance + origin. tap(o, i) is the kernel index that joins result o with
-// source entry i, or -1. The input gradient with stride 2 makes two results, one of each parity, from two entries.
+// One image axis of a pass: per step (rows) or position (columns), `outputs` results are computed from `inputs`
+// source entries, of which the first is at step * advance + origin. tap(o, i) is the kernel index that joins result o
+// with source entry i, or -1. The input gradient with stride 2 makes two results, one of each parity, from two
+// entries.
 template <Pass kPass, int kStride, int kBlock>
 struct Axis {
   static constexpr bool kParity = kPass == Pass::kDgrad && kStride == 2;

@@ -30,8 +30,8 @@ inline bool tensor_cores_serve(const GroupedConvShape& shape, Dtype dtype, const
 
 inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// `blocks_per_unit` blocks work on each unit; bands are added until `wanted_blocks` are there or a band would be shorter
-// than four steps (a band repeats up to two source rows of its neighbour).
+// `blocks_per_unit` blocks work on each unit; bands are added until `wanted_blocks` are there or a band would be
+// shorter than four steps (a band repeats up to two source rows of its neighbour).
 template <typename Rows, typename Cols>
 StripGrid make_strip_grid(const GroupedConvShape& shape, bool dgrad, int64_t blocks_per_unit, int64_t wanted_blocks) {
   constexpr int kMinBandSteps = 4;

@@ -1,21 +1,23 @@
 // Forward and input gradient on tensor cores, 16-bit types, C_in/groups == C_out/groups.
 //
-// out[position, o] = sum over taps and k of source[pixel(position, tap), k] * weight(tap)[k, o]: for each tap a product
-// of a (32 positions x 16 source channels) tile and a (16 x 16) weight tile by mma.m16n8k16. The source tile of every
-// tap is the same staged row in shared memory, read by ldmatrix at a shifted address, and is used for all results (two
-// output rows at stride 1, up to four parities in the input gradient at stride 2) before the next one is read.
+// out[position, o] = sum over taps and k of source[pixel(position, tap), k] * weight(tap)[k, o]: for each tap a
+// product of a (32 positions x 16 source channels) tile and a (16 x 16) weight tile by mma.m16n8k16. The source tile
+// of every tap is the same staged row in shared memory, read by ldmatrix at a shifted address, and is used for all
+// results (two output rows at stride 1, up to four parities in the input gradient at stride 2) before the next one is
+// read.
 //
-// kPacked, group width <= 16: 16 / width groups share a tile; the weight tiles are block-diagonal, built once per block,
-// and stay in 36 registers. Otherwise a result sums over width / 16 source tiles whose weights wait in shared memory, in
-// the order in which lanes want them. Warp w of a block owns 16 output channels; its block stages the source channels
-// that the block's outputs need (64 channels, or one whole group where that is wider).
+// kPacked, group width <= 16: 16 / width groups share a tile; the weight tiles are block-diagonal and stay in 36
+// registers. Otherwise a result sums over width / 16 source tiles whose weights wait in shared memory. Either way the
+// weights are laid out in the order in which lanes want them once per block, and a block then takes its share of all
+// strips. Warp w of a block owns 16 output channels; its block stages the source channels that they need (64
+// channels, or one whole group where that is wider).
 //
 // Bytes per output element (16-bit, stride 1): DRAM 2 read + 2 written; shared memory 2 written by cp.async, 12 read;
 // nothing is ever stored twice. Blocks of neighbouring channels are neighbours in the grid and meet in L2.
 //
 // Packing multiplies other groups' values by zero, which keeps them out unless they are NaN or Inf. Every such leak
-// makes an accumulator NaN; the warp then recomputes its tile group by group. Positions outside the image are zeros, so
-// a weight of Inf turns border results into NaN, as in every implicit-GEMM convolution.
+// makes an accumulator NaN; the warp then recomputes its tile group by group. Positions outside the image are zeros,
+// so a weight of Inf turns border results into NaN, as in every implicit-GEMM convolution.
 #pragma once
 
 #include <type_traits>
@@ -40,7 +42,7 @@ struct alignas(16) WeightTile {  // operands of two m16n8k16 for one lane
 };
 
 constexpr int kTapCount = 9;
-constexpr int kStagedWeightBytes = kTile * kTile * kTapCount * 2;  // scalars of a warp's weight tiles, before they are laid out
+constexpr int kStagedWeightBytes = kTile * kTile * kTapCount * 2;  // a warp's 16x16 weights in OIHW order
 
 // Index in the OIHW weight of the scalar that joins source channel k and output channel o (same group), tap 0.
 template <Pass kPass>
@@ -50,8 +52,8 @@ __device__ __forceinline__ int64_t weight_index(int k, int o, int group_width) {
   return (row * group_width + col) * kTapCount;
 }
 
-// Asynchronously copies the weights that join source channels k0 .. k0+15 with output channels o0 .. o0+15, by one warp:
-// 16 rows of min(width, 16) x 9 scalars, dense in `shared`.
+// Asynchronously copies the weights that join source channels k0 .. k0+15 with output channels o0 .. o0+15, by one
+// warp: 16 rows of min(width, 16) x 9 scalars, dense in `shared`.
 template <typename T, Pass kPass>
 __device__ __forceinline__ void stage_weights(const T* __restrict__ weight, int k0, int o0, int group_width, int lane,
                                               uint32_t shared) {
@@ -69,8 +71,8 @@ __device__ __forceinline__ void stage_weights(const T* __restrict__ weight, int 
 }
 
 // This lane's part of weight(tap)[k0 .. k0+15, o0 .. o0+15] from the staged scalars, zero between groups. Column n of
-// the two 8-wide products holds channel 4*(n/2) + n%2, and 2 more in the second, so that a lane ends with 4 neighbouring
-// channels to store. k0 and o0 are multiples of 16, and so of every packed width.
+// the two 8-wide products holds channel 4*(n/2) + n%2, and 2 more in the second, so that a lane ends with 4
+// neighbouring channels to store. k0 and o0 are multiples of 16, and so of every packed width.
 template <typename T, Pass kPass>
 __device__ __forceinline__ WeightTile weight_tile(const T* staged, int tap, int group_width, int lane) {
   const int width = group_width < kTile ? group_width : kTile;

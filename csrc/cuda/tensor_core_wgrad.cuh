@@ -3,13 +3,14 @@
 // dw(tap)[o, i] = sum over positions of grad[position, o] * x[pixel(position, tap), i]: for each tap a product of a
 // (16 output channels x 16 positions) tile of grad, transposed on its way out of shared memory by ldmatrix, and a (16
 // positions x 16 input channels) tile of x. A warp keeps the 9 x 16 x 16 sums of one pair of channel tiles in 72
-// registers over all units of its split. Group width <= 16: 64 channels per block, each warp one diagonal pair, of which
-// only the entries inside groups are stored (nothing leaks between groups). Wider: 32 x 32 channels of one group per
-// block, four pairs, so that grad and x are staged width / 32 times.
+// registers over all units of its split. Group width <= 16: 64 channels per block, each warp one diagonal pair, of
+// which only the entries inside groups are stored (nothing leaks between groups). Wider: 32 x 32 channels of one
+// group per block, four pairs, so that grad and x are staged width / 32 times.
 //
-// Bytes per element of grad (16-bit, stride 1): DRAM 2 of grad + 2 of x; shared memory 4 written, 14 read; plus one fp32
-// copy of dw per split, written and read once. Results that do not exist (idle positions, a last odd row) are not
-// multiplied, or multiply zeros; the zero border of x turns a grad of Inf there into NaN, as in every implicit GEMM.
+// Bytes per element of grad (16-bit, stride 1): DRAM 2 of grad + 2 of x; shared memory 4 written, 14 read; plus one
+// fp32 copy of dw per split, written and read once. Results that do not exist (idle positions, a last odd row) are
+// not multiplied, or multiply zeros; the zero border of x turns a grad of Inf there into NaN, as in every implicit
+// GEMM.
 #pragma once
 
 #include <type_traits>
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const int out_tile = (packed ? warp : warp / 2) * kTile;  // within the block
   const int in_tile = (packed ? warp : warp % 2) * kTile;
   const int slab_channel = slab * shape.slab_channels;
-  const int slab_end = slab_channel + shape.slab_channels < shape.channels ? slab_channel + shape.slab_channels : shape.channels;
+  const int next_slab = slab_channel + shape.slab_channels;
+  const int slab_end = next_slab < shape.channels ? next_slab : shape.channels;
   const bool active = slab_channel + out_block + out_tile < slab_end && slab_channel + in_block + in_tile < slab_end;
 
   const RowStager<T> x_stager(x, grid.source_height, grid.source_width, shape.channels, slab_channel + in_block,

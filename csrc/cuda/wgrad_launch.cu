@@ -43,8 +43,8 @@ WgradPlan tensor_core_plan(const GroupedConvShape& shape, const Device& device) 
 }
 
 template <typename T, int kStride>
-cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const T* grad, const T* x,
-                                float* workspace, cudaStream_t stream) {
+cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan,
+                                const T* grad, const T* x, float* workspace, cudaStream_t stream) {
   const TensorCoreWgradShape problem = tensor_core_problem<kStride>(shape, wanted_blocks(device));
   const int64_t blocks = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles * plan.splits;
   return launch(tensor_core_wgrad_kernel<T, kStride>, blocks, kMaxWarps * kWarpSize, shared_bytes<kStride>(problem),
@@ -52,8 +52,8 @@ cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& dev
 }
 
 template <typename T>
-cudaError_t launch_partials(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const T* grad, const T* x,
-                            float* workspace, cudaStream_t stream) {
+cudaError_t launch_partials(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const T* grad,
+                            const T* x, float* workspace, cudaStream_t stream) {
   if constexpr (!std::is_same_v<T, float>) {
     if (plan.tensor_cores) {
       return shape.stride_h == 1 ? launch_tensor_cores<T, 1>(shape, device, plan, grad, x, workspace, stream)
@@ -66,8 +66,8 @@ cudaError_t launch_partials(const GroupedConvShape& shape, const Device& device,
 }
 
 template <typename T>
-cudaError_t launch_typed(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const void* grad, const void* x,
-                         float* workspace, void* out, cudaStream_t stream) {
+cudaError_t launch_typed(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const void* grad,
+                         const void* x, float* workspace, void* out, cudaStream_t stream) {
   const cudaError_t error = launch_partials(shape, device, plan, static_cast<const T*>(grad), static_cast<const T*>(x),
                                             workspace, stream);
   if (error != cudaSuccess) {
