@@ -223,8 +223,12 @@ def taps_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int =
         group_k, group_n = group_n, group_k
     tile_k, tile_n = merged * group_k, merged * group_n
     block_n = min(64, round_up_to_block(tile_n))
-    # Without TF32, float32 operands and sums of ordinary multiply-adds take twice the registers.
-    block_m = 64 if problem.dtype != torch.float32 else 64 if allow_tf32 and problem.op != "wgrad" else 32
+    if problem.dtype != torch.float32:
+        block_m = 64
+    elif problem.op == "wgrad":
+        block_m = 32
+    else:  # Without TF32, the operands of ordinary multiply-adds take the registers.
+        block_m = 64 if allow_tf32 or block_n <= 32 else 32
     if problem.op == "wgrad":
         block_k = min(64, round_up_to_block(tile_k))
         blocks = 3 * math.ceil(problem.groups / merged) * math.ceil(tile_k / block_k) * math.ceil(tile_n / block_n)

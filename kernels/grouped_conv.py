@@ -19,6 +19,7 @@ Kernels: grouped_conv_forward.py, grouped_conv_backward.py.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,11 @@ def plan(problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bo
     return launch
 
 
+def _alignment(problem: ConvProblem) -> int:
+    """Channels that every pixel starts at a multiple of; Triton itself sees multiples of 16 only, not of 8."""
+    return math.gcd(problem.in_channels, problem.out_channels, 16)
+
+
 def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return "upcast"  # The interpreter multiplies the bit patterns of bfloat16 numbers.
@@ -104,6 +110,7 @@ def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool) -> tuple[La
     sizes = dict(zip(("src_height", "src_width", "src_channels"), src, strict=True), batch=problem.batch)
     sizes |= zip(("dst_height", "dst_width", "dst_channels"), dst, strict=True)
     constants = {"GROUP_K": group_k, "GROUP_N": group_n, "MERGED": config.merged, "BLOCK_M": config.block_m}
+    constants["ALIGN"] = _alignment(problem)
     tiles = triton.cdiv(problem.groups, config.merged)
 
     if isinstance(config, StripsConfig):
@@ -143,6 +150,7 @@ def _plan_wgrad(problem: ConvProblem, config: Config) -> tuple[Launch, list[int]
         "GROUP_IN": problem.group_in,
         "GROUP_OUT": problem.group_out,
         "MERGED": config.merged,
+        "ALIGN": _alignment(problem),
         "BLOCK_M": config.block_m,
     }
     tiles = triton.cdiv(problem.groups, config.merged)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_tiles import (
+    aligned,
     dot,
     exact_tile,
     load_columns,
@@ -47,6 +48,7 @@ def grouped_conv_dgrad_strided_kernel(
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
+    ALIGN: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,6 +56,8 @@ def grouped_conv_dgrad_strided_kernel(
     PRECISION: tl.constexpr,
 ):
     """Input gradient at stride 2: a 2x2 block of dx per dy pixel, walking down the rows of dy."""
+    src_channels = aligned(src_channels, ALIGN)
+    dst_channels = aligned(dst_channels, ALIGN)
     tiles = tl.cdiv(src_channels, MERGED * GROUP_K)
     bands = tl.cdiv(src_height, band)
     strips = tl.cdiv(src_width, STRIP)
@@ -198,6 +202,7 @@ def grouped_conv_wgrad_strips_kernel(
     GROUP_IN: tl.constexpr,
     GROUP_OUT: tl.constexpr,
     MERGED: tl.constexpr,
+    ALIGN: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -205,6 +210,8 @@ def grouped_conv_wgrad_strips_kernel(
     PRECISION: tl.constexpr,
 ):
     """Weight gradient of one tile over every splits-th strip-by-band block; x slides past the dy rows it meets."""
+    in_channels = aligned(in_channels, ALIGN)
+    out_channels = aligned(out_channels, ALIGN)
     tiles = tl.cdiv(in_channels, MERGED * GROUP_IN)
     bands = tl.cdiv(out_height, band)
     strips = tl.cdiv(out_width, STRIP)
@@ -303,12 +310,15 @@ def grouped_conv_wgrad_taps_kernel(
     GROUP_IN: tl.constexpr,
     GROUP_OUT: tl.constexpr,
     MERGED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weight gradient of one kernel row (three taps) of a BLOCK_N x BLOCK_K channel block over `share` pixels."""
+    in_channels = aligned(in_channels, ALIGN)
+    out_channels = aligned(out_channels, ALIGN)
     TILE_K: tl.constexpr = MERGED * GROUP_IN
     TILE_N: tl.constexpr = MERGED * GROUP_OUT
     blocks_k: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .grouped_conv_tiles import (
     accumulate_row,
+    aligned,
     dot,
     exact_tile,
     load_bias,
@@ -35,6 +36,7 @@ def grouped_conv_strips_kernel(
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
+    ALIGN: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -43,6 +45,8 @@ def grouped_conv_strips_kernel(
     PRECISION: tl.constexpr,
 ):
     """Forward at stride 1 or 2, or (TRANSPOSED) the input gradient at stride 1: a strip-by-band block per program."""
+    src_channels = aligned(src_channels, ALIGN)
+    dst_channels = aligned(dst_channels, ALIGN)
     tiles = tl.cdiv(src_channels, MERGED * GROUP_K)
     bands = tl.cdiv(dst_height, band)
     strips = tl.cdiv(dst_width, STRIP)
@@ -174,6 +178,7 @@ def grouped_conv_taps_kernel(
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -181,6 +186,8 @@ def grouped_conv_taps_kernel(
     PRECISION: tl.constexpr,
 ):
     """Forward or (TRANSPOSED) input gradient at any stride: BLOCK_M pixels x BLOCK_N channels per program."""
+    src_channels = aligned(src_channels, ALIGN)
+    dst_channels = aligned(dst_channels, ALIGN)
     TILE_K: tl.constexpr = MERGED * GROUP_K
     TILE_N: tl.constexpr = MERGED * GROUP_N
     blocks_k: tl.constexpr = (TILE_K + BLOCK_K - 1) // BLOCK_K

@@ -19,6 +19,12 @@ def zero_tiles(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D
 
 
 @triton.jit
+def aligned(size, ALIGN: tl.constexpr):
+    """`size`, a multiple of ALIGN, in a form that shows the compiler so: it then loads ALIGN elements at once."""
+    return size // ALIGN * ALIGN
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Add a @ b to acc [M, N] in float32."""
     if PRECISION == "upcast":
