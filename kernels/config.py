@@ -129,15 +129,12 @@ def fits_strips(problem: ConvProblem) -> bool:
     return problem.stride in ((1, 1), (2, 2)) and max(problem.group_in, problem.group_out) <= WIDEST_STRIPS
 
 
-def choose_config(
-    problem: ConvProblem, *, allow_tf32: bool = True, arch: tuple[int, int] = (9, 0), num_sms: int = 132
-) -> Config:
+def choose_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> Config:
     """Launch settings for one pass, from sizes alone.
 
     Args:
         problem: What to compute.
         allow_tf32: Whether float32 products may be rounded to TF32.
-        arch: Compute capability.
         num_sms: Streaming multiprocessors of the device.
 
     Returns:
@@ -154,18 +151,15 @@ def choose_config(
     return strips_config(problem, num_sms=num_sms)
 
 
-def candidates(
-    problem: ConvProblem, *, allow_tf32: bool = True, arch: tuple[int, int] = (9, 0), num_sms: int = 132
-) -> list[Config]:
+def candidates(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> list[Config]:
     """Settings worth measuring for one pass, the heuristic's choice first; each gives right results.
 
     Args:
         problem: What to compute.
         allow_tf32: Whether float32 products may be rounded to TF32.
-        arch: Compute capability.
         num_sms: Streaming multiprocessors of the device.
     """
-    chosen = choose_config(problem, allow_tf32=allow_tf32, arch=arch, num_sms=num_sms)
+    chosen = choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
     configs: list[Config] = [chosen, taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)]
     if isinstance(chosen, StripsConfig):
         for strip, block_m, num_warps, num_stages, division in itertools.product(

@@ -315,9 +315,8 @@ def _prepare(
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool) -> Config:
     if device.type != "cuda":
         return choose_config(problem, allow_tf32=allow_tf32)
-    properties = torch.cuda.get_device_properties(device)
-    arch = (properties.major, properties.minor)
-    return choose_config(problem, allow_tf32=allow_tf32, arch=arch, num_sms=properties.multi_processor_count)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
 
 
 def _arrange_weight(weight: Tensor, config: Config) -> Tensor:

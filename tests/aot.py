@@ -120,14 +120,19 @@ def compile_launch(launch: grouped_conv.Launch, dtype: torch.dtype, arch: int) -
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def measure(build: Build, arch: int) -> Usage:
-    """Compile and read the machine code with the tools that Triton ships."""
-    kernel = compile_launch(build.launch, build.problem.dtype, arch)
+def machine_code(kernel: triton.compiler.CompiledKernel) -> str:
+    """SASS and resource usage, read with the tools that Triton ships."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def measure(build: Build, arch: int) -> Usage:
+    """Compile, and read what the machine code uses."""
+    kernel = compile_launch(build.launch, build.problem.dtype, arch)
+    text = machine_code(kernel)
     registers = re.search(r"REG:(\d+)", text)
     matrix = re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)[\w.]*", text)
     if registers is None or "EXIT" not in text:

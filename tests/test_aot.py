@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing while its interpreter is on", allow_module_level=True)
 
-from resnext.kernels.config import TapsConfig
+from resnext.kernels.config import ConvProblem, TapsConfig
 
 from . import aot
 from .aot import Build, problem
@@ -80,11 +80,26 @@ def test_launch_compiles_within_the_machine(build, arch):
         assert usage.matrix_instruction != "-"
 
 
-def test_mixed_strides_compile():
+@pytest.mark.parametrize("op", ["fwd", "dgrad", "wgrad"])
+def test_mixed_strides_compile(op):
     """Narrow groups at stride (2, 1) take the taps kernels with merged groups, which no layer of the list does."""
-    for op in ("fwd", "dgrad", "wgrad"):
-        mixed = aot.ConvProblem(op, 8, 128, 128, 28, 28, (2, 1), 32, torch.bfloat16, "cuda", True)
-        build = Build(mixed)
-        assert isinstance(build.config, TapsConfig)
-        assert build.config.merged == 4
-        assert aot.measure(build, 90).spills == 0
+    build = Build(ConvProblem(op, 8, 128, 128, 28, 28, (2, 1), 32, torch.bfloat16, "cuda", True))
+    assert isinstance(build.config, TapsConfig)
+    assert build.config.merged == 4
+    assert aot.measure(build, 90).spills == 0
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("op", ["fwd", "dgrad", "wgrad"])
+def test_sizes_of_one_compile(op, stride):
+    """Triton turns arguments that are 1 into constants, on which some operations of run-time values do not exist."""
+    build = Build(ConvProblem(op, 1, 1, 1, 1, 1, stride, 1, torch.float16, "cuda", True))
+    assert "EXIT" in aot.machine_code(aot.compile_launch(build.launch, torch.float16, 90))
+
+
+@pytest.mark.parametrize("channels", [15, 18, 24], ids=["odd", "even", "multiple-of-8"])
+def test_any_channel_count_compiles(channels):
+    """Channel counts that no vector load divides, three groups wide and with lanes to spare."""
+    for op in ("fwd", "wgrad"):
+        build = Build(ConvProblem(op, 2, channels, channels, 9, 9, (1, 1), 3, torch.float16, "cuda", True))
+        assert aot.measure(build, 90).matrix_instruction != "-"
