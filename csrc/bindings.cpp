@@ -9,8 +9,8 @@
 
 STABLE_TORCH_LIBRARY(resnext_C, m) {
   m.def(
-      "grouped_conv2d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int stride_h, int stride_w, int groups, "
-      "bool channels_last) -> ()");
+      "grouped_conv2d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out, int stride_h, int stride_w, int "
+      "groups, bool channels_last) -> ()");
   m.def(
       "grouped_conv2d_dgrad(Tensor grad, Tensor weight, Tensor(a!) out, int stride_h, int stride_w, int groups, "
       "bool channels_last) -> ()");
@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY(resnext_C, m) {
 
 // Importing resnext._C loads the shared library, and with it the registrations; the module itself is empty.
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -41,8 +41,9 @@ inline Sizes4 sizes4(const Tensor& tensor, const char* name, const char* axes) {
                   format_sizes(tensor), "; add or remove dimensions");
   Sizes4 sizes = {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
   for (int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 1, "grouped_conv2d: expected ", name, " with at least one element per dimension, got shape ",
-                    format_sizes(tensor), "; handle empty tensors before the kernel");
+    STD_TORCH_CHECK(size >= 1, "grouped_conv2d: expected ", name,
+                    " with at least one element per dimension, got shape ", format_sizes(tensor),
+                    "; handle empty tensors before the kernel");
   }
   return sizes;
 }

@@ -145,7 +145,7 @@ RowKernel rotating_kernel() {
     constexpr int kPixels = rotating_pixels(kWidth, kStep);
     return {rotating_row<kTaps, kStep, kPixels, kWidth>, kPixels};
   } else {
-    return {};
+    return {};  // make_layout never asks for it
   }
 }
 
@@ -194,47 +194,66 @@ int64_t correlate_scratch(const Correlation& c) {
   return ring_size(c) + (c.dst.width + kMaxBlockPixels * c.cols.phases) * tile_lanes(c.layout);
 }
 
-// One destination row of one bundle.
-void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, const float* ring, float* buffer) {
+// Pixels of a destination row that belong to column phase f.
+RESNEXT_INLINE int64_t phase_pixels(const Correlation& c, int f) {
+  return ceil_div(c.dst.width - f, c.cols.phases);
+}
+
+// The source rows that destination row h sees inside the image, with the weights' rows they meet. Returns their number.
+int row_sources(const Correlation& c, int64_t h, const float* ring, const float* weight, Source (&sources)[3]) {
+  const Phase& phase = c.rows.phase[h % c.rows.phases];
+  const int64_t first_row = h / c.rows.phases * c.rows.in_step + phase.first;
+  int count = 0;
+  for (int k = 0; k < phase.count; ++k) {
+    const int64_t row = first_row + k;
+    if (row < 0 || row >= c.src.height) continue;
+    sources[count++] = {ring + row % kRingRows * c.block * panel_size(c),
+                        weight + phase.taps[k] * packed_row_size(c.layout)};
+  }
+  return count;
+}
+
+// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory, everything else by the buffer.
+void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, int64_t tile, const float* ring,
+                   float* buffer) {
   const Layout& layout = c.layout;
   const int64_t lanes = tile_lanes(layout);
-  const int64_t channels = bundle_dst_channels(layout, bundle);
-  const Phase& row_phase = c.rows.phase[h % c.rows.phases];
-  const int64_t first_row = h / c.rows.phases * c.rows.in_step + row_phase.first;
-  for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-    const int64_t tile_channels = min_of(lanes, channels - tile * lanes);
-    const int64_t channel = bundle * layout.dst_channels + tile * lanes;
-    const float* weight = c.weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout);
-    bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && tile_channels == lanes;
-    RowKernel kernels[2];
-    for (int f = 0; f < c.cols.phases; ++f) {
-      const int64_t pixels = (c.dst.width - f + c.cols.phases - 1) / c.cols.phases;
-      kernels[f] = row_kernel(layout, c.cols, c.cols.phase[f], pixels);
-      direct = direct && pixels >= kernels[f].block_pixels;
-    }
-    float* out = buffer;
-    if (direct) {
-      out = static_cast<float*>(c.dst.data) + ((n * c.dst.height + h) * c.dst.width) * c.dst.channels + channel;
-    }
-    const int64_t out_stride = direct ? c.dst.channels : lanes;
-    int64_t phase_offset = 0;
-    for (int f = 0; f < c.cols.phases; ++f) {
-      const Phase& phase = c.cols.phase[f];
-      Source sources[3];
-      int count = 0;
-      for (int k = 0; k < row_phase.count; ++k) {
-        const int64_t row = first_row + k;
-        if (row < 0 || row >= c.src.height) continue;
-        sources[count++] = {ring + row % kRingRows * c.block * panel_size(c) + (1 + phase.first) * layout.src_lanes,
-                            weight + row_phase.taps[k] * packed_row_size(layout) + phase_offset};
-      }
-      kernels[f].run({sources, count, layout.depth, layout.src_lanes,
-                      c.bias + (bundle * layout.tiles + tile) * lanes, out + f * out_stride,
-                      out_stride * c.cols.phases, (c.dst.width - f + c.cols.phases - 1) / c.cols.phases, direct ? c.dst.width * c.dst.channels : 0});
-      phase_offset += layout.depth * phase.count * lanes;
-    }
-    if (!direct) write_row(c.dst, n, h, channel, tile_channels, lanes, buffer);
+  const int64_t packed_tile = bundle * layout.tiles + tile;
+  const int64_t channel = bundle * layout.dst_channels + tile * lanes;
+  const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
+
+  RowKernel kernels[2];
+  bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes;
+  for (int f = 0; f < c.cols.phases; ++f) {
+    kernels[f] = row_kernel(layout, c.cols, c.cols.phase[f], phase_pixels(c, f));
+    direct = direct && phase_pixels(c, f) >= kernels[f].block_pixels;
   }
+  const int64_t row_stride = c.dst.width * c.dst.channels;
+  const int64_t pixel_stride = direct ? c.dst.channels : lanes;
+  float* out = direct ? static_cast<float*>(c.dst.data) + (n * c.dst.height + h) * row_stride + channel : buffer;
+
+  Source sources[3];
+  const int count = row_sources(c, h, ring, c.weight + packed_tile * 3 * packed_row_size(layout), sources);
+  for (int f = 0; f < c.cols.phases; ++f) {
+    const Phase& phase = c.cols.phase[f];
+    Source phase_sources[3];
+    for (int k = 0; k < count; ++k) {
+      phase_sources[k] = {sources[k].x + (1 + phase.first) * layout.src_lanes, sources[k].weight};
+      sources[k].weight += layout.depth * phase.count * lanes;
+    }
+    RowArgs args{};
+    args.sources = phase_sources;
+    args.count = count;
+    args.depth = layout.depth;
+    args.src_lanes = layout.src_lanes;
+    args.bias = c.bias + packed_tile * lanes;
+    args.out = out + f * pixel_stride;
+    args.out_stride = c.cols.phases * pixel_stride;
+    args.pixels = phase_pixels(c, f);
+    args.next_row = direct ? row_stride : 0;
+    kernels[f].run(args);
+  }
+  if (!direct) write_row(c.dst, n, h, channel, channels, lanes, buffer);
 }
 
 void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {
@@ -262,7 +281,9 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
-        correlate_row(c, n, h, first_bundle + b, ring + b * panel_size(c), buffer);
+        for (int64_t tile = 0; tile < layout.tiles; ++tile) {
+          correlate_row(c, n, h, first_bundle + b, tile, ring + b * panel_size(c), buffer);
+        }
       }
     }
   }

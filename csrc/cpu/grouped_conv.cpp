@@ -127,15 +127,18 @@ void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t
   g.block = bundle_block(g.layout, channels_last);
   g.dw = out.data_ptr();
   g.dtype = dtype_of(out);
-  // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each is worth at
-  // least the cost of adding up its partial result.
+  // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each has enough
+  // pixels to be worth adding up its partial result, and all partial results together stay small.
   constexpr int64_t kWantedTasks = 64;
   constexpr int64_t kPixelsPerChunk = 512;
+  constexpr int64_t kPartialFloats = int64_t{1} << 23;
+  const int64_t slice_size = kernels.wgrad_slice_size(g.layout);
   const int64_t blocks = (g.layout.bundles + g.block - 1) / g.block;
   const int64_t rows = shape.batch * shape.out_height;
   g.chunks = std::clamp<int64_t>(
-      std::min((kWantedTasks + blocks - 1) / blocks, rows * shape.out_width / kPixelsPerChunk), 1, rows);
-  const int64_t slice_size = kernels.wgrad_slice_size(g.layout);
+      std::min({(kWantedTasks + blocks - 1) / blocks, rows * shape.out_width / kPixelsPerChunk,
+                kPartialFloats / (g.layout.bundles * slice_size)}),
+      1, rows);
   const Buffer partial = allocate(g.chunks * g.layout.bundles * slice_size);
   g.partial = partial.get();
   torch::stable::parallel_for(0, blocks * g.chunks, 1, [&](int64_t begin, int64_t end) {

@@ -47,7 +47,8 @@ struct Layout {
   int64_t tiles, tile_vectors;
 };
 
-// Packed weights: [bundle][tile][kernel row][column phase][depth][tap of the phase][tile lane], packed bias [bundle][tile][tile lane].
+// Packed weights: [bundle][tile][kernel row][column phase][depth][tap of the phase][tile lane]; packed bias:
+// [bundle][tile][tile lane].
 struct Correlation {
   Image src, dst;
   Axis rows, cols;
@@ -80,11 +81,10 @@ struct WeightGradient {
   Dtype dtype;
 };
 
-// Entry points of one instruction set. Ranges are tasks, given out by the driver's parallel_for;
-// every task range gets scratch memory of its own, of the size the function before it tells.
+// Entry points of one instruction set. The driver's parallel_for gives out ranges of tasks; each range gets scratch memory
+// of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
 struct Kernels {
   const char* name;
-  int lanes;  // floats in a vector
 
   Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
   int64_t (*packed_weight_size)(const Layout&);
@@ -98,7 +98,7 @@ struct Kernels {
   int64_t (*wgrad_slice_size)(const Layout&);
   int64_t (*wgrad_scratch)(const WeightGradient&);
   void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
-  void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);  // weight_scratch
+  void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
 };
 
 const Kernels* avx512_kernels();  // null where the binary does not hold them

@@ -9,6 +9,6 @@
 
 #define RESNEXT_KERNELS(name)                                                                                    \
   {                                                                                                              \
-    name, kLanes, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
+    name, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
         correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad                                          \
   }

@@ -89,8 +89,8 @@ void pack_rotating_tile(const Layout& layout, bool transposed, const PackedTaps&
 }
 
 // Lanes are destination channels: `rows` of them, `row_stride` floats apart, each with the taps of terms i, i + 1, ...
-void pack_lanes(const PackedTaps& taps, const float* filters, int64_t row_stride, int64_t rows, int64_t i, int64_t terms,
-                float* packed) {
+void pack_lanes(const PackedTaps& taps, const float* filters, int64_t row_stride, int64_t rows, int64_t i,
+                int64_t terms, float* packed) {
   for (int64_t column = 0; column < terms * 9; column += kLanes) {
     const int64_t columns = min_of(kLanes, terms * 9 - column);
     Vec square[kLanes];

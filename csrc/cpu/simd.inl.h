@@ -75,7 +75,9 @@ RESNEXT_INLINE ShortVec narrow_half(Vec value) {
 #endif
 }
 
-RESNEXT_INLINE Vec widen_bfloat16(ShortVec value) { return bit_cast<Vec>(__builtin_convertvector(value, UintVec) << 16); }
+RESNEXT_INLINE Vec widen_bfloat16(ShortVec value) {
+  return bit_cast<Vec>(__builtin_convertvector(value, UintVec) << 16);
+}
 
 RESNEXT_INLINE ShortVec narrow_bfloat16(Vec value) {
   const UintVec bits = bit_cast<UintVec>(value);

@@ -1,10 +1,12 @@
-// Weight gradient: dw[o, i, r, s] = sum over n, p, q of grad[n, p, q, o] * x[n, p * stride_h + r - 1, q * stride_w + s - 1, i].
+// Weight gradient:
+// dw[o, i, r, s] = sum over n, p, q of grad[n, p, q, o] * x[n, p * stride_h + r - 1, q * stride_w + s - 1, i].
 //
 // A task walks a chunk of grad's rows for a block of bundles; x rows live in a zero-padded ring as in correlate.inl.h.
 // For one grad row and one kernel row, the accumulators (three taps times some channel pairs) stay in registers over
 // the whole row. Chunks are cut by the problem alone and summed in order: the result does not depend on threads.
 //
-// A bundle's slice: rotating [r][s][rotation][lane], otherwise [x vector][grad block][r][grad channel of the block][s][lane].
+// A bundle's slice: rotating [r][s][rotation][lane], otherwise [x vector][grad block][r][grad channel of the block][s]
+// [lane].
 
 constexpr int kGradBlock = kRegisters >= 32 ? 8 : 4;  // grad channels times three taps are accumulators
 
@@ -62,7 +64,7 @@ RESNEXT_INLINE void rotating_wgrad(const WgradArgs& args, Indices<R...>) {
 
 template <int kStep, int kWidth>
 void rotating_wgrad_rows(const WgradArgs& args) {
-  if constexpr (rotates(kWidth)) {
+  if constexpr (rotates(kWidth)) {  // make_layout never asks for another
     rotating_wgrad<kStep>(args, typename FromStd<std::make_integer_sequence<int, kWidth>>::Type{});
   }
 }
