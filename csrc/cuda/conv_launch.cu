@@ -7,9 +7,6 @@
 namespace resnext::cuda {
 namespace {
 
-// Bands are cut until this many units per block even out what a wave of blocks leaves over.
-constexpr int kUnitsPerBlock = 4;
-
 struct Operands {
   const void* source;
   const void* weight;
@@ -35,7 +32,7 @@ cudaError_t launch_direct(const GroupedConvShape& shape, const Operands& operand
   gather.stride_w = static_cast<int>(shape.stride_w);
   const int64_t blocks =
       ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
-  return launch(direct_conv_kernel<T, kDgrad>, blocks, kDirectThreads, 0, stream,
+  return launch(direct_conv_kernel<T, kDgrad>, blocks, kDirectThreads, DynamicShared{}, stream,
                 static_cast<const T*>(operands.source), static_cast<const T*>(operands.weight),
                 static_cast<const T*>(operands.bias), static_cast<T*>(operands.out), gather);
 }
@@ -59,17 +56,16 @@ cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& dev
   for (problem.part_tiles = std::min(slab_tiles, kMaxWarps); problem.part_tiles >= 1; problem.part_tiles /= 2) {
     problem.parts = static_cast<int>(ceil_div(slab_tiles, problem.part_tiles));
     const int64_t blocks_per_unit = int64_t{problem.slabs} * problem.parts;
-    const int64_t wave = int64_t{device.multiprocessors} * kConvBlocksPerMultiprocessor<kPass, kStride>;
-    problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad, blocks_per_unit, kUnitsPerBlock * wave);
-
+    problem.grid = make_strip_grid<Rows, Cols>(
+        shape, kPass == Pass::kDgrad, blocks_per_unit,
+        int64_t{device.multiprocessors} * kConvBlocksPerMultiprocessor<kPass, kStride>);
     const int64_t rows_bytes =
         int64_t{Rows::inputs + Rows::advance} * problem.grid.pixels * pixel_pitch(problem.slab_channels);
     const int64_t weights_bytes =
         packed ? 0 : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize * sizeof(WeightTile);
     const int64_t bytes = weights_bytes + std::max<int64_t>(rows_bytes, problem.part_tiles * kStagedWeightBytes);
     const int threads = problem.part_tiles * kWarpSize;
-    const int64_t resident = std::min<int64_t>(device.shared_memory / (bytes + kStaticSharedBytes),
-                                               kConvBlocksPerMultiprocessor<kPass, kStride>);
+    const int64_t resident = resident_blocks(device, bytes, kConvBlocksPerMultiprocessor<kPass, kStride>);
     if (resident == 0 || problem.slab_channels / 8 > threads || problem.grid.units > INT32_MAX) {
       continue;
     }
@@ -78,9 +74,9 @@ cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& dev
         std::clamp<int64_t>(device.multiprocessors * resident / blocks_per_unit, 1, problem.grid.units));
     return launch(packed ? tensor_core_conv_kernel<T, kPass, kStride, true>
                          : tensor_core_conv_kernel<T, kPass, kStride, false>,
-                  blocks_per_unit * problem.splits, threads, bytes, stream, static_cast<const T*>(operands.source),
-                  static_cast<const T*>(operands.weight), static_cast<const T*>(operands.bias),
-                  static_cast<T*>(operands.out), problem);
+                  blocks_per_unit * problem.splits, threads, dynamic_shared(device, bytes), stream,
+                  static_cast<const T*>(operands.source), static_cast<const T*>(operands.weight),
+                  static_cast<const T*>(operands.bias), static_cast<T*>(operands.out), problem);
   }
   return launch_direct<T, kPass>(shape, operands, stream);
 }

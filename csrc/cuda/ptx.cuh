@@ -91,22 +91,26 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 
 __device__ __forceinline__ bool any_in_warp(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 
+// A kernel's limit must be the same at every launch: it belongs to the kernel, and two threads may launch at once.
+struct DynamicShared {
+  int64_t bytes, limit;
+};
+
 // Launches on `stream`; the blocks go on grid axis x, the only one that passes 65,535.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, DynamicShared shared,
                    cudaStream_t stream, const Arguments&... arguments) {
   if (blocks > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  constexpr size_t kWithoutOptIn = 48 * 1024;
-  if (shared_bytes > kWithoutOptIn) {
+  if (shared.bytes > 0) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+                                                   static_cast<int>(shared.limit));
     if (error != cudaSuccess) {
       return error;
     }
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared.bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
 

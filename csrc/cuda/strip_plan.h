@@ -28,13 +28,23 @@ inline bool tensor_cores_serve(const GroupedConvShape& shape, Dtype dtype, const
          shape.stride_h == shape.stride_w && shape.height < kMaxRow && shape.width < kMaxRow / shape.in_channels;
 }
 
+inline DynamicShared dynamic_shared(const Device& device, int64_t bytes) {
+  return {bytes, device.shared_memory - kStaticSharedBytes};
+}
+
 inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// `blocks_per_unit` blocks work on each unit; bands are added until `wanted_blocks` are there or a band would be
-// shorter than four steps (a band repeats up to two source rows of its neighbour).
+// Blocks a multiprocessor holds at once, where registers allow `most`; 0 if not even one fits.
+inline int64_t resident_blocks(const Device& device, int64_t dynamic_shared_bytes, int64_t most) {
+  return std::min<int64_t>(device.shared_memory / (dynamic_shared_bytes + kStaticSharedBytes), most);
+}
+
+// Cuts bands until each of `wave` blocks, `blocks_per_unit` of which share a unit, gets a few units, so that the odd
+// ones even out; but no band below four steps, as it repeats up to two source rows of its neighbour.
 template <typename Rows, typename Cols>
-StripGrid make_strip_grid(const GroupedConvShape& shape, bool dgrad, int64_t blocks_per_unit, int64_t wanted_blocks) {
+StripGrid make_strip_grid(const GroupedConvShape& shape, bool dgrad, int64_t blocks_per_unit, int64_t wave) {
   constexpr int kMinBandSteps = 4;
+  constexpr int kUnitsPerBlock = 4;
   StripGrid grid{};
   grid.batch = shape.batch;
   grid.source_height = static_cast<int>(dgrad ? shape.out_height : shape.height);
@@ -51,7 +61,7 @@ StripGrid make_strip_grid(const GroupedConvShape& shape, bool dgrad, int64_t blo
   grid.pixels = grid.images * grid.pixels_per_image + Cols::inputs;
 
   const int64_t strips = ceil_div(shape.batch, grid.images) * grid.col_strips;
-  const int64_t bands = std::clamp<int64_t>(ceil_div(wanted_blocks, strips * blocks_per_unit), 1,
+  const int64_t bands = std::clamp<int64_t>(ceil_div(kUnitsPerBlock * wave, strips * blocks_per_unit), 1,
                                             std::max(1, grid.steps / kMinBandSteps));
   grid.band_steps = static_cast<int>(ceil_div(grid.steps, bands));
   grid.bands = static_cast<int>(ceil_div(grid.steps, grid.band_steps));

@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
           const int grad_position = m * kTile + lane % 8 + lane / 16 * 8;
 #pragma unroll
           for (int v = 0; v < kRows; ++v) {
-            ldmatrix_x4<true>(grad_tile[v], grad_rows[0][v] + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
+            ldmatrix_x4<true>(grad_tile[v],
+                              grad_rows[0][v] + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
           }
           const int pixel = tables.pixel[m * kTile + lane % kTile];
           const uint32_t x_offset = pixel * pitch + in_tile * 2 + lane / kTile * 16;

@@ -163,10 +163,17 @@ inline bool any_in_warp(bool predicate) {
   return operand.result;
 }
 
+struct DynamicShared {
+  int64_t bytes, limit;
+};
+
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, DynamicShared shared, cudaStream_t,
                    const Arguments&... arguments) {
-  emulation::run_grid(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  if (shared.bytes > shared.limit) {
+    return cudaErrorInvalidConfiguration;
+  }
+  emulation::run_grid(blocks, threads, shared.bytes, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
