@@ -47,7 +47,7 @@ def with_cuda() -> bool:
     choice = os.environ.get("RESNEXT_BUILD_CUDA", "")
     if choice not in ("", "0", "1"):
         raise SystemExit(f"resnext: expected RESNEXT_BUILD_CUDA to be 0, 1 or unset, got {choice!r}; unset it")
-    possible = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists() and torch.version.cuda is not None
+    possible = torch.version.cuda is not None and CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
     if choice == "1" and not possible:
         raise SystemExit(
             f"resnext: RESNEXT_BUILD_CUDA=1 expected nvcc and a CUDA build of torch, got CUDA_HOME={CUDA_HOME} and "
@@ -67,15 +67,11 @@ def extension() -> dict:
         flags["nvcc"] = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI]
         patterns, kind = [*patterns, "cuda/*.cu"], cpp_extension.CUDAExtension
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h"))
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
     module = kind("resnext._C", sources, depends=headers, extra_compile_args=flags, py_limited_api=True)
-    return {
-        "ext_modules": [module],
-        "cmdclass": {
-            "build_ext": cpp_extension.BuildExtension.with_options(use_ninja=cpp_extension.is_ninja_available())
-        },
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    build = cpp_extension.BuildExtension.with_options(use_ninja=cpp_extension.is_ninja_available())
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}, "options": options}
 
 
 if reason := why_not():

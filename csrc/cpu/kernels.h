@@ -81,8 +81,8 @@ struct WeightGradient {
   Dtype dtype;
 };
 
-// Entry points of one instruction set. The driver's parallel_for gives out ranges of tasks; each range gets scratch memory
-// of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
+// Entry points of one instruction set. The driver's parallel_for gives out ranges of tasks; each range gets scratch
+// memory of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
 struct Kernels {
   const char* name;
 

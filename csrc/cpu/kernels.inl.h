@@ -7,8 +7,8 @@
 #include "correlate.inl.h"
 #include "wgrad.inl.h"
 
-#define RESNEXT_KERNELS(name)                                                                                    \
-  {                                                                                                              \
+#define RESNEXT_KERNELS(name)                                                                                \
+  {                                                                                                          \
     name, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
-        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad                                          \
+        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad                                      \
   }
