@@ -24,7 +24,7 @@ def why_not() -> str | None:
     """Why the extension cannot be built here, or None."""
     try:
         from torch.utils.cpp_extension import get_cxx_compiler
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return f"torch cannot be imported ({error}); install it and use --no-build-isolation"
     if sys.platform == "win32":
         return "the CPU kernels need GCC or Clang"
