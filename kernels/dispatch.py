@@ -75,8 +75,12 @@ def why_plain_torch(
     stride: tuple[int, ...],
     padding: str | int | Sequence[int],
     dilation: tuple[int, ...],
+    groups: int,
 ) -> str | None:
-    """Why a valid call is not one for our operators at all and goes to ``F.conv2d`` as it is, or None."""
+    """Why a valid call is not one for our operators and goes to ``F.conv2d`` as it is, or None.
+
+    A compiler then sees PyTorch's own convolution, which it can fuse and lay out; it cannot look into our operators.
+    """
     if tuple(weight.shape[2:]) != checks.KERNEL_SIZE:
         return f"the kernel is {'x'.join(map(str, weight.shape[2:]))}, not 3x3"
     if dilation != (1, 1):
@@ -95,6 +99,8 @@ def why_plain_torch(
         return f"there is nothing to compute: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
     if torch._C._are_functorch_transforms_active():
         return "the call is inside a torch.func transform (vmap, grad, jvp, ...)"
+    if groups == 1 and forced_backend() is None:
+        return "a dense convolution (groups 1) is what PyTorch's libraries are made for; force a backend to use ours"
     return None
 
 
@@ -205,7 +211,7 @@ def explain(
         f"grouped_conv2d of x {tuple(x.shape)} with weight {tuple(weight.shape)}, stride {stride}, groups {groups}, "
         f"{str(x.dtype).removeprefix('torch.')}, {'channels_last' if channels_last else 'contiguous'}, on {x.device}"
     ]
-    if reason := why_plain_torch(x, weight, stride, padding, dilation):
+    if reason := why_plain_torch(x, weight, stride, padding, dilation, groups):
         return "\n".join([*lines, f"  every pass: plain PyTorch (F.conv2d): {reason}"])
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     forced = forced_backend()

@@ -45,9 +45,10 @@ def grouped_conv2d(
 ) -> Tensor:
     """2-D convolution with the semantics of `torch.nn.functional.conv2d`, served by our kernels where they apply.
 
-    Ours: 3x3 kernels with padding 1, dilation 1 and stride 1 or 2 per axis, any number of groups and of channels per
-    group, in float32, float16 and bfloat16 on CUDA and CPU (C_out/groups and C_in/groups may differ). Everything else
-    is handed to ``F.conv2d``. `explain` tells which backend serves a call, and why.
+    Ours: 3x3 kernels with padding 1, dilation 1 and stride 1 or 2 per axis, two groups or more, any number of channels
+    per group, in float32, float16 and bfloat16 on CUDA and CPU (C_out/groups and C_in/groups may differ). Everything
+    else is handed to ``F.conv2d``; dense convolutions (groups 1) too, unless a backend is forced. `explain` tells which
+    backend serves a call, and why.
 
     Differentiable any number of times in ``x``, ``weight`` and ``bias``, in reverse and in forward mode; inside
     torch.func transforms through ``F.conv2d``. Accumulates in float32 and rounds once. Deterministic. Under
@@ -79,7 +80,7 @@ def grouped_conv2d(
     if message := checks.invalid_conv2d(x, weight, bias, stride, padding, dilation, groups):
         return _left_to_pytorch(message, x, weight, bias, stride, padding, dilation, groups)
     strides = checks.pair(stride)
-    if reason := dispatch.why_plain_torch(x, weight, strides, padding, checks.pair(dilation)):
+    if reason := dispatch.why_plain_torch(x, weight, strides, padding, checks.pair(dilation), groups):
         if dispatch.forced_backend() not in (None, "torch"):
             raise dispatch.BackendError(
                 f"grouped_conv2d: the {dispatch.forced_backend()} backend was asked for and cannot serve this call: "

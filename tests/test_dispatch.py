@@ -85,7 +85,7 @@ def test_forced_backend_that_does_not_fit_raises_with_its_reason():
         grouped_conv2d(X, W, groups=4)
     with use_backend("cpu"), pytest.raises(BackendError, match=r"cannot serve this call: dilation is \(2, 2\), not 1"):
         grouped_conv2d(X, W, groups=4, dilation=2)
-    with use_backend("cpu"), pytest.raises(BackendError, match="the dtype is torch.float64"):
+    with use_backend("cpu"), pytest.raises(BackendError, match=r"the dtype is torch\.float64"):
         grouped_conv2d(X.double(), W.double(), groups=4)
 
 
@@ -170,6 +170,13 @@ def test_explain_names_what_is_left_to_pytorch():
     assert "not floating-point" in explain(X.long(), W.long(), groups=4)
 
 
+def test_dense_convolutions_are_ours_only_by_name():
+    weight = torch.randn(8, 8, 3, 3)
+    assert "every pass: plain PyTorch (F.conv2d): a dense convolution" in explain(X, weight)
+    with use_backend("torch"):
+        assert "fwd: torch" in explain(X, weight)
+
+
 def test_explain_reports_each_pass_and_every_reason():
     text = explain(X, W, groups=4)
     assert [line.split(":")[0].strip() for line in text.splitlines() if line.startswith("  ") and line[2] != " "] == [
@@ -207,9 +214,9 @@ def test_triton_that_does_not_start_is_a_reason_and_one_warning(monkeypatch):
     dispatch._no_triton.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="Triton does not start .*Failed to find C compiler") as caught:
-            for _ in range(2):
-                assert "Failed to find C compiler" in dispatch._no_triton(torch.device("cuda", 0))
+            reasons = [dispatch._no_triton(torch.device("cuda", 0)) for _ in range(2)]
         assert len(caught) == 1
+        assert all("Failed to find C compiler" in reason for reason in reasons)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert "compute capability 7.5" in dispatch._no_triton(torch.device("cuda", 1))
     finally:

@@ -80,7 +80,7 @@ def test_only_dispatch_reads_the_environment():
 
 
 def test_import_is_quiet_and_light():
-    """Importing prints nothing, and brings in neither the kernels' Triton file, nor the extension, nor other libraries."""
+    """Importing prints nothing and loads neither Triton kernels, nor the extension, nor other libraries."""
     code = (
         "import sys, torch\nfrom resnext import ResNeXt50Fused\n"
         "loaded = [m for m in ('resnext._C', 'resnext.kernels.grouped_conv', 'torchvision', 'timm', 'numpy.testing',"
