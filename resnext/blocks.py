@@ -103,7 +103,8 @@ class Bottleneck(nn.Module):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut: the block of ResNet-50 and deeper, and of ResNeXt.
 
     The 3x3 convolution is a `GroupedConv2d`, also with one group, where it is plain PyTorch's unless a backend
-    is forced (`resnext.explain` tells); a dilated one is always plain PyTorch's. The stride is in the 3x3 convolution, as in torchvision (often called v1.5),
+    is forced (`resnext.explain` tells); a dilated one is always plain PyTorch's. The stride is in the 3x3
+    convolution, as in torchvision (often called v1.5),
     not in the first 1x1 as in the ResNet paper.
 
     Input (N, inplanes, H, W), output (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
