@@ -104,13 +104,11 @@ class Bottleneck(nn.Module):
 
     The 3x3 convolution is a `GroupedConv2d`, also with one group, where it is plain PyTorch's unless a backend
     is forced (`resnext.explain` tells); a dilated one is always plain PyTorch's. The stride is in the 3x3
-    convolution, as in torchvision (often called v1.5),
-    not in the first 1x1 as in the ResNet paper.
+    convolution, as in torchvision (often called v1.5), not in the first 1x1 as in the ResNet paper.
 
     Input (N, inplanes, H, W), output (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
 
-    Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), figure 5, right; Xie
-        et al.,
+    Source: He et al., "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), figure 5, right; Xie et al.,
     "Aggregated Residual Transformations for Deep Neural Networks" (arXiv:1611.05431), figure 3(c).
 
     Args:
