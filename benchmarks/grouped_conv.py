@@ -26,7 +26,7 @@ import shapes
 import torch
 from contenders import BASELINES, COMPILED, EAGER, Operands
 from roofline import Roofline, measure_roofline
-from timing import Budget, interleave, peak_bytes
+from timing import Budget, interleave, keep_freed_memory, peak_bytes
 from verify import mismatch
 
 from resnext.kernels import BackendError, use_backend
@@ -239,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.cuda.set_device(args.device)
+    else:
+        keep_freed_memory()
     try:
         with torch.no_grad(), use_backend(args.backend):
             return _run(args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -68,6 +70,19 @@ def interleave(contenders: Contenders, device: torch.device, budget: Budget) -> 
     if device.type == "cuda":
         return _interleave_cuda(contenders, device, budget)
     return _interleave_cpu(contenders, budget)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, where its allocator is glibc's.
+
+    By default glibc gives the memory of large results back and asks for it again, zeroed, page by page: thousands of
+    faults that hit every second or third call of any contender, and cost more than many a convolution.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
