@@ -217,20 +217,23 @@ def taps_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int =
         group_k, group_n = group_n, group_k
     tile_k, tile_n = merged * group_k, merged * group_n
     block_n = min(64, round_up_to_block(tile_n))
-    if problem.dtype != torch.float32:
-        block_m = 64
-    elif problem.op == "wgrad":
-        block_m = 32
-    else:  # Without TF32, the operands of ordinary multiply-adds take the registers.
-        block_m = 64 if allow_tf32 or block_n <= 32 else 32
+    single = problem.dtype == torch.float32
     if problem.op == "wgrad":
-        block_k = min(64, round_up_to_block(tile_k))
+        block_m = 32 if single else 64
+        block_k = min(block_m, round_up_to_block(tile_k))
         blocks = 3 * math.ceil(problem.groups / merged) * math.ceil(tile_k / block_k) * math.ceil(tile_n / block_n)
         steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
         splits = min(math.ceil(steps / 4), math.ceil(_WAVES * 2 * num_sms / blocks))
         return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=2, splits=splits)
-    # Steps of 32 where 64 would multiply more zeros (groups of 72 or 96); still narrower ones cost more than they save.
-    block_k = round_up_to_block(tile_k)
+    # Steps of 32 where 64 would multiply more zeros (groups of 72 or 96); narrower ones cost more than they save.
+    block_m, block_k = 64, round_up_to_block(tile_k)
     if block_k > 64:
         block_k = min((64, 32), key=lambda block: math.ceil(tile_k / block) * block)
-    return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=3)
+    num_stages = 3
+    if single:
+        block_k = min(block_k, 32)
+        if allow_tf32:
+            num_stages = 2
+        elif block_n > 32:  # the operands of ordinary multiply-adds fill the registers
+            block_m = 32
+    return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
