@@ -63,6 +63,11 @@ inline void check_dense(const Tensor& tensor, const char* name, bool channels_la
   }
 }
 
+// Weights are small: the kernels read and write them in either layout.
+inline void check_dense_either_way(const Tensor& weight, const char* name) {
+  check_dense(weight, name, /*channels_last=*/weight.size(1) > 1 && weight.stride(1) == 1);
+}
+
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name) {
   STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), "grouped_conv2d: expected ", name, " of the dtype of ",
                   first_name, ", ", toString(first.scalar_type()), ", got ", toString(tensor.scalar_type()),
@@ -136,7 +141,7 @@ inline GroupedConvShape check_fwd(const Tensor& x, const Tensor& weight, const s
   check_like(weight, "weight", x, "input");
   check_like(out, "output", x, "input");
   check_dense(x, "input", channels_last);
-  check_dense(weight, "weight", false);
+  check_dense_either_way(weight, "weight");
   check_dense(out, "output", channels_last);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.out_channels &&
@@ -161,7 +166,7 @@ inline GroupedConvShape check_dgrad(const Tensor& grad, const Tensor& weight, co
   check_like(weight, "weight", grad, "grad");
   check_like(out, "output", grad, "grad");
   check_dense(grad, "grad", channels_last);
-  check_dense(weight, "weight", false);
+  check_dense_either_way(weight, "weight");
   check_dense(out, "output", channels_last);
   return shape;
 }
@@ -180,7 +185,7 @@ inline GroupedConvShape check_wgrad(const Tensor& grad, const Tensor& x, const T
   check_like(out, "output", grad, "grad");
   check_dense(grad, "grad", channels_last);
   check_dense(x, "input", channels_last);
-  check_dense(out, "output", false);
+  check_dense_either_way(out, "output");
   return shape;
 }
 

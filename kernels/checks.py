@@ -16,9 +16,9 @@ KERNEL_SIZE = (3, 3)
 
 def pair(value: int | Sequence[int]) -> tuple[int, ...]:
     """(v, v) for an int or a sequence of one, as ``F.conv2d`` reads its size arguments."""
-    if isinstance(value, Sequence):
-        return tuple(value) * 2 if len(value) == 1 else tuple(value)
-    return (value, value)
+    if isinstance(value, int) or not isinstance(value, Sequence):
+        return (value, value)
+    return tuple(value) * 2 if len(value) == 1 else tuple(value)
 
 
 def same_as_one(padding: str | int | Sequence[int], stride: tuple[int, ...], dilation: tuple[int, ...]) -> bool:
@@ -104,7 +104,9 @@ def _invalid_sizes(
                 return f"expected {name} to be integers{' or same or valid' * (name == 'padding')}, got {value!r}"
             if value == "same" and pair(stride) != (1, 1):
                 return f"expected stride 1 with padding 'same', got stride {stride}; give the padding as a number"
-        elif len(pair(value)) != 2 or any(size < least for size in pair(value)):
+            continue
+        sizes = pair(value)
+        if len(sizes) != 2 or sizes[0] < least or sizes[1] < least:
             return f"expected {name} to be one or two integers >= {least}, got {value}"
     if groups < 1:
         return f"expected groups >= 1, got {groups}"

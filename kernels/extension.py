@@ -67,8 +67,8 @@ def dgrad(
 
 
 def wgrad(grad: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor:
-    """Gradient of the weight: dw (C_out, C_in/groups, 3, 3), contiguous."""
-    out = _empty((grad.shape[1], x.shape[1] // groups, 3, 3), x, channels_last=False)
+    """Gradient of the weight: dw (C_out, C_in/groups, 3, 3), dense in the given layout."""
+    out = _empty((grad.shape[1], x.shape[1] // groups, 3, 3), x, channels_last)
     torch.ops.resnext_C.grouped_conv2d_wgrad(grad, x, out, stride[0], stride[1], groups, channels_last)
     return out
 

@@ -62,7 +62,9 @@ class Launch:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bool = False) -> Launch:
+def plan(
+    problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bool = False, taps_outside: bool = False
+) -> Launch:
     """The launch that computes one pass with given settings; needs no device and no tensors.
 
     Args:
@@ -70,6 +72,7 @@ def plan(problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bo
         config: Launch settings; `StripsConfig` only where `fits_strips`.
         allow_tf32: Whether float32 products may be rounded to TF32.
         has_bias: Whether the forward pass adds a bias.
+        taps_outside: Whether the weight lies in memory as (C_out, 3, 3, C_in / groups), as channels_last leaves it.
 
     Raises:
         ValueError: If a count passes what the kernels index with 32 bits.
@@ -77,7 +80,7 @@ def plan(problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bo
     if problem.op == "wgrad":
         launch, counts = _plan_wgrad(problem, config)
     else:
-        launch, counts = _plan_conv(problem, config, has_bias)
+        launch, counts = _plan_conv(problem, config, has_bias, taps_outside)
     if max(counts) > _MAX_COUNT:
         raise ValueError(
             f"grouped_conv2d: expected at most {_MAX_COUNT} pixels per image, strips and programs for the triton "
@@ -99,7 +102,7 @@ def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
-def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool) -> tuple[Launch, list[int]]:
+def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool, taps_outside: bool) -> tuple[Launch, list[int]]:
     """The launch of a forward pass or input gradient, and the counts that must fit 32 bits."""
     transposed = problem.op == "dgrad"
     src = (problem.height, problem.width, problem.in_channels)
@@ -117,7 +120,7 @@ def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool) -> tuple[La
         strips = problem.batch * triton.cdiv(problem.out_width, config.strip)
         programs = tiles * triton.cdiv(problem.out_height, config.band) * triton.cdiv(strips, config.block_m)
         sizes["band"] = config.band
-        constants["STRIP"] = config.strip
+        constants |= {"STRIP": config.strip, "TAPS_OUTSIDE": taps_outside}
         constants["BLOCK_K"] = round_up_to_block(config.merged * group_k)
         constants["BLOCK_N"] = round_up_to_block(config.merged * group_n)
         if transposed and problem.stride == (2, 2):
@@ -192,7 +195,7 @@ def fwd(
 
     Args:
         x: (N, C_in, H, W), dense in the layout ``channels_last`` says; float32, float16 or bfloat16.
-        weight: (C_out, C_in / groups, 3, 3), contiguous, dtype of ``x``.
+        weight: (C_out, C_in / groups, 3, 3), contiguous or channels_last, dtype of ``x``.
         bias: (C_out,), contiguous, dtype of ``x``, or None.
         stride: (stride_h, stride_w), each 1 or 2.
         groups: Number of groups.
@@ -205,7 +208,7 @@ def fwd(
     """
     batch, in_channels, height, width = x.shape
     problem = _problem("fwd", x, in_channels, len(weight), (height, width), stride, groups, channels_last)
-    launch, config = _prepare(problem, x.device, config, allow_tf32, has_bias=bias is not None)
+    launch, config = _prepare(problem, x.device, config, allow_tf32, bias is not None, _taps_outside(weight))
     y = _empty_nhwc(x, batch, len(weight), problem.out_height, problem.out_width)
     with torch.cuda.device_of(x):
         launch(src_ptr=_nhwc(x), weight_ptr=_arrange_weight(weight, config), bias_ptr=bias, dst_ptr=y)
@@ -241,7 +244,7 @@ def dgrad(
     batch, out_channels = grad.shape[:2]
     in_channels = weight.shape[1] * groups
     problem = _problem("dgrad", grad, in_channels, out_channels, input_size, stride, groups, channels_last)
-    launch, config = _prepare(problem, grad.device, config, allow_tf32)
+    launch, config = _prepare(problem, grad.device, config, allow_tf32, taps_outside=_taps_outside(weight))
     dx = _empty_nhwc(grad, batch, in_channels, *input_size)
     no_bias = {"bias_ptr": None} if "HAS_BIAS" in launch.constants else {}
     with torch.cuda.device_of(grad):
@@ -271,7 +274,7 @@ def wgrad(
         allow_tf32: As in `fwd`.
 
     Returns:
-        (C_out, C_in / groups, 3, 3), contiguous, dtype of ``x``; the same bits for the same call.
+        (C_out, C_in / groups, 3, 3), laid out and of the dtype of ``x``; the same bits for the same call.
     """
     in_channels, height, width = x.shape[1:]
     out_channels = grad.shape[1]
@@ -281,7 +284,8 @@ def wgrad(
     with torch.cuda.device_of(x):
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
         launch(grad_ptr=_nhwc(grad), x_ptr=_nhwc(x), partials_ptr=partials)
-        return partials.sum(0).to(x.dtype)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return partials.sum(0).to(x.dtype).contiguous(memory_format=layout)
 
 
 def _problem(op, activation, in_channels, out_channels, size, stride, groups, channels_last) -> ConvProblem:
@@ -301,14 +305,19 @@ def _problem(op, activation, in_channels, out_channels, size, stride, groups, ch
 
 
 def _prepare(
-    problem: ConvProblem, device: torch.device, config: Config | None, allow_tf32: bool | None, has_bias: bool = False
+    problem: ConvProblem,
+    device: torch.device,
+    config: Config | None,
+    allow_tf32: bool | None,
+    has_bias: bool = False,
+    taps_outside: bool = False,
 ) -> tuple[Launch, Config]:
     """The launch and its settings, with the defaults filled in."""
     if allow_tf32 is None:
         # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this one follows both.
         allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     config = config or _default_config(problem, device, allow_tf32)
-    return plan(problem, config, allow_tf32=allow_tf32, has_bias=has_bias), config
+    return plan(problem, config, allow_tf32=allow_tf32, has_bias=has_bias, taps_outside=taps_outside), config
 
 
 @functools.lru_cache(maxsize=4096)
@@ -317,6 +326,10 @@ def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool
         return choose_config(problem, allow_tf32=allow_tf32)
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     return choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+
+
+def _taps_outside(weight: Tensor) -> bool:
+    return weight.shape[1] > 1 and weight.stride(1) == 1
 
 
 def _arrange_weight(weight: Tensor, config: Config) -> Tensor:

@@ -35,7 +35,7 @@ def _accumulate_strided(accs, dy, weights, KH: tl.constexpr, PRECISION: tl.const
 @triton.jit
 def grouped_conv_dgrad_strided_kernel(
     src_ptr,  # dy (batch, src_height, src_width, src_channels)
-    weight_ptr,  # (C_out, C_in / groups, 3, 3)
+    weight_ptr,  # (C_out, C_in / groups, 3, 3), or with TAPS_OUTSIDE (C_out, 3, 3, C_in / groups)
     dst_ptr,  # dx (batch, dst_height, dst_width, dst_channels)
     batch,
     src_height,
@@ -45,6 +45,7 @@ def grouped_conv_dgrad_strided_kernel(
     dst_width,
     dst_channels,
     band,
+    TAPS_OUTSIDE: tl.constexpr,
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
@@ -84,7 +85,17 @@ def grouped_conv_dgrad_strided_kernel(
     dst_ptrs = dst_ptr + (image * dst_height * dst_width + dst_column)[:, None] * dst_channels + channel_n[None, :]
 
     weights = weight_tiles(
-        weight_ptr, pid_tile, src_channels // GROUP_K, False, True, GROUP_K, GROUP_N, MERGED, BLOCK_K, BLOCK_N
+        weight_ptr,
+        pid_tile,
+        src_channels // GROUP_K,
+        False,
+        True,
+        TAPS_OUTSIDE,
+        GROUP_K,
+        GROUP_N,
+        MERGED,
+        BLOCK_K,
+        BLOCK_N,
     )
     no_bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
     trace = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -125,9 +136,9 @@ def grouped_conv_dgrad_strided_kernel(
                         src_height,
                         src_width,
                         src_channels,
-                        1,
+                        GROUP_N if TAPS_OUTSIDE else 1,
                         GROUP_N * 9,
-                        9,
+                        1 if TAPS_OUTSIDE else 9,
                         mask,
                         2,
                         2,

@@ -20,7 +20,7 @@ from .grouped_conv_tiles import (
 @triton.jit
 def grouped_conv_strips_kernel(
     src_ptr,  # (batch, src_height, src_width, src_channels)
-    weight_ptr,  # (C_out, C_in / groups, 3, 3)
+    weight_ptr,  # (C_out, C_in / groups, 3, 3), or with TAPS_OUTSIDE (C_out, 3, 3, C_in / groups)
     bias_ptr,  # (dst_channels,) or None
     dst_ptr,  # (batch, dst_height, dst_width, dst_channels)
     batch,
@@ -33,6 +33,7 @@ def grouped_conv_strips_kernel(
     band,
     STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TAPS_OUTSIDE: tl.constexpr,
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
@@ -80,6 +81,7 @@ def grouped_conv_strips_kernel(
         src_channels // GROUP_K,
         TRANSPOSED,
         TRANSPOSED,
+        TAPS_OUTSIDE,
         GROUP_K,
         GROUP_N,
         MERGED,
@@ -142,9 +144,9 @@ def grouped_conv_strips_kernel(
                         src_height,
                         src_width,
                         src_channels,
-                        1,
+                        group_in if TAPS_OUTSIDE else 1,
                         group_in * 9,
-                        9,
+                        1 if TAPS_OUTSIDE else 9,
                         mask,
                         STRIDE,
                         STRIDE,

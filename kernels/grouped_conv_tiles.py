@@ -40,13 +40,14 @@ def weight_tile(
     KH: tl.constexpr,
     KW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TAPS_OUTSIDE: tl.constexpr,
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Tap (KH, KW) of MERGED groups, block-diagonal [BLOCK_K, BLOCK_N], read from the OIHW weight."""
+    """Tap (KH, KW) of MERGED groups, block-diagonal [BLOCK_K, BLOCK_N], from the OIHW weight (OHWI: TAPS_OUTSIDE)."""
     offs_k = tl.arange(0, BLOCK_K)[:, None]
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     first_group = tile.to(tl.int64) * MERGED
@@ -60,7 +61,11 @@ def weight_tile(
         group_in: tl.constexpr = GROUP_K
     group_of_k = offs_k // GROUP_K
     mask = (group_of_k == offs_n // GROUP_N) & (group_of_k < MERGED) & (first_group + group_of_k < groups)
-    return tl.load(weight_ptr + (offs_out * group_in + offs_in) * 9 + (KH * 3 + KW), mask=mask, other=0.0)
+    if TAPS_OUTSIDE:
+        offs = (offs_out * 9 + (KH * 3 + KW)) * group_in + offs_in
+    else:
+        offs = (offs_out * group_in + offs_in) * 9 + (KH * 3 + KW)
+    return tl.load(weight_ptr + offs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -70,6 +75,7 @@ def weight_tiles(
     groups,
     FLIPPED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TAPS_OUTSIDE: tl.constexpr,
     GROUP_K: tl.constexpr,
     GROUP_N: tl.constexpr,
     MERGED: tl.constexpr,
@@ -87,6 +93,7 @@ def weight_tiles(
                 (8 - tap) // 3 if FLIPPED else tap // 3,
                 (8 - tap) % 3 if FLIPPED else tap % 3,
                 TRANSPOSED,
+                TAPS_OUTSIDE,
                 GROUP_K,
                 GROUP_N,
                 MERGED,

@@ -134,7 +134,7 @@ def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 
         groups: Number of groups.
 
     Returns:
-        (C_out, C_in / groups, 3, 3), contiguous.
+        (C_out, C_in / groups, 3, 3), channels_last if grad or x is.
 
     Raises:
         ValueError: If shapes, dtypes, devices or sizes do not fit together.
@@ -201,12 +201,17 @@ def _dense(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor.contiguous(memory_format=checks.memory_format(channels_last))
 
 
+def _dense_weight(weight: Tensor) -> Tensor:
+    """Either layout will do: copying weights would cost more than some of the convolutions."""
+    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+
+
 def _fwd(x, weight, bias, stride, groups, channels_last):
     stride = tuple(stride)
     problem = dispatch.problem_of("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     bias = None if bias is None else bias.contiguous()
     return dispatch.launchers(problem, x.device).fwd(
-        _dense(x, channels_last), weight.contiguous(), bias, stride, groups, channels_last
+        _dense(x, channels_last), _dense_weight(weight), bias, stride, groups, channels_last
     )
 
 
@@ -215,7 +220,7 @@ def _dgrad(grad, weight, input_size, stride, groups, channels_last):
     shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
     problem = dispatch.problem_of("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
     return dispatch.launchers(problem, grad.device).dgrad(
-        _dense(grad, channels_last), weight.contiguous(), input_size, stride, groups, channels_last
+        _dense(grad, channels_last), _dense_weight(weight), input_size, stride, groups, channels_last
     )
 
 
@@ -240,10 +245,14 @@ def _fake_dgrad(grad, weight, input_size, stride, groups, channels_last):
 
 
 def _fake_wgrad(grad, x, stride, groups, channels_last):
-    return grad.new_empty(grad.shape[1], x.shape[1] // groups, 3, 3)
+    return grad.new_empty(grad.shape[1], x.shape[1] // groups, 3, 3).contiguous(
+        memory_format=checks.memory_format(channels_last)
+    )
 
 
 # --- their derivatives ---
+#
+# No setup_context: with it, `apply` inspects the signature of `forward` in every call, longer than all else takes.
 
 
 def _save(ctx, first: Tensor, second: Tensor) -> None:
@@ -265,15 +274,12 @@ def _product_rule(ctx, op, first_tangent: Tensor | None, second_tangent: Tensor 
 
 class _Fwd(torch.autograd.Function):
     @staticmethod
-    def forward(x, weight, bias, *dims):
+    def forward(ctx, x, weight, bias, *dims):
         with torch._C._AutoDispatchBelowAutograd():
-            return _OPS._grouped_conv2d_fwd(x, weight, bias, *dims)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, *ctx.dims = inputs
-        ctx.input_size, ctx.output_shape = x.shape[2:], output.shape
+            y = _OPS._grouped_conv2d_fwd(x, weight, bias, *dims)
+        ctx.dims, ctx.input_size, ctx.output_shape = dims, x.shape[2:], y.shape
         _save(ctx, x, weight)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -298,14 +304,11 @@ class _Fwd(torch.autograd.Function):
 
 class _Dgrad(torch.autograd.Function):
     @staticmethod
-    def forward(grad, weight, *dims):
+    def forward(ctx, grad, weight, *dims):
+        ctx.dims = dims
+        _save(ctx, grad, weight)
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS._grouped_conv2d_dgrad(grad, weight, *dims)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, weight, *ctx.dims = inputs
-        _save(ctx, grad, weight)
 
     @staticmethod
     def backward(ctx, dx):
@@ -325,15 +328,11 @@ class _Dgrad(torch.autograd.Function):
 
 class _Wgrad(torch.autograd.Function):
     @staticmethod
-    def forward(grad, x, *dims):
+    def forward(ctx, grad, x, *dims):
+        ctx.dims, ctx.input_size = dims, x.shape[2:]
+        _save(ctx, grad, x)
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS._grouped_conv2d_wgrad(grad, x, *dims)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, x, *ctx.dims = inputs
-        ctx.input_size = x.shape[2:]
-        _save(ctx, grad, x)
 
     @staticmethod
     def backward(ctx, dw):

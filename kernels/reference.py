@@ -1,7 +1,8 @@
 """Every pass in plain PyTorch: the oracle in tests, and the backend named ``torch``.
 
 Same signatures as the Triton and C++ launchers: 3x3, padding 1, dilation 1, ``stride`` = (h, w), activations
-dense in the layout that ``channels_last`` names. Any dtype that PyTorch's convolution takes.
+and the weight's gradient dense in the layout that ``channels_last`` names, the weight dense in either. Any
+dtype that PyTorch's convolution takes.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def dgrad(
 
 
 def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
-    """Gradient of the weight, (C_out, C_in/groups, 3, 3), contiguous."""
+    """Gradient of the weight, (C_out, C_in/groups, 3, 3)."""
     weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
     _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
-    return dw.contiguous()
+    return dw.contiguous(memory_format=memory_format(channels_last))
 
 
 def _backward(grad, x, weight, stride, groups, mask):

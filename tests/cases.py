@@ -90,7 +90,7 @@ def make_tensors(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return {
         "x": make(case.input_shape).contiguous(memory_format=layout),
-        "weight": make(case.weight_shape),
+        "weight": make(case.weight_shape).contiguous(memory_format=layout),
         "bias": make((case.out_channels,)) if case.bias else None,
         "grad": make(case.output_shape).contiguous(memory_format=layout),
     }

@@ -80,7 +80,8 @@ class Emulator:
         names = {"fwd": ["x", "weight", "bias"], "dgrad": ["grad", "weight"], "wgrad": ["grad", "x"]}[op]
         size = {"fwd": case.output_shape, "dgrad": case.input_shape, "wgrad": case.weight_shape}[op]
         layout = torch.contiguous_format if op == "wgrad" else torch.channels_last
-        inputs = [tensors[name] for name in names]
+        # The kernels read weights in OIHW order; the operators around them, which are not emulated, bring them to it.
+        inputs = [tensors[name].contiguous() if name == "weight" else tensors[name] for name in names]
         out = torch.empty(size, dtype=inputs[0].dtype, memory_format=layout)
         pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in [*inputs, out]]
         shape = self._shape(case)

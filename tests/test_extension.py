@@ -113,7 +113,7 @@ def test_output_layout(built, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     assert compute("fwd", case, tensors, channels_last).is_contiguous(memory_format=memory_format)
     assert compute("dgrad", case, tensors, channels_last).is_contiguous(memory_format=memory_format)
-    assert compute("wgrad", case, tensors, channels_last).is_contiguous()
+    assert compute("wgrad", case, tensors, channels_last).is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -43,6 +43,11 @@ Image image_of(const Tensor& tensor, bool channels_last) {
           tensor.size(1),    tensor.size(2),   tensor.size(3)};
 }
 
+FilterStrides filter_strides(const Tensor& weight) {
+  const bool inputs_inside = weight.size(1) > 1 && weight.stride(1) == 1;  // channels_last
+  return inputs_inside ? FilterStrides{1, weight.size(1)} : FilterStrides{9, 1};
+}
+
 Axis forward_axis(int64_t stride) { return {static_cast<int>(stride), 1, {{3, -1, {0, 1, 2}}, {}}}; }
 
 // With stride 2, an even position of the input took part through the middle tap only, an odd one through the last tap
@@ -66,6 +71,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const std::optional<T
   const Buffer packed_weight = allocate(kernels.packed_weight_size(c.layout));
   const Buffer packed_bias = allocate(kernels.packed_bias_size(c.layout));
   const WeightPacking packing = {weight.data_ptr(),
+                                 filter_strides(weight),
                                  bias.has_value() ? bias->data_ptr() : nullptr,
                                  dtype_of(weight),
                                  transposed,
@@ -126,6 +132,7 @@ void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t
   g.layout = kernels.make_layout(groups, shape.group_in(), shape.group_out());
   g.block = bundle_block(g.layout, channels_last);
   g.dw = out.data_ptr();
+  g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each has enough
   // pixels to be worth adding up its partial result, and all partial results together stay small.

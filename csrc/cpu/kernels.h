@@ -59,9 +59,15 @@ struct Correlation {
   int64_t bands;  // parts a destination image's rows are cut into
 };
 
+// Where a filter keeps its weights: (C_in / groups, 3, 3) in memory, or (3, 3, C_in / groups) in channels_last.
+struct FilterStrides {
+  int64_t input, tap;
+};
+
 struct WeightPacking {
   const void* weight;  // (C_out, C_in / groups, 3, 3)
-  const void* bias;    // (C_out) or null
+  FilterStrides strides;
+  const void* bias;  // (C_out) or null
   Dtype dtype;
   bool transposed;  // the source channels of the correlation are the weight's output channels
   Axis cols;
@@ -78,6 +84,7 @@ struct WeightGradient {
   int64_t block, chunks;
   float* partial;
   void* dw;  // (C_out, C_in / groups, 3, 3)
+  FilterStrides strides;
   Dtype dtype;
 };
 

@@ -74,23 +74,25 @@ PackedTaps packed_taps(const Layout& layout, const Axis& cols) {
 // Lane j of accumulator r collects what source channel j gives to destination channel (j - r) mod width of its group:
 // rotating the accumulator by r then brings every sum to its own lane.
 void pack_rotating_tile(const Layout& layout, bool transposed, const PackedTaps& taps, const float* filters,
-                        int64_t channels, float* packed) {
+                        const FilterStrides& strides, int64_t channels, float* packed) {
   const int64_t width = layout.group_src;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     for (int64_t r = 0; r < width; ++r) {
       const int64_t src = lane % width;
       const int64_t dst = (src - r + width) % width;
-      const float* filter = filters + ((lane - src) * width + (transposed ? src * width + dst : dst * width + src)) * 9;
+      const int64_t output = lane - src + (transposed ? src : dst);
+      const float* filter = filters + output * width * 9 + (transposed ? dst : src) * strides.input;
       for (int64_t tap = 0; tap < 9; ++tap) {
-        packed[taps.offset[tap] + r * taps.stride[tap] + lane] = lane < channels ? filter[tap] : 0.0f;
+        packed[taps.offset[tap] + r * taps.stride[tap] + lane] = lane < channels ? filter[tap * strides.tap] : 0.0f;
       }
     }
   }
 }
 
-// Lanes are destination channels: `rows` of them, `row_stride` floats apart, each with the taps of terms i, i + 1, ...
+// Lanes are destination channels: `rows` of them, `row_stride` floats apart. Each row holds the weights of the terms
+// i, i + 1, ..., with all taps of a term together or (taps_outside) all terms of a tap.
 void pack_lanes(const PackedTaps& taps, const float* filters, int64_t row_stride, int64_t rows, int64_t i,
-                int64_t terms, float* packed) {
+                int64_t terms, bool taps_outside, float* packed) {
   for (int64_t column = 0; column < terms * 9; column += kLanes) {
     const int64_t columns = min_of(kLanes, terms * 9 - column);
     Vec square[kLanes];
@@ -102,24 +104,35 @@ void pack_lanes(const PackedTaps& taps, const float* filters, int64_t row_stride
     RESNEXT_UNROLL
     for (int c = 0; c < kLanes; ++c) {
       if (c >= columns) break;
-      const int64_t tap = (column + c) % 9;
-      store(packed + taps.offset[tap] + (i + (column + c) / 9) * taps.stride[tap], square[c]);
+      const int64_t tap = taps_outside ? (column + c) / terms : (column + c) % 9;
+      const int64_t term = taps_outside ? (column + c) % terms : (column + c) / 9;
+      store(packed + taps.offset[tap] + (i + term) * taps.stride[tap], square[c]);
     }
   }
 }
 
 void pack_broadcast_tile(const Layout& layout, bool transposed, const PackedTaps& taps, const float* filters,
-                         int64_t tile, float* packed) {
+                         const FilterStrides& strides, int64_t tile, float* packed_tile) {
+  const bool taps_outside = strides.tap != 1;
   for (int64_t v = 0; v < layout.tile_vectors; ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
-    if (transposed) {  // filters (source channel, destination channel)
-      for (int64_t i = 0; i < layout.depth; ++i) {
-        pack_lanes(taps, filters + (i * layout.group_dst + dst) * 9, 9, rows, i, 1, packed + v * kLanes);
-      }
-    } else {  // filters (destination channel, source channel)
+    float* packed = packed_tile + v * kLanes;
+    if (!transposed) {  // filters (destination channel, source channel)
       const int64_t row_stride = layout.group_src * 9;
-      pack_lanes(taps, filters + dst * row_stride, row_stride, rows, 0, layout.depth, packed + v * kLanes);
+      pack_lanes(taps, filters + dst * row_stride, row_stride, rows, 0, layout.depth, taps_outside, packed);
+      continue;
+    }
+    for (int64_t i = 0; i < layout.depth; ++i) {  // filters (source channel, destination channel)
+      const float* filter = filters + i * layout.group_dst * 9 + dst * strides.input;
+      if (!taps_outside) {
+        pack_lanes(taps, filter, 9, rows, i, 1, false, packed);
+        continue;
+      }
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const Vec lanes = rows > 0 ? load_first(filter + tap * strides.tap, min_of(kLanes, rows)) : Vec{};
+        store(packed + taps.offset[tap] + i * taps.stride[tap], lanes);
+      }
     }
   }
 }
@@ -138,9 +151,9 @@ void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, i
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
       float* packed = p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout);
       if (layout.rotating) {
-        pack_rotating_tile(layout, p.transposed, taps, filters, dst_channels, packed);
+        pack_rotating_tile(layout, p.transposed, taps, filters, p.strides, dst_channels, packed);
       } else {
-        pack_broadcast_tile(layout, p.transposed, taps, filters, tile, packed);
+        pack_broadcast_tile(layout, p.transposed, taps, filters, p.strides, tile, packed);
       }
     }
     float* packed_bias = p.packed_bias + bundle * layout.tiles * lanes;

@@ -223,25 +223,37 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   }
 }
 
-// One rotating slice to filters [grad channel][x channel of its group][tap].
-void unpack_rotating_slice(const Layout& layout, const float* slice, int64_t outputs, float* filters) {
+// One rotating slice to filters, one per grad channel.
+void unpack_rotating_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
+                           float* filters) {
   const int64_t width = layout.group_src;
   for (int64_t output = 0; output < outputs; ++output) {
     const int64_t first = output / width * width;
     for (int64_t input = 0; input < width; ++input) {
       const int64_t rotation = (first + input - output + width) % width;
-      for (int64_t tap = 0; tap < 9; ++tap) *filters++ = slice[(tap * width + rotation) * kLanes + first + input];
+      float* filter = filters + output * width * 9 + input * strides.input;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        filter[tap * strides.tap] = slice[(tap * width + rotation) * kLanes + first + input];
+      }
     }
   }
 }
 
-void unpack_broadcast_slice(const Layout& layout, const float* slice, int64_t outputs, float* filters) {
+void unpack_broadcast_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
+                            float* filters) {
   const int64_t row_size = wgrad_row_size(layout);
   const int64_t grad_blocks = ceil_div(layout.group_dst, kGradBlock);
   for (int64_t output = 0; output < outputs; ++output, filters += layout.group_src * 9) {
     for (int64_t input = 0; input < layout.group_src; input += kLanes) {
       const int64_t block = input / kLanes * grad_blocks + output / kGradBlock;
       const float* from = slice + block * 3 * row_size + output % kGradBlock * 3 * kLanes;
+      if (strides.tap != 1) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          store_first(filters + tap * strides.tap + input, load(from + tap / 3 * row_size + tap % 3 * kLanes),
+                      min_of(kLanes, layout.group_src - input));
+        }
+        continue;
+      }
       for (int64_t tap = 0; tap < 9; tap += kLanes) {
         Vec square[kLanes];
         RESNEXT_UNROLL
@@ -272,7 +284,7 @@ void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle,
     }
     const int64_t outputs = bundle_dst_channels(layout, bundle);
     const auto unpack = layout.rotating ? unpack_rotating_slice : unpack_broadcast_slice;
-    unpack(layout, total, outputs, scratch);
+    unpack(layout, g.strides, total, outputs, scratch);
     const int64_t filter_size = layout.group_src * 9;
     write_floats(g.dw, g.dtype, bundle * layout.dst_channels * filter_size, outputs * filter_size, scratch);
   }

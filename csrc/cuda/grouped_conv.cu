@@ -43,26 +43,28 @@ cudaStream_t current_stream(int device_index) {
 
 Tensor to_nhwc(const Tensor& tensor) { return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast); }
 
-// The tensor the kernels fill: `out` itself, or an NHWC one that store() copies into it.
-class NhwcOutput {
- public:
-  NhwcOutput(const Tensor& out, bool channels_last)
-      : out_(out),
-        nhwc_(channels_last ? out
-                            : torch::stable::empty(out.sizes(), out.scalar_type(), std::nullopt, out.device(),
-                                                   std::nullopt, MemoryFormat::ChannelsLast)),
-        copy_(!channels_last) {}
+Tensor to_oihw(const Tensor& weight) { return torch::stable::contiguous(weight, MemoryFormat::Contiguous); }
 
-  void* data() const { return nhwc_.mutable_data_ptr(); }
+// The tensor the kernels fill: `out` itself if it has the layout they write, else one that store() copies into it.
+class Output {
+ public:
+  Output(const Tensor& out, bool has_layout, MemoryFormat layout)
+      : out_(out),
+        target_(has_layout ? out
+                           : torch::stable::empty(out.sizes(), out.scalar_type(), std::nullopt, out.device(),
+                                                  std::nullopt, layout)),
+        copy_(!has_layout) {}
+
+  void* data() const { return target_.mutable_data_ptr(); }
 
   void store() {
     if (copy_) {
-      torch::stable::copy_(out_, nhwc_);
+      torch::stable::copy_(out_, target_);
     }
   }
 
  private:
-  Tensor out_, nhwc_;
+  Tensor out_, target_;
   bool copy_;
 };
 
@@ -72,9 +74,9 @@ void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const std::option
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor x_nhwc = to_nhwc(x);
-  NhwcOutput target(out, channels_last);
+  Output target(out, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), current_device(device), x_nhwc.const_data_ptr(),
-                            weight.const_data_ptr(), bias.has_value() ? bias->const_data_ptr() : nullptr,
+                            to_oihw(weight).const_data_ptr(), bias.has_value() ? bias->const_data_ptr() : nullptr,
                             target.data(), current_stream(device)));
   target.store();
 }
@@ -85,9 +87,9 @@ void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, Tensor out, 
   const int device = grad.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor grad_nhwc = to_nhwc(grad);
-  NhwcOutput target(out, channels_last);
+  Output target(out, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_dgrad(shape, kernel_dtype(grad), current_device(device), grad_nhwc.const_data_ptr(),
-                              weight.const_data_ptr(), target.data(), current_stream(device)));
+                              to_oihw(weight).const_data_ptr(), target.data(), current_stream(device)));
   target.store();
 }
 
@@ -100,10 +102,11 @@ void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, Tensor out, int64
   const Dtype dtype = kernel_dtype(grad);
   const Device device = current_device(index);
   const WgradPlan plan = plan_wgrad(shape, dtype, device, grad_nhwc.const_data_ptr(), x_nhwc.const_data_ptr());
+  Output target(out, out.is_contiguous(), MemoryFormat::Contiguous);
   const Tensor workspace = torch::stable::new_empty(out, {plan.workspace_elements}, ScalarType::Float);
   STD_CUDA_CHECK(launch_wgrad(shape, dtype, device, plan, grad_nhwc.const_data_ptr(), x_nhwc.const_data_ptr(),
-                              static_cast<float*>(workspace.mutable_data_ptr()), out.mutable_data_ptr(),
-                              current_stream(index)));
+                              static_cast<float*>(workspace.mutable_data_ptr()), target.data(), current_stream(index)));
+  target.store();
 }
 
 }  // namespace
