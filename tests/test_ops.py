@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -350,9 +351,8 @@ def run(module, x):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_compile_fullgraph(backend, layout, monkeypatch):
-    # Inductor's cache on disk knows an operator by its name: what it holds may stem from another state of the source.
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+@torch._inductor.config.patch(force_disable_caches=True)  # what the cache on disk holds may be of another source
+def test_compile_fullgraph(backend, layout):
     torch.compiler.reset()
     module, x = Conv(), LAYOUTS[layout](make_tensors(SMALL)["x"])
     wanted = run(module, x)
