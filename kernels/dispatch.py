@@ -112,7 +112,7 @@ def choose(problem: ConvProblem, device: torch.device) -> str:
     """
     name = forced_backend()
     if name is None:
-        return _automatic(problem, device)
+        return next(b for b in BACKENDS if not (unsupported(b, problem, device) or not_chosen(b, problem)))
     if reason := unsupported(name, problem, device):
         raise BackendError(
             f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
@@ -121,21 +121,19 @@ def choose(problem: ConvProblem, device: torch.device) -> str:
     return name
 
 
-def launchers(problem: ConvProblem, device: torch.device) -> ModuleType:
-    """The module whose ``fwd``, ``dgrad`` and ``wgrad`` serve ``problem`` on ``device``.
+def launchers(*problem) -> ModuleType:
+    """The module whose ``fwd``, ``dgrad`` and ``wgrad`` serve a problem; takes the arguments of `problem_of`.
 
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
-    return importlib.import_module(f"{__package__}.{_MODULES[choose(problem, device)]}")
+    return _launchers(_forced, *problem)
 
 
-@functools.lru_cache(maxsize=4096)
-def _automatic(problem: ConvProblem, device: torch.device) -> str:
-    for name in BACKENDS:
-        if unsupported(name, problem, device) is None and not_chosen(name, problem) is None:
-            return name
-    raise AssertionError("the torch backend serves everything")
+@functools.lru_cache(maxsize=4096)  # asked in every call
+def _launchers(forced: str, *problem) -> ModuleType:
+    described = problem_of(*problem)
+    return importlib.import_module(f"{__package__}.{_MODULES[choose(described, problem[-2])]}")
 
 
 def unsupported(name: str, problem: ConvProblem, device: torch.device) -> str | None:
@@ -161,6 +159,10 @@ def not_chosen(name: str, problem: ConvProblem) -> str | None:
     """Why the automatic choice passes over a backend that could serve a problem, or None."""
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
+    wide = min(problem.group_in, problem.group_out) >= 64
+    one_correlation = problem.op == "fwd" or (problem.op == "dgrad" and problem.stride == (1, 1))
+    if name == "cpu" and wide and one_correlation and problem.dtype == torch.float32:
+        return "PyTorch was measured to be as fast or faster in float32 with 64 channels per group or more"
     return None
 
 
@@ -219,7 +221,7 @@ def explain(
         problem = problem_of(op, batched.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
         reasons = {name: unsupported(name, problem, x.device) for name in BACKENDS}
         if forced is None:
-            chosen = _automatic(problem, x.device)
+            chosen = choose(problem, x.device)
             reasons = {name: reason or not_chosen(name, problem) for name, reason in reasons.items()}
         else:
             chosen = forced if reasons[forced] is None else "an error"

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, dispatch
 
@@ -32,6 +33,9 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+_FWD = _OPS._grouped_conv2d_fwd.default
+_DGRAD = _OPS._grouped_conv2d_dgrad.default
+_WGRAD = _OPS._grouped_conv2d_wgrad.default
 
 
 def grouped_conv2d(
@@ -88,8 +92,8 @@ def grouped_conv2d(
             )
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if x.dim() == 3:
-        return _OPS._grouped_conv2d_fwd(x.unsqueeze(0), weight, bias, strides, groups, False).squeeze(0)
-    return _OPS._grouped_conv2d_fwd(x, weight, bias, strides, groups, checks.output_channels_last(x, weight))
+        return _FWD(x.unsqueeze(0), weight, bias, strides, groups, False).squeeze(0)
+    return _FWD(x, weight, bias, strides, groups, checks.output_channels_last(x, weight))
 
 
 def grouped_conv2d_dgrad(
@@ -119,7 +123,7 @@ def grouped_conv2d_dgrad(
         raise ValueError(f"grouped_conv2d_dgrad: expected grad of 4 dimensions, got shape {tuple(grad.shape)}")
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *size)
     _check_backward("grouped_conv2d_dgrad", grad, x, weight, strides, groups)
-    return _OPS._grouped_conv2d_dgrad(grad, weight, size, strides, groups, checks.output_channels_last(grad, weight))
+    return _DGRAD(grad, weight, size, strides, groups, checks.output_channels_last(grad, weight))
 
 
 def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 1, groups: int = 1) -> Tensor:
@@ -147,7 +151,7 @@ def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 
         )
     weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
     _check_backward("grouped_conv2d_wgrad", grad, x, weight, strides, groups)
-    return _OPS._grouped_conv2d_wgrad(grad, x, strides, groups, checks.output_channels_last(grad, x))
+    return _WGRAD(grad, x, strides, groups, checks.output_channels_last(grad, x))
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -208,9 +212,9 @@ def _dense_weight(weight: Tensor) -> Tensor:
 
 def _fwd(x, weight, bias, stride, groups, channels_last):
     stride = tuple(stride)
-    problem = dispatch.problem_of("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    problem = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     bias = None if bias is None else bias.contiguous()
-    return dispatch.launchers(problem, x.device).fwd(
+    return dispatch.launchers(*problem).fwd(
         _dense(x, channels_last), _dense_weight(weight), bias, stride, groups, channels_last
     )
 
@@ -218,8 +222,8 @@ def _fwd(x, weight, bias, stride, groups, channels_last):
 def _dgrad(grad, weight, input_size, stride, groups, channels_last):
     stride, input_size = tuple(stride), tuple(input_size)
     shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
-    problem = dispatch.problem_of("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
-    return dispatch.launchers(problem, grad.device).dgrad(
+    problem = ("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
+    return dispatch.launchers(*problem).dgrad(
         _dense(grad, channels_last), _dense_weight(weight), input_size, stride, groups, channels_last
     )
 
@@ -227,8 +231,8 @@ def _dgrad(grad, weight, input_size, stride, groups, channels_last):
 def _wgrad(grad, x, stride, groups, channels_last):
     stride = tuple(stride)
     shape = (grad.shape[1], x.shape[1] // groups, 3, 3)
-    problem = dispatch.problem_of("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
-    return dispatch.launchers(problem, x.device).wgrad(
+    problem = ("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
+    return dispatch.launchers(*problem).wgrad(
         _dense(grad, channels_last), _dense(x, channels_last), stride, groups, channels_last
     )
 
@@ -276,7 +280,7 @@ class _Fwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *dims):
         with torch._C._AutoDispatchBelowAutograd():
-            y = _OPS._grouped_conv2d_fwd(x, weight, bias, *dims)
+            y = _FWD(x, weight, bias, *dims)
         ctx.dims, ctx.input_size, ctx.output_shape = dims, x.shape[2:], y.shape
         _save(ctx, x, weight)
         return y
@@ -286,16 +290,16 @@ class _Fwd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = _OPS._grouped_conv2d_dgrad(grad, weight, ctx.input_size, *ctx.dims)
+            dx = _DGRAD(grad, weight, ctx.input_size, *ctx.dims)
         if ctx.needs_input_grad[1]:
-            dw = _OPS._grouped_conv2d_wgrad(grad, x, *ctx.dims)
+            dw = _WGRAD(grad, x, *ctx.dims)
         if ctx.needs_input_grad[2]:
             db = grad.sum((0, 2, 3))
         return dx, dw, db, *(None,) * len(ctx.dims)
 
     @staticmethod
     def jvp(ctx, dx, dw, db, *_):
-        tangent = _product_rule(ctx, _OPS._grouped_conv2d_fwd, dx, dw, None, *ctx.dims)
+        tangent = _product_rule(ctx, _FWD, dx, dw, None, *ctx.dims)
         if db is None:
             return tangent
         db = db[:, None, None].expand(ctx.output_shape)
@@ -308,7 +312,7 @@ class _Dgrad(torch.autograd.Function):
         ctx.dims = dims
         _save(ctx, grad, weight)
         with torch._C._AutoDispatchBelowAutograd():
-            return _OPS._grouped_conv2d_dgrad(grad, weight, *dims)
+            return _DGRAD(grad, weight, *dims)
 
     @staticmethod
     def backward(ctx, dx):
@@ -316,14 +320,14 @@ class _Dgrad(torch.autograd.Function):
         _, *dims = ctx.dims
         d_grad = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_grad = _OPS._grouped_conv2d_fwd(dx, weight, None, *dims)
+            d_grad = _FWD(dx, weight, None, *dims)
         if ctx.needs_input_grad[1]:
-            d_weight = _OPS._grouped_conv2d_wgrad(grad, dx, *dims)
+            d_weight = _WGRAD(grad, dx, *dims)
         return d_grad, d_weight, *(None,) * len(ctx.dims)
 
     @staticmethod
     def jvp(ctx, d_grad, d_weight, *_):
-        return _product_rule(ctx, _OPS._grouped_conv2d_dgrad, d_grad, d_weight, *ctx.dims)
+        return _product_rule(ctx, _DGRAD, d_grad, d_weight, *ctx.dims)
 
 
 class _Wgrad(torch.autograd.Function):
@@ -332,30 +336,37 @@ class _Wgrad(torch.autograd.Function):
         ctx.dims, ctx.input_size = dims, x.shape[2:]
         _save(ctx, grad, x)
         with torch._C._AutoDispatchBelowAutograd():
-            return _OPS._grouped_conv2d_wgrad(grad, x, *dims)
+            return _WGRAD(grad, x, *dims)
 
     @staticmethod
     def backward(ctx, dw):
         grad, x = ctx.saved_tensors
         d_grad = dx = None
         if ctx.needs_input_grad[0]:
-            d_grad = _OPS._grouped_conv2d_fwd(x, dw, None, *ctx.dims)
+            d_grad = _FWD(x, dw, None, *ctx.dims)
         if ctx.needs_input_grad[1]:
-            dx = _OPS._grouped_conv2d_dgrad(grad, dw, ctx.input_size, *ctx.dims)
+            dx = _DGRAD(grad, dw, ctx.input_size, *ctx.dims)
         return d_grad, dx, *(None,) * len(ctx.dims)
 
     @staticmethod
     def jvp(ctx, d_grad, dx, *_):
-        return _product_rule(ctx, _OPS._grouped_conv2d_wgrad, d_grad, dx, *ctx.dims)
+        return _product_rule(ctx, _WGRAD, d_grad, dx, *ctx.dims)
 
 
-def _register(name: str, kernel, fake, function: type[torch.autograd.Function]) -> None:
+def _register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autograd.Function]) -> None:
+    def autograd(*args):
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    name = op._opname
     for device_type in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, device_type)
-    _LIBRARY.impl(name, function.apply, "Autograd")
-    torch.library.register_fake(f"resnext::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(op, fake, lib=_LIBRARY)
 
 
-_register("_grouped_conv2d_fwd", _fwd, _fake_fwd, _Fwd)
-_register("_grouped_conv2d_dgrad", _dgrad, _fake_dgrad, _Dgrad)
-_register("_grouped_conv2d_wgrad", _wgrad, _fake_wgrad, _Wgrad)
+_register(_FWD, _fwd, _fake_fwd, _Fwd)
+_register(_DGRAD, _dgrad, _fake_dgrad, _Dgrad)
+_register(_WGRAD, _wgrad, _fake_wgrad, _Wgrad)

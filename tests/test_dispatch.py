@@ -38,15 +38,15 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_automatic_choice_takes_the_first_that_fits(monkeypatch):
-    dispatch._automatic.cache_clear()
+    dispatch._launchers.cache_clear()
     served = {"triton": "no triton", "cuda": "no cuda", "cpu": None, "torch": None}
     monkeypatch.setattr(dispatch, "unsupported", lambda name, *_: served[name])
     monkeypatch.setattr(dispatch, "not_chosen", lambda *_: None)
-    assert dispatch._automatic(problem(), CPU) == "cpu"
-    dispatch._automatic.cache_clear()
+    assert dispatch.choose(problem(), CPU) == "cpu"
+    dispatch._launchers.cache_clear()
     served["triton"] = None
-    assert dispatch._automatic(problem(), CPU) == "triton"
-    dispatch._automatic.cache_clear()
+    assert dispatch.choose(problem(), CPU) == "triton"
+    dispatch._launchers.cache_clear()
 
 
 def test_torch_serves_everything():
@@ -57,7 +57,23 @@ def test_torch_serves_everything():
 def test_float64_is_left_to_torch():
     for name in ("triton", "cuda", "cpu"):
         assert "float64" in dispatch.unsupported(name, problem(dtype=torch.float64), CPU)
-    assert dispatch._automatic(problem(dtype=torch.float64), CPU) == "torch"
+    assert dispatch.choose(problem(dtype=torch.float64), CPU) == "torch"
+
+
+def test_where_pytorch_was_measured_faster_it_serves():
+    wide = {"input_shape": (2, 128, 7, 7), "weight_shape": (128, 64, 3, 3), "groups": 2}
+    for op, stride, passed_over in (
+        ("fwd", (1, 1), True),
+        ("fwd", (2, 2), True),
+        ("dgrad", (1, 1), True),
+        ("dgrad", (2, 2), False),
+        ("wgrad", (1, 1), False),
+    ):
+        reason = dispatch.not_chosen("cpu", problem(op=op, stride=stride, **wide))
+        assert (reason is not None) == passed_over
+        assert reason is None or "measured" in reason
+        assert dispatch.not_chosen("cpu", problem(op=op, stride=stride, dtype=torch.bfloat16, **wide)) is None
+        assert dispatch.not_chosen("cuda", problem(op=op, stride=stride, **wide)) is None
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):
@@ -125,13 +141,13 @@ def test_works_without_triton_and_without_the_extension(monkeypatch):
     """What a machine with neither a compiler nor a GPU has: plain PyTorch, and no warning."""
     monkeypatch.setattr(extension, "load", lambda: "the extension is not built")
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: "Triton is not installed")
-    dispatch._automatic.cache_clear()
+    dispatch._launchers.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = X.clone().requires_grad_()
         grouped_conv2d(x, W, groups=4).sum().backward()
         text = explain(X, W, groups=4)
-    dispatch._automatic.cache_clear()
+    dispatch._launchers.cache_clear()
     assert text.count(": torch") == 3
     assert "not triton: Triton is not installed" in text
     assert "not cpu: the extension is not built" in text
