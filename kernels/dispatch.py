@@ -159,10 +159,9 @@ def not_chosen(name: str, problem: ConvProblem) -> str | None:
     """Why the automatic choice passes over a backend that could serve a problem, or None."""
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
-    wide = min(problem.group_in, problem.group_out) >= 64
-    one_correlation = problem.op == "fwd" or (problem.op == "dgrad" and problem.stride == (1, 1))
-    if name == "cpu" and wide and one_correlation and problem.dtype == torch.float32:
-        return "PyTorch was measured to be as fast or faster in float32 with 64 channels per group or more"
+    wide = min(problem.group_in, problem.group_out) >= 112
+    if name == "cpu" and problem.op == "fwd" and problem.dtype == torch.float32 and wide:
+        return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     return None
 
 

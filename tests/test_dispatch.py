@@ -61,19 +61,12 @@ def test_float64_is_left_to_torch():
 
 
 def test_where_pytorch_was_measured_faster_it_serves():
-    wide = {"input_shape": (2, 128, 7, 7), "weight_shape": (128, 64, 3, 3), "groups": 2}
-    for op, stride, passed_over in (
-        ("fwd", (1, 1), True),
-        ("fwd", (2, 2), True),
-        ("dgrad", (1, 1), True),
-        ("dgrad", (2, 2), False),
-        ("wgrad", (1, 1), False),
-    ):
-        reason = dispatch.not_chosen("cpu", problem(op=op, stride=stride, **wide))
-        assert (reason is not None) == passed_over
-        assert reason is None or "measured" in reason
-        assert dispatch.not_chosen("cpu", problem(op=op, stride=stride, dtype=torch.bfloat16, **wide)) is None
-        assert dispatch.not_chosen("cuda", problem(op=op, stride=stride, **wide)) is None
+    wide = {"input_shape": (2, 224, 7, 7), "weight_shape": (224, 112, 3, 3), "groups": 2}
+    assert "measured" in dispatch.not_chosen("cpu", problem(**wide))
+    assert dispatch.choose(problem(**wide), CPU) == "torch"
+    for other in (problem(op="dgrad", **wide), problem(dtype=torch.bfloat16, **wide), problem()):
+        assert dispatch.not_chosen("cpu", other) is None
+    assert dispatch.not_chosen("cuda", problem(**wide)) is None
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):
