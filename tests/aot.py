@@ -60,7 +60,9 @@ class Build:
 
     @property
     def launch(self) -> grouped_conv.Launch:
-        return grouped_conv.plan(self.problem, self.config, allow_tf32=self.allow_tf32)
+        # Models hold weights in the layout of their activations.
+        taps_outside = self.problem.channels_last
+        return grouped_conv.plan(self.problem, self.config, allow_tf32=self.allow_tf32, taps_outside=taps_outside)
 
     @property
     def id(self) -> str:

@@ -5,6 +5,7 @@ A short list by default; `--all-configs` compiles every launch of every layer of
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -78,6 +79,15 @@ def test_launch_compiles_within_the_machine(build, arch):
     assert usage.shared <= aot.SHARED_LIMITS[arch]
     if build.problem.dtype != torch.float32 or build.allow_tf32:
         assert usage.matrix_instruction != "-"
+
+
+@pytest.mark.parametrize(("op", "stride"), [("fwd", 1), ("fwd", 2), ("dgrad", 1), ("dgrad", 2)])
+def test_weights_of_nchw_models_compile(op, stride):
+    """The weight tiles are gathered from OIHW instead of OHWI memory."""
+    nchw = dataclasses.replace(problem(op, 128, 32, 28, stride, torch.bfloat16), channels_last=False)
+    build = Build(nchw)
+    assert build.launch.constants["TAPS_OUTSIDE"] is False
+    assert aot.measure(build, 90).spills == 0
 
 
 @pytest.mark.parametrize("op", ["fwd", "dgrad", "wgrad"])
