@@ -40,4 +40,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu_round.py --out $(OUT)
 
 clean:
-	rm -rf build dist *.egg-info out resnext/_C*.so
+	rm -rf build dist *.egg-info out resnext/_C*.so $(VENV)/.installed

@@ -75,5 +75,7 @@ def extension() -> dict:
 
 
 if reason := why_not():
+    if os.environ.get("RESNEXT_BUILD_CUDA") == "1":
+        raise SystemExit(f"resnext: RESNEXT_BUILD_CUDA=1 expected a build environment, got none: {reason}")
     print(f"resnext: installing without the C++ extension: {reason}", file=sys.stderr)
 setup(**({} if reason else extension()))

@@ -3,7 +3,8 @@
     python benchmarks/grouped_conv.py --quick
     python benchmarks/grouped_conv.py --layers resnext50_32x4d,regnety_040 --json out.json --plot out.png
 
-Every pass is checked against float64 before it is timed; a wrong one is reported, left out and makes the exit code 1.
+Every pass is checked against float64 before it is timed, on samples of its result (verify.py); a wrong one is
+reported, left out and makes the exit code 1.
 benchmarks/NOTES.md says how the numbers are made and how to read them.
 """
 

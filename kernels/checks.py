@@ -7,11 +7,20 @@ the message in front.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 KERNEL_SIZE = (3, 3)
+
+
+def is_integer(value: object) -> bool:
+    """Whether PyTorch takes ``value`` for an integer: numpy's and symbolic ones too, but no bool, float or Tensor."""
+    if type(value) is int:
+        return True
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -57,6 +66,20 @@ def output_channels_last(x: Tensor, weight: Tensor) -> bool:
 def memory_format(channels_last: bool) -> torch.memory_format:
     """The dense layout a flag stands for."""
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """What autocast makes of ``F.conv2d``'s tensors: floating-point ones other than float64 change dtype."""
+    x = tensors[0]
+    if not isinstance(x, Tensor) or x.device.type not in ("cpu", "cuda"):
+        return tensors
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
 
 
 def invalid_conv2d(
@@ -106,10 +129,10 @@ def _invalid_sizes(
                 return f"expected stride 1 with padding 'same', got stride {stride}; give the padding as a number"
             continue
         sizes = pair(value)
-        if len(sizes) != 2 or sizes[0] < least or sizes[1] < least:
-            return f"expected {name} to be one or two integers >= {least}, got {value}"
-    if groups < 1:
-        return f"expected groups >= 1, got {groups}"
+        if len(sizes) != 2 or not all(is_integer(size) and size >= least for size in sizes):
+            return f"expected {name} to be one or two integers >= {least}, got {value!r}"
+    if not is_integer(groups) or groups < 1:
+        return f"expected groups to be an integer >= 1, got {groups!r}"
     return None
 
 

@@ -206,6 +206,8 @@ def strips_config(problem: ConvProblem, *, num_sms: int = 132) -> StripsConfig:
         work = blocks_m * math.ceil(height / band)
         splits = min(work, math.ceil(wanted / _WAVES / tiles))
     num_stages = 1 if problem.op == "wgrad" else 2
+    if problem.op == "dgrad" and problem.stride == (2, 2) and problem.dtype.itemsize == 2:
+        num_stages = 3  # with two, a few registers spill on sm_80
     return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits)
 
 

@@ -28,8 +28,17 @@ BACKENDS = ("triton", "cuda", "cpu", "torch")
 _MODULES = {"triton": "grouped_conv", "cuda": "extension", "cpu": "extension", "torch": "reference"}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-# One value for the process, not for the thread: backward of CUDA tensors runs in threads of PyTorch's own.
-_forced = os.environ.get("RESNEXT_BACKEND", "auto")
+
+class _Choice:
+    """What the environment or one open `use_backend` block asks for; told from others by identity."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+# One choice for the process, not for the thread: backward of CUDA tensors runs in threads of PyTorch's own. The open
+# blocks' choices stand behind the environment's, and the last one counts.
+_choices = [_Choice(os.environ.get("RESNEXT_BACKEND", "auto"))]
 
 
 class BackendError(RuntimeError):
@@ -40,8 +49,8 @@ class BackendError(RuntimeError):
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend within a ``with`` block, in forward and in every backward that runs inside it.
 
-    Applies to the whole process, all threads included. A call that the backend cannot serve raises `BackendError` with
-    the reason.
+    Applies to the whole process, all threads included; of blocks that are open at once, the one entered last counts.
+    A call that the backend cannot serve raises `BackendError` with the reason.
 
     Args:
         name: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"``, or ``"auto"`` for the automatic choice.
@@ -49,19 +58,20 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: If there is no backend of that name.
     """
-    global _forced
     _check_name(name, "use_backend")
-    before, _forced = _forced, name
+    choice = _Choice(name)
+    _choices.append(choice)
     try:
         yield
     finally:
-        _forced = before
+        _choices.remove(choice)
 
 
 def forced_backend() -> str | None:
     """The backend that `use_backend` or ``RESNEXT_BACKEND`` asks for, or None if the choice is automatic."""
-    _check_name(_forced, "RESNEXT_BACKEND")
-    return None if _forced == "auto" else _forced
+    name = _choices[-1].name
+    _check_name(name, "RESNEXT_BACKEND")
+    return None if name == "auto" else name
 
 
 def _check_name(name: str, where: str) -> None:
@@ -127,11 +137,11 @@ def launchers(*problem) -> ModuleType:
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
-    return _launchers(_forced, *problem)
+    return _launchers(forced_backend(), *problem)
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every call
-def _launchers(forced: str, *problem) -> ModuleType:
+def _launchers(forced: str | None, *problem) -> ModuleType:
     described = problem_of(*problem)
     return importlib.import_module(f"{__package__}.{_MODULES[choose(described, problem[-2])]}")
 
@@ -149,6 +159,8 @@ def unsupported(name: str, problem: ConvProblem, device: torch.device) -> str | 
     from . import extension
 
     if reason := extension.load():
+        return reason
+    if name == "cuda" and (reason := _too_old(device)):
         return reason
     if name == "cuda" and not extension.has_cuda():
         return "the extension was built without CUDA; that needs nvcc and a CUDA build of torch (RESNEXT_BUILD_CUDA=1)"
@@ -175,17 +187,24 @@ def _no_triton(device: torch.device) -> str | None:
         return f"the tensors are on {device.type}, and Triton's interpreter is off (TRITON_INTERPRET=1 at start)"
     if torch.version.hip is not None:
         return "the GPU is not NVIDIA's"
-    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}; Triton kernels need 8.0"
-    try:  # Triton builds its driver stub at first use, with the machine's C compiler.
-        from triton.runtime import driver
+    if reason := _too_old(device):
+        return reason
+    try:
+        from . import grouped_conv
 
-        driver.active.get_current_device()
+        grouped_conv.probe(device)
     except Exception as error:
         reason = f"Triton does not start on this machine ({type(error).__name__}: {error})"
         warnings.warn(f"resnext: {reason}; another backend serves instead", RuntimeWarning, stacklevel=2)
         return reason
     return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
 
 
 def explain(
@@ -204,17 +223,18 @@ def explain(
     Raises:
         ValueError: If the call itself is invalid.
     """
+    x, weight, bias = checks.autocast(x, weight, bias)
     if message := checks.invalid_conv2d(x, weight, bias, stride, padding, dilation, groups):
         raise ValueError(f"explain: {message}")
     stride, dilation = checks.pair(stride), checks.pair(dilation)
-    channels_last = x.dim() == 4 and checks.output_channels_last(x, weight)
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    channels_last = checks.output_channels_last(batched, weight)
     lines = [
         f"grouped_conv2d of x {tuple(x.shape)} with weight {tuple(weight.shape)}, stride {stride}, groups {groups}, "
         f"{str(x.dtype).removeprefix('torch.')}, {'channels_last' if channels_last else 'contiguous'}, on {x.device}"
     ]
     if reason := why_plain_torch(x, weight, stride, padding, dilation, groups):
         return "\n".join([*lines, f"  every pass: plain PyTorch (F.conv2d): {reason}"])
-    batched = x if x.dim() == 4 else x.unsqueeze(0)
     forced = forced_backend()
     for op in ("fwd", "dgrad", "wgrad"):
         problem = problem_of(op, batched.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)

@@ -34,6 +34,7 @@ from .grouped_conv_backward import (
     grouped_conv_wgrad_taps_kernel,
 )
 from .grouped_conv_forward import grouped_conv_strips_kernel, grouped_conv_taps_kernel
+from .grouped_conv_tiles import probe_kernel
 
 _MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
 
@@ -88,6 +89,8 @@ def plan(
         )
     launch.constants["PRECISION"] = _precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    if isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1:
+        launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
     return launch
 
 
@@ -178,6 +181,15 @@ def _plan_wgrad(problem: ConvProblem, config: Config) -> tuple[Launch, list[int]
     constants |= {"STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1]}
     launch = Launch(grouped_conv_wgrad_taps_kernel, programs, sizes, constants, {})
     return launch, [programs, image_pixels + sizes["share"]]
+
+
+def probe(device: torch.device) -> None:
+    """Compile and run a kernel that does nothing; raises whatever keeps Triton from working with ``device``.
+
+    The first launch in a process needs a C compiler (for Triton's driver stub) and an assembler that knows the GPU.
+    """
+    with torch.cuda.device(device):
+        probe_kernel[(1,)](num_warps=1)
 
 
 def fwd(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, dispatch
+from . import checks, dispatch, reference
 
 _LIBRARY = torch.library.Library("resnext", "DEF")
 _OPS = torch.ops.resnext
@@ -79,20 +79,15 @@ def grouped_conv2d(
 
     Source: Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", 2017, figure 3(c).
     """
-    if isinstance(x, Tensor) and isinstance(weight, Tensor):
-        x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]  # a Tensor stays one
+    x, weight, bias = checks.autocast(x, weight, bias)
     if message := checks.invalid_conv2d(x, weight, bias, stride, padding, dilation, groups):
-        return _left_to_pytorch(message, x, weight, bias, stride, padding, dilation, groups)
+        return _refused_by_pytorch(message, x, weight, bias, stride, padding, dilation, groups)
     strides = checks.pair(stride)
-    if reason := dispatch.why_plain_torch(x, weight, strides, padding, checks.pair(dilation), groups):
-        if dispatch.forced_backend() not in (None, "torch"):
-            raise dispatch.BackendError(
-                f"grouped_conv2d: the {dispatch.forced_backend()} backend was asked for and cannot serve this call: "
-                f"{reason}; leave use_backend/RESNEXT_BACKEND at auto for plain PyTorch"
-            )
+    if _left_to_pytorch("grouped_conv2d", x, weight, strides, padding, checks.pair(dilation), groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if x.dim() == 3:
-        return _FWD(x.unsqueeze(0), weight, bias, strides, groups, False).squeeze(0)
+        x = x.unsqueeze(0)
+        return _FWD(x, weight, bias, strides, groups, checks.output_channels_last(x, weight)).squeeze(0)
     return _FWD(x, weight, bias, strides, groups, checks.output_channels_last(x, weight))
 
 
@@ -117,13 +112,20 @@ def grouped_conv2d_dgrad(
         ValueError: If shapes, dtypes, devices or sizes do not fit together.
         BackendError: If a forced backend cannot serve the call.
     """
-    strides = _check_stride("grouped_conv2d_dgrad", stride)
+    name = "grouped_conv2d_dgrad"
+    strides = _check_stride(name, stride, groups)
     size = checks.pair(input_size)
-    if grad.dim() != 4:
-        raise ValueError(f"grouped_conv2d_dgrad: expected grad of 4 dimensions, got shape {tuple(grad.shape)}")
+    if len(size) != 2 or not all(checks.is_integer(s) and s >= 0 for s in size):
+        raise ValueError(f"{name}: expected input_size (H, W), two integers >= 0, got {input_size!r}")
+    if grad.dim() != 4 or weight.dim() != 4:
+        shapes = f"{tuple(grad.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"{name}: expected grad and weight of 4 dimensions, got {shapes}")
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *size)
-    _check_backward("grouped_conv2d_dgrad", grad, x, weight, strides, groups)
-    return _DGRAD(grad, weight, size, strides, groups, checks.output_channels_last(grad, weight))
+    _check_backward(name, grad, x, weight, strides, groups)
+    arguments = (grad, weight, size, strides, groups, checks.output_channels_last(grad, weight))
+    if _left_to_pytorch(name, x, weight, strides, 1, (1, 1), groups):
+        return reference.dgrad(*arguments)
+    return _DGRAD(*arguments)
 
 
 def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 1, groups: int = 1) -> Tensor:
@@ -144,31 +146,30 @@ def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 
         ValueError: If shapes, dtypes, devices or sizes do not fit together.
         BackendError: If a forced backend cannot serve the call.
     """
-    strides = _check_stride("grouped_conv2d_wgrad", stride)
+    name = "grouped_conv2d_wgrad"
+    strides = _check_stride(name, stride, groups)
     if grad.dim() != 4 or x.dim() != 4:
-        raise ValueError(
-            f"grouped_conv2d_wgrad: expected grad and x of 4 dimensions, got {tuple(grad.shape)} and {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name}: expected grad and x of 4 dimensions, got {tuple(grad.shape)} and {tuple(x.shape)}")
     weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
-    _check_backward("grouped_conv2d_wgrad", grad, x, weight, strides, groups)
-    return _WGRAD(grad, x, strides, groups, checks.output_channels_last(grad, x))
+    _check_backward(name, grad, x, weight, strides, groups)
+    arguments = (grad, x, strides, groups, checks.output_channels_last(grad, x))
+    if _left_to_pytorch(name, x, weight, strides, 1, (1, 1), groups):
+        return reference.wgrad(*arguments)
+    return _WGRAD(*arguments)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast makes of ``F.conv2d``'s arguments: floating-point ones other than float64 change dtype."""
-    kind = tensors[0].device.type  # type: ignore[union-attr]
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        tensor.to(dtype)
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
+def _left_to_pytorch(name: str, *problem) -> bool:
+    """Whether PyTorch's own convolution serves a valid call; an error if a backend is forced that then cannot."""
+    reason = dispatch.why_plain_torch(*problem)
+    if reason and (forced := dispatch.forced_backend()) not in (None, "torch"):
+        raise dispatch.BackendError(
+            f"{name}: the {forced} backend was asked for and cannot serve this call: {reason}; leave "
+            "use_backend/RESNEXT_BACKEND at auto for plain PyTorch"
+        )
+    return reason is not None
 
 
-def _left_to_pytorch(message: str, *args) -> Tensor:
+def _refused_by_pytorch(message: str, *args) -> Tensor:
     """Let PyTorch judge a call that our checks refuse: its class of error, our words before its own."""
     try:
         return F.conv2d(*args)
@@ -176,7 +177,9 @@ def _left_to_pytorch(message: str, *args) -> Tensor:
         raise type(error)(f"grouped_conv2d: {message} (PyTorch: {error})") from error
 
 
-def _check_stride(name: str, stride: int | Sequence[int]) -> tuple[int, int]:
+def _check_stride(name: str, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
+    if not checks.is_integer(groups) or groups < 1:
+        raise ValueError(f"{name}: expected groups to be an integer >= 1, got {groups!r}")
     strides = checks.pair(stride)
     if len(strides) != 2 or any(s not in (1, 2) for s in strides):
         raise ValueError(
@@ -191,6 +194,10 @@ def _check_backward(name: str, grad: Tensor, x: Tensor, weight: Tensor, stride: 
         message = f"expected a weight of shape (C_out, C_in/groups, 3, 3), got {tuple(weight.shape)}"
     if message is None and grad.dtype != x.dtype:
         message = f"expected grad and x of one dtype, got {grad.dtype} and {x.dtype}"
+    if message is None and not grad.is_floating_point():
+        message = f"expected a floating-point dtype, got {grad.dtype}"
+    if message is None and grad.device != x.device:
+        message = f"expected grad and x on one device, got {grad.device} and {x.device}"
     if message is None:
         size = checks.output_size(x.shape[2:], stride)
         message = checks.invalid_grad(grad, (x.shape[0], weight.shape[0], *size))

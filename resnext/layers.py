@@ -43,7 +43,8 @@ class GroupedConv2d(nn.Conv2d):
         Raises:
             TypeError: ``conv`` is not exactly a ``torch.nn.Conv2d``. Subclasses (lazy, quantized,
                 parametrized) change what the module computes or how it finds its weight.
-            ValueError: ``conv`` has hooks.
+            ValueError: ``conv`` has hooks, or attributes, parameters, buffers or children of its own (an overridden
+                ``forward``, say), which the new module would lose.
         """
         if type(conv) is not nn.Conv2d:
             raise TypeError(
@@ -55,6 +56,13 @@ class GroupedConv2d(nn.Conv2d):
             raise ValueError(
                 f"{cls.__name__}.from_conv: expected one without hooks, got {', '.join(hooks)}; "
                 "remove them first and register them on the new module"
+            )
+        extra = {*vars(conv)} - {*vars(nn.Conv2d(1, 1, 1, device="meta"))} | {*conv._parameters} - {"weight", "bias"}
+        extra |= {*conv._buffers, *conv._modules}
+        if extra:
+            raise ValueError(
+                f"{cls.__name__}.from_conv: expected nothing beyond torch.nn.Conv2d's own attributes, got "
+                f"{', '.join(sorted(extra))}; remove what was added to the module first"
             )
         # On the meta device: initial values would be thrown away, and drawing them would advance the random
         # generator.

@@ -51,6 +51,8 @@ OTHER_ARCHITECTURES = [
     ("wgrad", 2, 32, HALF),
     ("wgrad", 1, 64, HALF),
     ("fwd", 1, 4, TF32),
+    ("dgrad", 1, 4, TF32),
+    ("fwd", 2, 32, TF32),
     ("fwd", 1, 64, FLOAT32),
 ]
 

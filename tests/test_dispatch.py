@@ -110,6 +110,32 @@ def test_forced_torch_takes_what_is_not_ours_too():
         assert grouped_conv2d(X, W, groups=4, dilation=2).shape == (2, 8, 3, 4)
 
 
+def test_blocks_of_two_threads_may_overlap():
+    before = dispatch.forced_backend()
+    first, second = use_backend("torch"), use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced_backend() == "cpu"
+    second.__exit__(None, None, None)
+    assert dispatch.forced_backend() == before
+
+
+def test_old_gpus_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    dispatch._no_triton.cache_clear()
+    device = torch.device("cuda", 7)
+    try:
+        for name in ("triton", "cuda"):
+            if name == "cuda" and extension.load():
+                continue
+            reason = dispatch.unsupported(name, problem(device=device), device)
+            assert "compute capability 7.5" in reason or "not installed" in reason or "interpreter" in reason
+        assert dispatch.choose(problem(device=device), device) == "torch"
+    finally:
+        dispatch._no_triton.cache_clear()
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="use_backend: expected one of auto, triton, cuda, cpu, torch, got 'cudnn'"):
         use_backend("cudnn").__enter__()
@@ -199,6 +225,11 @@ def test_explain_reports_each_pass_and_every_reason():
         assert "fwd: an error" in explain(X, W, groups=4)
 
 
+def test_explain_sees_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in explain(X, W, groups=4)
+
+
 def test_explain_takes_unbatched_input():
     assert "fwd:" in explain(X[0], W, groups=4)
 
@@ -213,13 +244,12 @@ def test_triton_that_does_not_start_is_a_reason_and_one_warning(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    from triton.runtime import driver
+    from resnext.kernels import grouped_conv
 
-    class Broken:
-        def get_current_device(self):
-            raise RuntimeError("Failed to find C compiler")
+    def broken(device):
+        raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(driver, "_active", Broken(), raising=False)
+    monkeypatch.setattr(grouped_conv, "probe", broken)
     dispatch._no_triton.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="Triton does not start .*Failed to find C compiler") as caught:

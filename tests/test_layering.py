@@ -17,9 +17,9 @@ STANDARD = sys.stdlib_module_names
 TRITON = {".config", "triton", "torch"}
 ALLOWED = {
     "kernels/__init__": {".dispatch", ".ops", ".flops"},
-    "kernels/ops": {".checks", ".dispatch", "torch"},
+    "kernels/ops": {".checks", ".dispatch", ".reference", "torch"},
     "kernels/flops": {".ops", "torch"},
-    "kernels/dispatch": {".checks", ".config", ".extension", "torch", "triton"},
+    "kernels/dispatch": {".checks", ".config", ".extension", ".grouped_conv", "torch"},
     "kernels/checks": {"torch"},
     "kernels/config": {"torch"},
     "kernels/reference": {".checks", "torch"},

@@ -201,7 +201,19 @@ def with_hook(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def with_forward_of_its_own(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.forward = lambda x: x
+    return conv
+
+
+def with_a_buffer(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.register_buffer("scale", torch.ones(1))
+    return conv
+
+
 REFUSED = {
+    "its own forward": (with_forward_of_its_own, ValueError, "own attributes, got forward; remove"),
+    "a buffer": (with_a_buffer, ValueError, "own attributes, got scale; remove"),
     "a hook": (with_hook, ValueError, "expected one without hooks, got forward_hooks; remove"),
     "pruned": (CHANGED["pruned"], ValueError, "forward_pre_hooks"),
     "parametrized": (CHANGED["weight_norm"], TypeError, "got ParametrizedConv2d; undo"),

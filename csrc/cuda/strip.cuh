@@ -150,7 +150,7 @@ struct RowStager {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const bool valid = channels_valid && offset >= 0 && row + i >= 0 && row + i < height;
-        cp_async_16(shared_rows[i] + p * pitch + granule_bytes, valid ? pixel + i * row_stride : base, valid);
+        cp_async_16(shared_rows[i] + p * pitch + granule_bytes, valid ? pixel + static_cast<int64_t>(i) * row_stride : base, valid);
       }
     }
   }
