@@ -184,12 +184,13 @@ def _plan_wgrad(problem: ConvProblem, config: Config) -> tuple[Launch, list[int]
 
 
 def probe(device: torch.device) -> None:
-    """Compile and run a kernel that does nothing; raises whatever keeps Triton from working with ``device``.
+    """Compile and run the least of kernels; raises whatever keeps Triton from working with ``device``.
 
     The first launch in a process needs a C compiler (for Triton's driver stub) and an assembler that knows the GPU.
     """
-    with torch.cuda.device(device):
-        probe_kernel[(1,)](num_warps=1)
+    out = torch.empty(1, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(out):
+        probe_kernel[(1,)](out_ptr=out, num_warps=1)
 
 
 def fwd(

@@ -298,3 +298,9 @@ def test_counts_beyond_32_bits_are_refused():
     config = settings.choose_config(problem)
     with pytest.raises(ValueError, match=r"expected at most \d+ pixels per image.* split the batch"):
         grouped_conv.plan(problem, config, allow_tf32=True)
+
+
+@here
+def test_probe():
+    """What dispatch runs once per device to learn whether Triton works there."""
+    grouped_conv.probe(torch.device(DEVICE))
