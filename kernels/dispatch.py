@@ -230,7 +230,8 @@ def explain(
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     channels_last = checks.output_channels_last(batched, weight)
     lines = [
-        f"grouped_conv2d of x {tuple(x.shape)} with weight {tuple(weight.shape)}, stride {stride}, groups {groups}, "
+        f"grouped_conv2d of x {tuple(x.shape)} with weight {tuple(weight.shape)}, stride {stride}, "
+        f"padding {padding}, groups {groups}, "
         f"{str(x.dtype).removeprefix('torch.')}, {'channels_last' if channels_last else 'contiguous'}, on {x.device}"
     ]
     if reason := why_plain_torch(x, weight, stride, padding, dilation, groups):

@@ -47,9 +47,12 @@ class GroupedConv2d(nn.Conv2d):
                 ``forward``, say), which the new module would lose.
         """
         if type(conv) is not nn.Conv2d:
+            if isinstance(conv, cls):
+                advice = "it is one already, use it as it is"
+            else:
+                advice = "give one, or undo what changed its class (parametrization, quantization)"
             raise TypeError(
-                f"{cls.__name__}.from_conv: expected a torch.nn.Conv2d, got {type(conv).__name__}; "
-                "undo what changed its class (parametrization, quantization) first"
+                f"{cls.__name__}.from_conv: expected a torch.nn.Conv2d, got {type(conv).__name__}; {advice}"
             )
         hooks = [name.lstrip("_") for name, value in vars(conv).items() if name.endswith("_hooks") and value]
         if hooks:

@@ -216,7 +216,8 @@ REFUSED = {
     "a buffer": (with_a_buffer, ValueError, "own attributes, got scale; remove"),
     "a hook": (with_hook, ValueError, "expected one without hooks, got forward_hooks; remove"),
     "pruned": (CHANGED["pruned"], ValueError, "forward_pre_hooks"),
-    "parametrized": (CHANGED["weight_norm"], TypeError, "got ParametrizedConv2d; undo"),
+    "parametrized": (CHANGED["weight_norm"], TypeError, "got ParametrizedConv2d; give one, or undo"),
+    "one already": (GroupedConv2d.from_conv, TypeError, "got GroupedConv2d; it is one already"),
     "another module": (lambda _: nn.Conv1d(8, 8, 3), TypeError, "expected a torch.nn.Conv2d, got Conv1d"),
 }
 
