@@ -298,7 +298,7 @@ def wgrad(
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
         launch(grad_ptr=_nhwc(grad), x_ptr=_nhwc(x), partials_ptr=partials)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return partials.sum(0).to(x.dtype).contiguous(memory_format=layout)
+        return partials.sum(0).to(x.dtype, memory_format=layout)
 
 
 def _problem(op, activation, in_channels, out_channels, size, stride, groups, channels_last) -> ConvProblem:

@@ -113,7 +113,7 @@ def grouped_conv2d_dgrad(
         BackendError: If a forced backend cannot serve the call.
     """
     name = "grouped_conv2d_dgrad"
-    strides = _check_stride(name, stride, groups)
+    strides = _check_stride_and_groups(name, stride, groups)
     size = checks.pair(input_size)
     if len(size) != 2 or not all(checks.is_integer(s) and s >= 0 for s in size):
         raise ValueError(f"{name}: expected input_size (H, W), two integers >= 0, got {input_size!r}")
@@ -147,7 +147,7 @@ def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 
         BackendError: If a forced backend cannot serve the call.
     """
     name = "grouped_conv2d_wgrad"
-    strides = _check_stride(name, stride, groups)
+    strides = _check_stride_and_groups(name, stride, groups)
     if grad.dim() != 4 or x.dim() != 4:
         raise ValueError(f"{name}: expected grad and x of 4 dimensions, got {tuple(grad.shape)} and {tuple(x.shape)}")
     weight = x.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
@@ -177,7 +177,7 @@ def _refused_by_pytorch(message: str, *args) -> Tensor:
         raise type(error)(f"grouped_conv2d: {message} (PyTorch: {error})") from error
 
 
-def _check_stride(name: str, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
+def _check_stride_and_groups(name: str, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
     if not checks.is_integer(groups) or groups < 1:
         raise ValueError(f"{name}: expected groups to be an integer >= 1, got {groups!r}")
     strides = checks.pair(stride)
@@ -244,21 +244,22 @@ def _wgrad(grad, x, stride, groups, channels_last):
     )
 
 
+def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    layout = checks.memory_format(channels_last)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def _fake_fwd(x, weight, bias, stride, groups, channels_last):
     size = checks.output_size(x.shape[2:], stride)
-    return x.new_empty(x.shape[0], weight.shape[0], *size).contiguous(memory_format=checks.memory_format(channels_last))
+    return _empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
 
 
 def _fake_dgrad(grad, weight, input_size, stride, groups, channels_last):
-    return grad.new_empty(grad.shape[0], weight.shape[1] * groups, *input_size).contiguous(
-        memory_format=checks.memory_format(channels_last)
-    )
+    return _empty(grad, (grad.shape[0], weight.shape[1] * groups, *input_size), channels_last)
 
 
 def _fake_wgrad(grad, x, stride, groups, channels_last):
-    return grad.new_empty(grad.shape[1], x.shape[1] // groups, 3, 3).contiguous(
-        memory_format=checks.memory_format(channels_last)
-    )
+    return _empty(grad, (grad.shape[1], x.shape[1] // groups, 3, 3), channels_last)
 
 
 # --- their derivatives ---
