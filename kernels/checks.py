@@ -68,6 +68,11 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of means, scales and other vectors over the channels of tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """What autocast makes of ``F.conv2d``'s tensors: floating-point ones other than float64 change dtype."""
     x = tensors[0]

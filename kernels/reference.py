@@ -1,23 +1,30 @@
-"""Every pass in plain PyTorch: the oracle in tests, and the backend named ``torch``.
+"""Every launcher in plain PyTorch: the oracle in tests, the backend named ``torch``, and the formula for double backward.
 
-Same signatures as the Triton and C++ launchers: 3x3, padding 1, dilation 1, ``stride`` = (h, w), activations
-and the weight's gradient dense in the layout that ``channels_last`` names, the weight dense in either. Any
-dtype that PyTorch's convolution takes.
+Same signatures as the Triton and C++ launchers. The convolutions here are 3x3 with padding 1 or 1x1 without padding,
+dilation 1, ``stride`` = (h, w); activations and the weight's gradient are dense in the layout that ``channels_last``
+names, the weight dense in either. Any dtype that PyTorch's convolution takes.
+
+An *affine* is three vectors over the channels, (center or None, scale, shift), float32 (float64 for float64 tensors):
+affine(v) = scale * (v - center) + shift. `composed.py` makes the fused convolutions out of these parts.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import memory_format
+from .checks import memory_format, vector_dtype
 
 Stride = tuple[int, int]
+Affine = tuple[Tensor | None, Tensor, Tensor]
+
+_ALL_BUT_CHANNELS = (0, 2, 3)
 
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, groups: int, channels_last: bool) -> Tensor:
-    """Convolve ``x`` (N, C_in, H, W) with ``weight`` (C_out, C_in/groups, 3, 3)."""
-    y = torch.ops.aten.convolution(x, weight, bias, stride, (1, 1), (1, 1), False, (0, 0), groups)
+    """Convolve ``x`` (N, C_in, H, W) with ``weight`` (C_out, C_in/groups, k, k)."""
+    y = torch.ops.aten.convolution(x, weight, bias, stride, _padding(weight), (1, 1), False, (0, 0), groups)
     return y.contiguous(memory_format=memory_format(channels_last))
 
 
@@ -39,13 +46,156 @@ def dgrad(
     return dx.to(dtype).contiguous(memory_format=memory_format(channels_last))
 
 
-def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
-    """Gradient of the weight, (C_out, C_in/groups, 3, 3)."""
+def wgrad(
+    grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool, kernel_size: tuple[int, int] = (3, 3)
+) -> Tensor:
+    """Gradient of the weight, (C_out, C_in/groups, k, k)."""
     dtype = grad.dtype
     grad, x = _wide_on_cpu(grad, x)
-    weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
+    weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
     _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
     return dw.to(dtype).contiguous(memory_format=memory_format(channels_last))
+
+
+def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``z`` (N, C, H, W)."""
+    var, mean = torch.var_mean(_wide(z), _ALL_BUT_CHANNELS, correction=0)
+    return mean, var
+
+
+def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
+    """Gradient of ``z`` from its own, ``dz``, and those of its statistics."""
+    count = z.numel() // z.shape[1]
+    g = _wide(dz) + _per_channel(dmean / count) + _per_channel(dvar * (2 / count)) * (_wide(z) - _per_channel(mean))
+    return _stored(g, z, channels_last)
+
+
+def affine_add_relu(
+    z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
+) -> Tensor:
+    """relu(affine(z) + residual), the residual through an affine of its own if there is one."""
+    return torch.relu(affine_add(z, affine, residual, residual_affine, channels_last))
+
+
+def affine_add(
+    z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
+) -> Tensor:
+    """affine(z) + residual, the residual through an affine of its own if there is one."""
+    total = _apply(affine, z)
+    if residual is not None:
+        total = total + (_wide(residual) if residual_affine is None else _apply(residual_affine, residual))
+    return _stored(total, z, channels_last)
+
+
+def affine_add_relu_bwd(
+    dout: Tensor,
+    out: Tensor | None,
+    z: Tensor,
+    affine: Affine,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    channels_last: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z, the residual, scale, shift and the residual's scale; ``wanted``: z, residual, the vectors.
+
+    ``out`` None, where there is no residual, stands for what `affine_add_relu` makes of ``z``. ``residual`` is there
+    only with an affine of its own. The residual's shift has the gradient of the shift.
+    """
+    if out is None:
+        out = affine_add_relu(z, affine, None, None, channels_last)
+    t = _wide(dout).masked_fill(out <= 0, 0)
+    dz = dresidual = dscale = dshift = dresidual_scale = None
+    if wanted[0]:
+        dz = _stored(t * _per_channel(affine[1]), z, channels_last)
+    if wanted[1]:
+        dresidual = _stored(t if residual_affine is None else t * _per_channel(residual_affine[1]), z, channels_last)
+    if wanted[2]:
+        dshift = t.sum(_ALL_BUT_CHANNELS)
+        dscale = (t * _centered(z, affine[0])).sum(_ALL_BUT_CHANNELS)
+        if residual is not None and residual_affine is not None:
+            dresidual_scale = (t * _centered(residual, residual_affine[0])).sum(_ALL_BUT_CHANNELS)
+    return dz, dresidual, dscale, dshift, dresidual_scale
+
+
+def bn_affine(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """scale and shift of the affine, centred at ``mean``, that is a batch norm with these statistics."""
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(var.dtype)
+    # A copy: an operator's result may not be its argument.
+    shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype, copy=True)
+    return scale, shift
+
+
+def bn_affine_bwd(
+    dscale: Tensor, dshift: Tensor, var: Tensor, gamma: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of mean, var, gamma and beta; the mean's, since the affine is centred there, by way of the shift."""
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd if gamma is None else rstd * gamma.to(var.dtype)
+    dmean, dvar = -scale * dshift, dscale * scale * rstd.square() * -0.5
+    if gamma is None:
+        return dmean, dvar, None, None
+    return dmean, dvar, (dscale * rstd).to(gamma.dtype), dshift.to(gamma.dtype, copy=True)
+
+
+def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: bool) -> tuple[Tensor, Tensor | None]:
+    """3x3 max pool, stride 2, padding 1, of relu(affine(z)), and where in its window each maximum stands (3*kh + kw)."""
+    a = affine_add_relu(z, affine, None, None, channels_last)
+    out, indices = F.max_pool2d(a, 3, 2, 1, return_indices=True)
+    layout = memory_format(channels_last)
+    out = out.contiguous(memory_format=layout)
+    if not taps:
+        return out, None
+    width = z.shape[3]
+    first_row = torch.arange(out.shape[2], device=z.device)[:, None] * 2 - 1
+    first_column = torch.arange(out.shape[3], device=z.device) * 2 - 1
+    picked = (indices // width - first_row) * 3 + indices % width - first_column
+    return out, picked.to(torch.uint8).contiguous(memory_format=layout)
+
+
+def affine_relu_max_pool_bwd(
+    dout: Tensor, taps: Tensor, z: Tensor, affine: Affine, channels_last: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z, scale and shift; ``wanted``: z, the vectors."""
+    height, width = z.shape[2:]
+    row = torch.arange(dout.shape[2], device=z.device)[:, None] * 2 - 1 + taps // 3
+    column = torch.arange(dout.shape[3], device=z.device) * 2 - 1 + taps % 3
+    da = torch.zeros(z.shape, dtype=vector_dtype(z.dtype), device=z.device)
+    da.flatten(2).scatter_add_(2, (row * width + column).flatten(2), _wide(dout).flatten(2))
+    da = da.view(z.shape)
+    dz, _, dscale, dshift, _ = affine_add_relu_bwd(
+        da, None, z, affine, None, None, channels_last, (wanted[0], False, wanted[1])
+    )
+    return dz, dscale, dshift
+
+
+def _per_channel(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _centered(v: Tensor, center: Tensor | None) -> Tensor:
+    return _wide(v) if center is None else _wide(v) - _per_channel(center)
+
+
+def _apply(affine: Affine, v: Tensor) -> Tensor:
+    center, scale, shift = affine
+    return _per_channel(scale) * _centered(v, center) + _per_channel(shift)
+
+
+def _stored(value: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    return value.to(like.dtype).contiguous(memory_format=memory_format(channels_last))
+
+
+def _padding(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[2] // 2, weight.shape[3] // 2
 
 
 def _wide_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -54,11 +204,10 @@ def _wide_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
     There, PyTorch's own 16-bit backward sums float16 in float16 (dgrad), and leaves bfloat16 weight gradients of taps
     that meet no pixel (an image of one row or column at stride 2) uninitialised; seen in 2.13.
     """
-    narrow = tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.float16, torch.bfloat16)
-    return tuple(tensor.float() for tensor in tensors) if narrow else tensors
+    return tuple(_wide(tensor) for tensor in tensors) if tensors[0].device.type == "cpu" else tensors
 
 
 def _backward(grad, x, weight, stride, groups, mask):
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, (1, 1), (1, 1), False, (0, 0), groups, mask
+        grad, x, weight, None, stride, _padding(weight), (1, 1), False, (0, 0), groups, mask
     )

@@ -1,0 +1,105 @@
+"""The fused convolutions out of separate passes: where a library's convolution is the fastest, or a backend has no other.
+
+The batch norm before a convolution, and the gradient's part through the statistics, become tensors that live for one
+call; what is saved for backward stays the same as with fused kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import KERNEL_SIZE, vector_dtype
+from .reference import Affine, Stride
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Launchers ``conv_stats_fwd``, ``conv_stats_bwd`` and ``conv_affine`` made of other launchers.
+
+    Attributes:
+        convolution: Its ``fwd``, ``dgrad`` and ``wgrad`` convolve.
+        elementwise: Its ``statistics``, ``affine_add_relu`` and their backward passes do the rest.
+    """
+
+    convolution: ModuleType
+    elementwise: ModuleType
+
+    def conv_stats_fwd(
+        self,
+        x: Tensor,
+        prologue: Affine | None,
+        weight: Tensor,
+        stride: Stride,
+        groups: int,
+        channels_last: bool,
+        stats: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """z = conv(relu(prologue(x)), weight) with the mean and biased variance of its channels if ``stats``."""
+        z = self.convolution.fwd(
+            self._activation(x, prologue, channels_last), weight, None, stride, groups, channels_last
+        )
+        return z, *(self.elementwise.statistics(z, channels_last) if stats else (None, None))
+
+    def conv_stats_bwd(
+        self,
+        dz: Tensor,
+        grad_prologue: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+        x: Tensor,
+        prologue: Affine | None,
+        weight: Tensor,
+        stride: Stride,
+        groups: int,
+        channels_last: bool,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
+        dx = dscale = dshift = dw = None
+        g = dz if grad_prologue is None else self.elementwise.statistics_bwd(dz, *grad_prologue, channels_last)
+        if wanted[1]:
+            a = self._activation(x, prologue, channels_last)
+            dw = self._wgrad(g, a, weight, stride, groups, channels_last)
+            del a
+        if wanted[0]:
+            dx = self.convolution.dgrad(g, weight, tuple(x.shape[2:]), stride, groups, channels_last)
+            if prologue is not None:
+                dx, _, dscale, dshift, _ = self.elementwise.affine_add_relu_bwd(
+                    dx, None, x, prologue, None, None, channels_last, (True, False, True)
+                )
+        return dx, dscale, dshift, dw
+
+    def conv_affine(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        stride: Stride,
+        groups: int,
+        channels_last: bool,
+    ) -> Tensor:
+        """scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
+        z = self.convolution.fwd(x, weight, None, stride, groups, channels_last)
+        if scale is None:
+            scale = z.new_ones(z.shape[1], dtype=vector_dtype(z.dtype))
+        if shift is None:
+            shift = torch.zeros_like(scale)
+        if relu:
+            return self.elementwise.affine_add_relu(z, (None, scale, shift), residual, None, channels_last)
+        return reference.affine_add(z, (None, scale, shift), residual, None, channels_last)
+
+    def _activation(self, x: Tensor, prologue: Affine | None, channels_last: bool) -> Tensor:
+        if prologue is None:
+            return x
+        return self.elementwise.affine_add_relu(x, prologue, None, None, channels_last)
+
+    def _wgrad(self, g: Tensor, a: Tensor, weight: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
+        kernel_size = tuple(weight.shape[2:])
+        other = () if kernel_size == KERNEL_SIZE else (kernel_size,)
+        return self.convolution.wgrad(g, a, stride, groups, channels_last, *other)
