@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -35,31 +33,9 @@ from .grouped_conv_backward import (
 )
 from .grouped_conv_forward import grouped_conv_strips_kernel, grouped_conv_taps_kernel
 from .grouped_conv_tiles import probe_kernel
+from .launch import Launch, empty_nhwc, nhwc, num_sms, precision, tf32_allowed, to_layout
 
 _MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch, all but its tensors.
-
-    Attributes:
-        kernel: The Triton kernel.
-        programs: Grid size; the grid has one axis.
-        sizes: Run-time integers by argument name.
-        constants: Compile-time values by argument name.
-        options: num_warps, num_stages and enable_fp_fusion.
-    """
-
-    kernel: Any
-    programs: int
-    sizes: dict[str, int]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-    def __call__(self, **tensors: Tensor | None) -> None:
-        """Launch on the tensors, given by argument name."""
-        self.kernel[(self.programs,)](**tensors, **self.sizes, **self.constants, **self.options)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,7 +63,7 @@ def plan(
             f"grouped_conv2d: expected at most {_MAX_COUNT} pixels per image, strips and programs for the triton "
             f"backend, got {max(counts)}; split the batch, or use the torch backend"
         )
-    launch.constants["PRECISION"] = _precision(problem.dtype, allow_tf32)
+    launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
     if isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1:
         launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
@@ -97,12 +73,6 @@ def plan(
 def _alignment(problem: ConvProblem) -> int:
     """Channels that every pixel starts at a multiple of; Triton itself sees multiples of 16 only, not of 8."""
     return math.gcd(problem.in_channels, problem.out_channels, 16)
-
-
-def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        return "upcast"  # The interpreter multiplies the bit patterns of bfloat16 numbers.
-    return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
 def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool, taps_outside: bool) -> tuple[Launch, list[int]]:
@@ -222,10 +192,10 @@ def fwd(
     batch, in_channels, height, width = x.shape
     problem = _problem("fwd", x, in_channels, len(weight), (height, width), stride, groups, channels_last)
     launch, config = _prepare(problem, x.device, config, allow_tf32, bias is not None, _taps_outside(weight))
-    y = _empty_nhwc(x, batch, len(weight), problem.out_height, problem.out_width)
+    y = empty_nhwc(x, batch, len(weight), problem.out_height, problem.out_width)
     with torch.cuda.device_of(x):
-        launch(src_ptr=_nhwc(x), weight_ptr=_arrange_weight(weight, config), bias_ptr=bias, dst_ptr=y)
-    return _to_layout(y, channels_last)
+        launch(src_ptr=nhwc(x), weight_ptr=_arrange_weight(weight, config), bias_ptr=bias, dst_ptr=y)
+    return to_layout(y, channels_last)
 
 
 def dgrad(
@@ -258,11 +228,11 @@ def dgrad(
     in_channels = weight.shape[1] * groups
     problem = _problem("dgrad", grad, in_channels, out_channels, input_size, stride, groups, channels_last)
     launch, config = _prepare(problem, grad.device, config, allow_tf32, taps_outside=_taps_outside(weight))
-    dx = _empty_nhwc(grad, batch, in_channels, *input_size)
+    dx = empty_nhwc(grad, batch, in_channels, *input_size)
     no_bias = {"bias_ptr": None} if "HAS_BIAS" in launch.constants else {}
     with torch.cuda.device_of(grad):
-        launch(src_ptr=_nhwc(grad), weight_ptr=_arrange_weight(weight, config), dst_ptr=dx, **no_bias)
-    return _to_layout(dx, channels_last)
+        launch(src_ptr=nhwc(grad), weight_ptr=_arrange_weight(weight, config), dst_ptr=dx, **no_bias)
+    return to_layout(dx, channels_last)
 
 
 def wgrad(
@@ -296,7 +266,7 @@ def wgrad(
     shape = (config.splits, out_channels, problem.group_in, 3, 3)
     with torch.cuda.device_of(x):
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-        launch(grad_ptr=_nhwc(grad), x_ptr=_nhwc(x), partials_ptr=partials)
+        launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return partials.sum(0).to(x.dtype, memory_format=layout)
 
@@ -327,18 +297,14 @@ def _prepare(
 ) -> tuple[Launch, Config]:
     """The launch and its settings, with the defaults filled in."""
     if allow_tf32 is None:
-        # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this one follows both.
-        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        allow_tf32 = tf32_allowed()
     config = config or _default_config(problem, device, allow_tf32)
     return plan(problem, config, allow_tf32=allow_tf32, has_bias=has_bias, taps_outside=taps_outside), config
 
 
 @functools.lru_cache(maxsize=4096)
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool) -> Config:
-    if device.type != "cuda":
-        return choose_config(problem, allow_tf32=allow_tf32)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    return choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms(device))
 
 
 def _taps_outside(weight: Tensor) -> bool:
@@ -348,16 +314,3 @@ def _taps_outside(weight: Tensor) -> bool:
 def _arrange_weight(weight: Tensor, config: Config) -> Tensor:
     """Taps walk channel by channel through one tap at a time: (3, 3, C_out, C_in / groups) makes that contiguous."""
     return weight.permute(2, 3, 0, 1).contiguous() if isinstance(config, TapsConfig) else weight
-
-
-def _nhwc(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_nhwc(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _to_layout(result: Tensor, channels_last: bool) -> Tensor:
-    # A copy even where both layouts hold the same bytes (one channel, one pixel): their strides differ.
-    return result if channels_last else torch.empty_like(result, memory_format=torch.contiguous_format).copy_(result)

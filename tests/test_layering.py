@@ -24,7 +24,9 @@ ALLOWED = {
     "kernels/config": {"torch"},
     "kernels/reference": {".checks", "torch"},
     "kernels/extension": {"torch", "resnext._C"},
-    "kernels/grouped_conv": TRITON | {".grouped_conv_forward", ".grouped_conv_backward", ".grouped_conv_tiles"},
+    "kernels/launch": {"triton", "torch"},
+    "kernels/grouped_conv": TRITON
+    | {".grouped_conv_forward", ".grouped_conv_backward", ".grouped_conv_tiles", ".launch"},
     "kernels/grouped_conv_forward": TRITON | {".grouped_conv_tiles"},
     "kernels/grouped_conv_backward": TRITON | {".grouped_conv_tiles"},
     "kernels/grouped_conv_tiles": TRITON,
