@@ -1,0 +1,109 @@
+"""Per-channel statistics in Triton: Welford's update, merging by Chan's formula, and the ordered last stage.
+
+*Moments* of some values are (count, mean, m2), where m2 is the sum of (value - mean)^2. Kernels collect moments lane by
+lane, merge them over their rows once at their end and store them as one row of float32 partials (rows, 3, channels);
+`merge_partials` merges the rows in a fixed order. No sum of squares is ever subtracted from another.
+
+Sources: Welford (1962); Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances" (1979).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def add_to_moments(count, mean, m2, value, mask):
+    """Welford's update of every lane: `value` [M, N] in the rows where `mask` [M]; returns count [M], mean, m2."""
+    count += mask.to(tl.float32)
+    share = 1.0 / tl.maximum(count, 1.0)
+    delta = tl.where(mask[:, None], value - mean, 0.0)
+    mean += delta * share[:, None]
+    m2 += delta * delta * (1.0 - share)[:, None]
+    return count, mean, m2
+
+
+@triton.jit
+def merge_moments(count, mean, m2):
+    """Merge the rows of `mean` and `m2` [M, N], `count` [M, N] or [M, 1], into moments [N] (count may be [1])."""
+    total = tl.sum(count, axis=0)
+    share = count / tl.maximum(total, 1.0)[None, :]
+    # The mean of the means, then of what they differ from it: a second step, exact where they are all the same.
+    center = tl.sum(mean * share, axis=0)
+    center += tl.sum((mean - center[None, :]) * share, axis=0)
+    delta = mean - center[None, :]
+    return total, center, tl.sum(m2 + delta * delta * count, axis=0)
+
+
+@triton.jit
+def store_moments(partials_ptr, row, channels, channel, mask, count, mean, m2):
+    """Store moments [N] of the channels `channel` [N] as row `row` of the partials (rows, 3, channels)."""
+    ptrs = partials_ptr + tl.cast(row, tl.int64) * 3 * channels + channel
+    tl.store(ptrs, tl.broadcast_to(count, mean.shape), mask=mask)
+    tl.store(ptrs + channels, mean, mask=mask)
+    tl.store(ptrs + 2 * channels, m2, mask=mask)
+
+
+@triton.jit
+def merge_partials_kernel(
+    partials_ptr,  # (rows, 3, channels)
+    mean_ptr,  # (channels,)
+    var_ptr,  # (channels,)
+    rows,
+    channels,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and biased variance of BLOCK_C channels: lanes walk down the rows, then merge."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = channel < channels
+    count = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    mean = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    m2 = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & mask_c[None, :]
+        ptrs = partials_ptr + (row.to(tl.int64) * 3 * channels)[:, None] + channel[None, :]
+        added = tl.load(ptrs, mask=mask, other=0.0)
+        delta = tl.load(ptrs + channels, mask=mask, other=0.0) - mean
+        delta = tl.where(added > 0, delta, 0.0)
+        total = count + added
+        share = added / tl.maximum(total, 1.0)
+        mean += delta * share
+        m2 += tl.load(ptrs + 2 * channels, mask=mask, other=0.0) + delta * delta * count * share
+        count = total
+    count, mean, m2 = merge_moments(count, mean, m2)
+    tl.store(mean_ptr + channel, mean, mask=mask_c)
+    tl.store(var_ptr + channel, m2 / tl.maximum(count, 1.0), mask=mask_c)
+
+
+def merge_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics from the moments that programs have stored.
+
+    Args:
+        partials: (rows, 3, C), float32, contiguous: count, mean and m2 of disjoint parts of the data.
+
+    Returns:
+        mean (C,) and biased variance (C,), float32; the same bits for the same partials.
+    """
+    rows, _, channels = partials.shape
+    mean, var = (torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(2))
+    block_r, block_c = min(256, max(16, triton.next_power_of_2(rows))), 8
+    with torch.cuda.device_of(partials):
+        merge_partials_kernel[(triton.cdiv(channels, block_c),)](
+            partials_ptr=partials,
+            mean_ptr=mean,
+            var_ptr=var,
+            rows=rows,
+            channels=channels,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=8,
+            num_stages=2,
+            enable_fp_fusion=True,
+        )
+    return mean, var
