@@ -2,7 +2,8 @@
 
 *Moments* of some values are (count, mean, m2), where m2 is the sum of (value - mean)^2. Kernels collect moments lane by
 lane, merge them over their rows once at their end and store them as one row of float32 partials (rows, 3, channels);
-`merge_partials` merges the rows in a fixed order. No sum of squares is ever subtracted from another.
+`merge_partials` merges the rows in a fixed order, as `sum_partials` does with partials that are sums. No sum of squares
+is ever subtracted from another.
 
 Sources: Welford (1962); Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
 variances" (1979).
@@ -10,10 +11,15 @@ variances" (1979).
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Launch
 
 
 @triton.jit
@@ -92,18 +98,66 @@ def merge_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, _, channels = partials.shape
     mean, var = (torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(2))
-    block_r, block_c = min(256, max(16, triton.next_power_of_2(rows))), 8
+    launch = _over_channels(merge_partials_kernel, rows, channels)
     with torch.cuda.device_of(partials):
-        merge_partials_kernel[(triton.cdiv(channels, block_c),)](
-            partials_ptr=partials,
-            mean_ptr=mean,
-            var_ptr=var,
-            rows=rows,
-            channels=channels,
-            BLOCK_R=block_r,
-            BLOCK_C=block_c,
-            num_warps=8,
-            num_stages=2,
-            enable_fp_fusion=True,
-        )
+        launch(partials_ptr=partials, mean_ptr=mean, var_ptr=var)
     return mean, var
+
+
+@triton.jit
+def sum_partials_kernel(
+    partials_ptr,  # (rows, 2 or 3, channels)
+    first_ptr,  # (channels,), like the others
+    second_ptr,
+    third_ptr,  # None if there are two
+    rows,
+    channels,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Column sums of BLOCK_C channels: lanes walk down the rows, then add up."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = channel < channels
+    sums: tl.constexpr = 2 if third_ptr is None else 3
+    first = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    second = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    third = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & mask_c[None, :]
+        ptrs = partials_ptr + (row.to(tl.int64) * sums * channels)[:, None] + channel[None, :]
+        first += tl.load(ptrs, mask=mask, other=0.0)
+        second += tl.load(ptrs + channels, mask=mask, other=0.0)
+        if third_ptr is not None:
+            third += tl.load(ptrs + 2 * channels, mask=mask, other=0.0)
+    tl.store(first_ptr + channel, tl.sum(first, axis=0), mask=mask_c)
+    tl.store(second_ptr + channel, tl.sum(second, axis=0), mask=mask_c)
+    if third_ptr is not None:
+        tl.store(third_ptr + channel, tl.sum(third, axis=0), mask=mask_c)
+
+
+def sum_partials(partials: Tensor) -> tuple[Tensor, ...]:
+    """Add up the rows of partial sums.
+
+    Args:
+        partials: (rows, K, C) with K 2 or 3, float32, contiguous.
+
+    Returns:
+        K tensors (C,), float32, each with memory of its own; the same bits for the same partials.
+    """
+    rows, count, channels = partials.shape
+    sums = tuple(torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(count))
+    first, second, third = sums if count == 3 else (*sums, None)
+    launch = _over_channels(sum_partials_kernel, rows, channels)
+    with torch.cuda.device_of(partials):
+        launch(partials_ptr=partials, first_ptr=first, second_ptr=second, third_ptr=third)
+    return sums
+
+
+@functools.lru_cache(maxsize=4096)
+def _over_channels(kernel: Any, rows: int, channels: int) -> Launch:
+    """The launch that gives every program a few channels and all rows."""
+    constants = {"BLOCK_R": min(256, max(16, triton.next_power_of_2(rows))), "BLOCK_C": 8}
+    options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+    sizes = {"rows": rows, "channels": channels}
+    return Launch(kernel, triton.cdiv(channels, constants["BLOCK_C"]), sizes, constants, options)
