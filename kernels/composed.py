@@ -1,4 +1,4 @@
-"""The fused convolutions out of separate passes: where a library's convolution is the fastest, or a backend has no other.
+"""The fused convolutions out of separate passes: where a library's convolution is fastest, or a backend has no other.
 
 The batch norm before a convolution, and the gradient's part through the statistics, become tensors that live for one
 call; what is saved for backward stays the same as with fused kernels.
@@ -39,7 +39,7 @@ class Composed:
         channels_last: bool,
         stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """z = conv(relu(prologue(x)), weight) with the mean and biased variance of its channels if ``stats``."""
+        """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
         z = self.convolution.fwd(
             self._activation(x, prologue, channels_last), weight, None, stride, groups, channels_last
         )
@@ -84,7 +84,7 @@ class Composed:
         groups: int,
         channels_last: bool,
     ) -> Tensor:
-        """scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
+        """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
         z = self.convolution.fwd(x, weight, None, stride, groups, channels_last)
         if scale is None:
             scale = z.new_ones(z.shape[1], dtype=vector_dtype(z.dtype))

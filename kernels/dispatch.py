@@ -17,11 +17,12 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, composed
 from .config import ConvProblem
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
@@ -122,8 +123,8 @@ def choose(problem: ConvProblem, device: torch.device) -> str:
     """
     name = forced_backend()
     if name is None:
-        return next(b for b in BACKENDS if not (unsupported(b, problem, device) or not_chosen(b, problem)))
-    if reason := unsupported(name, problem, device):
+        return next(b for b in BACKENDS if not (unsupported(b, problem.dtype, device) or not_chosen(b, problem)))
+    if reason := unsupported(name, problem.dtype, device):
         raise BackendError(
             f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
             "leave use_backend/RESNEXT_BACKEND at auto, or choose another backend"
@@ -143,19 +144,86 @@ def launchers(*problem) -> ModuleType:
 @functools.lru_cache(maxsize=4096)  # asked in every call
 def _launchers(forced: str | None, *problem) -> ModuleType:
     described = problem_of(*problem)
-    return importlib.import_module(f"{__package__}.{_MODULES[choose(described, problem[-2])]}")
+    return _module(_MODULES[choose(described, problem[-2])])
 
 
-def unsupported(name: str, problem: ConvProblem, device: torch.device) -> str | None:
-    """Why a backend cannot serve a problem, or None if it can."""
+# --- the fused operators ---
+
+_ELEMENTWISE = {"triton": "reference", "cuda": "reference", "cpu": "reference", "torch": "reference"}
+_FUSED_3X3 = {"triton": None, "cuda": None, "cpu": None, "torch": None}
+
+
+def elementwise(dtype: torch.dtype, device: torch.device) -> ModuleType:
+    """The module of the launchers ``statistics``, ``affine_add_relu`` and so on for tensors of ``dtype`` on ``device``.
+
+    Raises:
+        BackendError: If a forced backend cannot serve them.
+    """
+    return _elementwise(forced_backend(), dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _elementwise(forced: str | None, dtype: torch.dtype, device: torch.device) -> ModuleType:
+    if forced is not None and (reason := unsupported(forced, dtype, device)):
+        raise BackendError(
+            f"batch norm: the {forced} backend was asked for and cannot serve this call: {reason}; "
+            "leave use_backend/RESNEXT_BACKEND at auto, or choose another backend"
+        )
+    on_cpu = device.type == "cpu"
+    free = (b for b in BACKENDS if not (unsupported(b, dtype, device) or (b == "triton" and on_cpu)))
+    return _module(_ELEMENTWISE[forced or next(free)])
+
+
+def fused_launchers(*problem) -> Any:
+    """What serves ``conv_stats_fwd`` (pass "fwd") or ``conv_stats_bwd`` ("dgrad"); takes the arguments of `problem_of`.
+
+    A kernel that fuses where there is one for the problem, else a composition of separate passes.
+
+    Raises:
+        BackendError: If a forced backend cannot serve it.
+    """
+    return _fused_launchers(forced_backend(), *problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fused_launchers(forced: str | None, *problem) -> Any:
+    _, _, weight_shape, _, groups, dtype, device, _ = problem
+    described = problem_of(*problem)
+    name = choose(described, device)
+    kernel_size = tuple(weight_shape[2:])
+    if kernel_size == checks.KERNEL_SIZE and (groups > 1 or forced) and (module := _FUSED_3X3[name]):
+        return _module(module)
+    return composed.Composed(_module("reference"), elementwise(dtype, device))
+
+
+def affine_launchers(*problem) -> Any:
+    """What serves ``conv_affine``; takes the arguments of `problem_of`.
+
+    Raises:
+        BackendError: If a forced backend cannot serve it.
+    """
+    launchers = fused_launchers(*problem)
+    if isinstance(launchers, composed.Composed) and forced_backend() != "torch":
+        onednn = _module("onednn")
+        if onednn.serves(*problem[5:7]):
+            return onednn
+    return launchers
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def unsupported(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors of ``dtype`` on ``device``, or None if it can."""
     if name == "torch":
         return None
-    if problem.dtype not in _FLOATS:
-        return f"the dtype is {problem.dtype}; it takes float32, float16 and bfloat16"
+    if dtype not in _FLOATS:
+        return f"the dtype is {dtype}; it takes float32, float16 and bfloat16"
     if name == "triton":
         return _no_triton(device)
-    if name != problem.device_type:
-        return f"the tensors are on {problem.device_type}"
+    if name != device.type:
+        return f"the tensors are on {device.type}"
     from . import extension
 
     if reason := extension.load():
@@ -239,7 +307,7 @@ def explain(
     forced = forced_backend()
     for op in ("fwd", "dgrad", "wgrad"):
         problem = problem_of(op, batched.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
-        reasons = {name: unsupported(name, problem, x.device) for name in BACKENDS}
+        reasons = {name: unsupported(name, x.dtype, x.device) for name in BACKENDS}
         if forced is None:
             chosen = choose(problem, x.device)
             reasons = {name: reason or not_chosen(name, problem) for name, reason in reasons.items()}

@@ -23,8 +23,8 @@ from torch.autograd import forward_ad
 
 from . import checks, dispatch, reference
 
-_LIBRARY = torch.library.Library("resnext", "DEF")
-_OPS = torch.ops.resnext
+LIBRARY = torch.library.Library("resnext", "DEF")
+OPS = torch.ops.resnext
 _DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"
 _SCHEMAS = {
     "_grouped_conv2d_fwd": f"(Tensor x, Tensor weight, Tensor? bias, {_DIMS}) -> Tensor",
@@ -32,10 +32,10 @@ _SCHEMAS = {
     "_grouped_conv2d_wgrad": f"(Tensor grad, Tensor x, {_DIMS}) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-_FWD = _OPS._grouped_conv2d_fwd.default
-_DGRAD = _OPS._grouped_conv2d_dgrad.default
-_WGRAD = _OPS._grouped_conv2d_wgrad.default
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+_FWD = OPS._grouped_conv2d_fwd.default
+_DGRAD = OPS._grouped_conv2d_dgrad.default
+_WGRAD = OPS._grouped_conv2d_wgrad.default
 
 
 def grouped_conv2d(
@@ -208,12 +208,13 @@ def _check_backward(name: str, grad: Tensor, x: Tensor, weight: Tensor, stride: 
 # --- the three operators: what runs, what a compiler sees ---
 
 
-def _dense(tensor: Tensor, channels_last: bool) -> Tensor:
+def dense(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor itself where it is dense in the given layout, else a copy that is."""
     return tensor.contiguous(memory_format=checks.memory_format(channels_last))
 
 
-def _dense_weight(weight: Tensor) -> Tensor:
-    """Either layout will do: copying weights would cost more than some of the convolutions."""
+def dense_weight(weight: Tensor) -> Tensor:
+    """The weight, dense in either layout: copying weights would cost more than some of the convolutions."""
     return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
@@ -222,7 +223,7 @@ def _fwd(x, weight, bias, stride, groups, channels_last):
     problem = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     bias = None if bias is None else bias.contiguous()
     return dispatch.launchers(*problem).fwd(
-        _dense(x, channels_last), _dense_weight(weight), bias, stride, groups, channels_last
+        dense(x, channels_last), dense_weight(weight), bias, stride, groups, channels_last
     )
 
 
@@ -231,7 +232,7 @@ def _dgrad(grad, weight, input_size, stride, groups, channels_last):
     shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
     problem = ("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
     return dispatch.launchers(*problem).dgrad(
-        _dense(grad, channels_last), _dense_weight(weight), input_size, stride, groups, channels_last
+        dense(grad, channels_last), dense_weight(weight), input_size, stride, groups, channels_last
     )
 
 
@@ -240,26 +241,27 @@ def _wgrad(grad, x, stride, groups, channels_last):
     shape = (grad.shape[1], x.shape[1] // groups, 3, 3)
     problem = ("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
     return dispatch.launchers(*problem).wgrad(
-        _dense(grad, channels_last), _dense(x, channels_last), stride, groups, channels_last
+        dense(grad, channels_last), dense(x, channels_last), stride, groups, channels_last
     )
 
 
-def _empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """An uninitialised dense tensor of the dtype and on the device of ``like``."""
     layout = checks.memory_format(channels_last)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _fake_fwd(x, weight, bias, stride, groups, channels_last):
     size = checks.output_size(x.shape[2:], stride)
-    return _empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
+    return empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
 
 
 def _fake_dgrad(grad, weight, input_size, stride, groups, channels_last):
-    return _empty(grad, (grad.shape[0], weight.shape[1] * groups, *input_size), channels_last)
+    return empty(grad, (grad.shape[0], weight.shape[1] * groups, *input_size), channels_last)
 
 
 def _fake_wgrad(grad, x, stride, groups, channels_last):
-    return _empty(grad, (grad.shape[1], x.shape[1] // groups, 3, 3), channels_last)
+    return empty(grad, (grad.shape[1], x.shape[1] // groups, 3, 3), channels_last)
 
 
 # --- their derivatives ---
@@ -361,7 +363,9 @@ class _Wgrad(torch.autograd.Function):
         return _product_rule(ctx, _WGRAD, d_grad, dx, *ctx.dims)
 
 
-def _register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autograd.Function]) -> None:
+def register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autograd.Function] | None = None) -> None:
+    """Give an operator its kernel, its fake and, if it is differentiated, its derivative."""
+
     def autograd(*args):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return function.apply(*args)
@@ -370,11 +374,12 @@ def _register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.auto
 
     name = op._opname
     for device_type in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, kernel, device_type)
-    _LIBRARY.impl(name, autograd, "Autograd")
-    torch.library.register_fake(op, fake, lib=_LIBRARY)
+        LIBRARY.impl(name, kernel, device_type)
+    if function is not None:
+        LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(op, fake, lib=LIBRARY)
 
 
-_register(_FWD, _fwd, _fake_fwd, _Fwd)
-_register(_DGRAD, _dgrad, _fake_dgrad, _Dgrad)
-_register(_WGRAD, _wgrad, _fake_wgrad, _Wgrad)
+register(_FWD, _fwd, _fake_fwd, _Fwd)
+register(_DGRAD, _dgrad, _fake_dgrad, _Dgrad)
+register(_WGRAD, _wgrad, _fake_wgrad, _Wgrad)

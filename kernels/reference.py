@@ -1,4 +1,4 @@
-"""Every launcher in plain PyTorch: the oracle in tests, the backend named ``torch``, and the formula for double backward.
+"""Every launcher in plain PyTorch: oracle of the tests, backend named ``torch``, and formula for double backward.
 
 Same signatures as the Triton and C++ launchers. The convolutions here are 3x3 with padding 1 or 1x1 without padding,
 dilation 1, ``stride`` = (h, w); activations and the weight's gradient are dense in the layout that ``channels_last``
@@ -121,7 +121,7 @@ def affine_add_relu_bwd(
 def bn_affine(
     mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """scale and shift of the affine, centred at ``mean``, that is a batch norm with these statistics."""
+    """Make scale and shift of the affine, centred at ``mean``, that is a batch norm with these statistics."""
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma.to(var.dtype)
@@ -143,7 +143,7 @@ def bn_affine_bwd(
 
 
 def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: bool) -> tuple[Tensor, Tensor | None]:
-    """3x3 max pool, stride 2, padding 1, of relu(affine(z)), and where in its window each maximum stands (3*kh + kw)."""
+    """Pool relu(affine(z)) (3x3, stride 2, padding 1), with the place 3*kh + kw of each maximum in its window."""
     a = affine_add_relu(z, affine, None, None, channels_last)
     out, indices = F.max_pool2d(a, 3, 2, 1, return_indices=True)
     layout = memory_format(channels_last)
@@ -161,7 +161,7 @@ def affine_relu_max_pool_bwd(
     dout: Tensor, taps: Tensor, z: Tensor, affine: Affine, channels_last: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, scale and shift; ``wanted``: z, the vectors."""
-    height, width = z.shape[2:]
+    width = z.shape[3]
     row = torch.arange(dout.shape[2], device=z.device)[:, None] * 2 - 1 + taps // 3
     column = torch.arange(dout.shape[3], device=z.device) * 2 - 1 + taps % 3
     da = torch.zeros(z.shape, dtype=vector_dtype(z.dtype), device=z.device)

@@ -16,15 +16,20 @@ STANDARD = sys.stdlib_module_names
 # module -> what it may import besides the standard library; "." stands before a sibling in kernels/.
 TRITON = {".config", "triton", "torch"}
 ALLOWED = {
-    "kernels/__init__": {".dispatch", ".ops", ".flops"},
+    "kernels/__init__": {".dispatch", ".ops", ".fused", ".flops"},
     "kernels/ops": {".checks", ".dispatch", ".reference", "torch"},
+    "kernels/fused": {".checks", ".fused_ops", ".reference", "torch"},
+    "kernels/fused_ops": {".checks", ".composed", ".dispatch", ".ops", ".reference", "torch"},
     "kernels/flops": {".ops", "torch"},
-    "kernels/dispatch": {".checks", ".config", ".extension", ".grouped_conv", "torch"},
+    "kernels/dispatch": {".checks", ".composed", ".config", ".extension", ".grouped_conv", "torch"},
+    "kernels/composed": {".checks", ".reference", "torch"},
+    "kernels/onednn": {".checks", ".reference", "torch"},
     "kernels/checks": {"torch"},
     "kernels/config": {"torch"},
     "kernels/reference": {".checks", "torch"},
     "kernels/extension": {"torch", "resnext._C"},
     "kernels/launch": {"triton", "torch"},
+    "kernels/statistics": {"triton", "torch"},
     "kernels/grouped_conv": TRITON
     | {".grouped_conv_forward", ".grouped_conv_backward", ".grouped_conv_tiles", ".launch"},
     "kernels/grouped_conv_forward": TRITON | {".grouped_conv_tiles"},

@@ -1,0 +1,302 @@
+"""Convolution, batch norm, ReLU and residual sum as fused operators: normalised activations never reach memory.
+
+A convolution's raw output z is written once. Its batch norm is an *affine*, three vectors over the channels,
+
+    affine(v) = scale * (v - center) + shift      center = mean, scale = gamma * rsqrt(var + eps), shift = beta
+
+which the next convolution applies on load, with ReLU after it (`conv_stats`), or the end of the block
+(`affine_add_relu`). The statistics are outputs of the convolution, and differentiable ones: they send
+
+    dz_i += dmean / count + 2 * dvar * (z_i - mean) / count
+
+into the convolution's own backward, where it is applied on load too; batch norm needs no backward pass of its own. The
+center is a constant to autograd: `bn_affine` returns the mean's gradient, -scale * dshift, by way of the shift.
+
+The operators under these functions: fused_ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import checks, fused_ops, reference
+from .reference import Affine
+
+
+def why_not_conv_stats(
+    weight_shape: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> str | None:
+    """Why `conv_stats` and `conv_affine` do not take a convolution, or None if they do."""
+    kernel_size = tuple(weight_shape[2:])
+    if len(kernel_size) != 2 or any(k % 2 == 0 for k in kernel_size):
+        return f"the kernel is {'x'.join(map(str, kernel_size))}; both sides must be odd"
+    if checks.pair(dilation) != (1, 1):
+        return f"dilation is {dilation}, not 1"
+    centred = tuple(k // 2 for k in kernel_size)
+    if isinstance(padding, str) or checks.pair(padding) != centred:
+        return f"padding is {padding!r}, not {centred}"
+    if any(s not in (1, 2) for s in checks.pair(stride)):
+        return f"stride is {stride}, neither 1 nor 2"
+    return None
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    affine: Affine | None = None,
+    stride: int | Sequence[int] = 1,
+    groups: int = 1,
+    stats: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolve relu(affine(x)), or x itself, and take the statistics of the result.
+
+    The kernel is centred: odd sides k, padding k // 2, dilation 1. 3x3 convolutions (grouped) and 1x1 convolutions
+    have kernels that fuse all of it; others are composed of PyTorch's convolution and separate passes.
+
+    Differentiable in ``x``, ``weight`` and the affine's scale and shift (not its center), by way of all three results;
+    any number of times. Accumulates in float32. Deterministic. Under autocast ``x`` and ``weight`` are cast as
+    ``F.conv2d`` casts them.
+
+    Args:
+        x: (N, C_in, H, W), in any memory layout; float32, float16, bfloat16 or float64.
+        weight: (C_out, C_in / groups, k, k), of x's dtype and device.
+        affine: (center or None, scale, shift), each (C_in,), float32 (float64 for float64 x): see `bn_affine`.
+        stride: One or two integers, each 1 or 2.
+        groups: Number of groups.
+        stats: Whether to take the statistics.
+
+    Returns:
+        z (N, C_out, H_out, W_out), of x's dtype, channels_last if x or weight is; the mean and the biased variance of
+        its channels over N, H and W, (C_out,), float32 (float64), or None and None.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or the convolution's arguments do not fit.
+        BackendError: If a forced backend cannot serve the call.
+
+    Source: Ioffe & Szegedy, "Batch Normalization", 2015, algorithm 1; Chan, Golub & LeVeque, "Updating formulae and a
+        pairwise algorithm for computing sample variances", 1979.
+    """
+    x, weight = checks.autocast(x, weight)
+    strides = _check_conv("conv_stats", x, weight, stride, groups)
+    center, scale, shift = _check_affine("conv_stats", x, affine)
+    dims = (strides, groups, checks.output_channels_last(x, weight))
+    if _transformed():
+        prologue = None if scale is None else (center, scale, shift)
+        return fused_ops.FORMULA.conv_stats_fwd(x, prologue, weight, *dims, stats)
+    z, mean, var = fused_ops.CONV_STATS(x, center, scale, shift, weight, *dims, stats)
+    return (z, mean, var) if stats else (z, None, None)
+
+
+def conv_affine(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    stride: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Compute relu(scale * conv(x, weight) + shift + residual): a convolution with the batch norm behind it folded.
+
+    For inference. Differentiable too, then made of `conv_stats` and separate passes. Convolutions as in `conv_stats`.
+
+    Args:
+        x: (N, C_in, H, W), in any memory layout.
+        weight: (C_out, C_in / groups, k, k), of x's dtype and device.
+        scale: (C_out,), float32 (float64 for float64 x), or None for 1.
+        shift: (C_out,), like scale, or None for 0.
+        residual: Of the result's shape, or one that expands to it; any floating-point dtype, any layout.
+        relu: Whether to apply ReLU at the end.
+        stride: One or two integers, each 1 or 2.
+        groups: Number of groups.
+
+    Returns:
+        (N, C_out, H_out, W_out), of x's dtype, channels_last if x or weight is; rounded once.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or the convolution's arguments do not fit.
+        BackendError: If a forced backend cannot serve the call.
+    """
+    name = "conv_affine"
+    x, weight = checks.autocast(x, weight)
+    strides = _check_conv(name, x, weight, stride, groups)
+    channels_last = checks.output_channels_last(x, weight)
+    out_channels = weight.shape[0]
+    for vector_name, vector in (("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _check_vector(name, vector_name, vector, out_channels, x)
+    shape = (x.shape[0], out_channels, *checks.output_size(x.shape[2:], strides))
+    if residual is not None:
+        residual = _like_result(name, residual, x, shape)
+    tensors = (x, weight, scale, shift, residual)
+    if not _transformed() and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return fused_ops.CONV_AFFINE(x, weight, scale, shift, residual, relu, strides, groups, channels_last)
+    z, _, _ = conv_stats(x, weight, None, strides, groups, stats=False)
+    if scale is None:
+        scale = z.new_ones(out_channels, dtype=checks.vector_dtype(z.dtype))
+    if shift is None:
+        shift = torch.zeros_like(scale)
+    if relu:
+        return affine_add_relu(z, (None, scale, shift), residual)
+    return reference.affine_add(z, (None, scale, shift), residual, None, channels_last)
+
+
+def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Affine:
+    """Make the affine that is a batch norm: center = mean, scale = gamma * rsqrt(var + eps), shift = beta.
+
+    Differentiable in all tensors, by way of scale and shift; the center comes back detached. (With c the mean's value,
+    the shift is beta - (mean - c) * scale: equal to beta, with the mean's gradient.)
+
+    Args:
+        mean: (C,), float32 or float64.
+        var: (C,), like mean; the biased variance.
+        gamma: (C,), any floating-point dtype, or None for 1: batch norm's weight.
+        beta: (C,), or None for 0: batch norm's bias.
+        eps: Added to the variance.
+
+    Returns:
+        (center, scale, shift), each (C,), of mean's dtype.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit.
+    """
+    if mean.dim() != 1 or mean.shape != var.shape or mean.dtype != var.dtype:
+        raise ValueError(
+            f"bn_affine: expected mean and var of one shape (C,) and one dtype, got {tuple(mean.shape)} {mean.dtype} "
+            f"and {tuple(var.shape)} {var.dtype}"
+        )
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        if parameter is not None and parameter.shape != mean.shape:
+            raise ValueError(f"bn_affine: expected {name} of shape {tuple(mean.shape)}, got {tuple(parameter.shape)}")
+    center = mean.detach()
+    if _transformed():
+        return center, *fused_ops.bn_affine_formula(mean, var, gamma, beta, eps)
+    return center, *fused_ops.BN_AFFINE(mean, var, gamma, beta, eps)
+
+
+def affine_add_relu(
+    z: Tensor, affine: Affine, residual: Tensor | None = None, residual_affine: Affine | None = None
+) -> Tensor:
+    """Compute relu(affine(z) + residual), the end of a residual block, in one pass.
+
+    Differentiable in ``z``, ``residual`` and the affines' scales and shifts, any number of times.
+
+    Args:
+        z: (N, C, H, W), in any memory layout; float32, float16, bfloat16 or float64.
+        affine: (center or None, scale, shift), each (C,), float32 (float64 for float64 z).
+        residual: Of z's shape, or one that expands to it; any floating-point dtype, any layout.
+        residual_affine: An affine for the residual, where it is a raw convolution output too.
+
+    Returns:
+        (N, C, H, W), of z's dtype and layout. Computed in float32, rounded once.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit.
+    """
+    name = "affine_add_relu"
+    _check_activation(name, z)
+    center, scale, shift = _check_affine(name, z, affine)
+    if residual_affine is not None and residual is None:
+        raise ValueError(f"{name}: expected a residual with residual_affine, got None; leave out both, or give both")
+    if residual is not None:
+        residual = _like_result(name, residual, z, z.shape)
+    vectors = _check_affine(name, z, residual_affine, "residual_")
+    channels_last = checks.is_channels_last(z)
+    if _transformed():
+        other = None if residual_affine is None else vectors
+        return torch.relu(reference.affine_add(z, (center, scale, shift), residual, other, channels_last))
+    return fused_ops.AFFINE_ADD_RELU(z, center, scale, shift, residual, *vectors, channels_last)
+
+
+def affine_relu_max_pool(z: Tensor, affine: Affine) -> Tensor:
+    """Pool relu(affine(z)) with a 3x3 window, stride 2 and padding 1: the end of ResNet's stem, in one pass.
+
+    Ties and NaN as in ``F.max_pool2d``: of equal values the first in row-major order has the gradient; NaN wins.
+    Differentiable in ``z`` and the affine's scale and shift, any number of times.
+
+    Args:
+        z: (N, C, H, W), in any memory layout; float32, float16, bfloat16 or float64.
+        affine: (center or None, scale, shift), each (C,), float32 (float64 for float64 z).
+
+    Returns:
+        (N, C, (H + 1) // 2, (W + 1) // 2), of z's dtype and layout.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit.
+    """
+    name = "affine_relu_max_pool"
+    _check_activation(name, z)
+    affine = _check_affine(name, z, affine)
+    channels_last = checks.is_channels_last(z)
+    if _transformed():
+        return reference.affine_relu_max_pool(z, affine, channels_last, False)[0]
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *affine))
+    return fused_ops.POOL(z, *affine, channels_last, wanted)[0]
+
+
+# --- checks ---
+
+
+def _transformed() -> bool:
+    """Whether the formula in plain PyTorch must serve: inside torch.func transforms and forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _check_activation(name: str, x: Tensor) -> None:
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{name}: expected an input (N, C, H, W) without empty dimensions, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point input, got {x.dtype}; convert it with .to(dtype)")
+
+
+def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, ...]:
+    padding = tuple(k // 2 for k in weight.shape[2:])
+    if message := checks.invalid_conv2d(x, weight, None, stride, padding or 0, 1, groups):
+        raise ValueError(f"{name}: {message}")
+    _check_activation(name, x)
+    if reason := why_not_conv_stats(weight.shape, stride, padding, 1, groups):
+        raise ValueError(f"{name}: {reason}; use F.conv2d and F.batch_norm")
+    return checks.pair(stride)
+
+
+def _check_affine(name: str, x: Tensor, affine: Affine | None, prefix: str = "") -> Any:
+    """The three vectors, the center cut off from autograd; three times None for None."""
+    if affine is None:
+        return None, None, None
+    center, scale, shift = affine
+    for vector_name, vector in (("center", center), ("scale", scale), ("shift", shift)):
+        if vector is not None:
+            _check_vector(name, prefix + vector_name, vector, x.shape[1], x)
+    return None if center is None else center.detach(), scale, shift
+
+
+def _check_vector(name: str, vector_name: str, vector: Tensor, channels: int, x: Tensor) -> None:
+    dtype = checks.vector_dtype(x.dtype)
+    if tuple(vector.shape) != (channels,) or vector.dtype != dtype or vector.device != x.device:
+        raise ValueError(
+            f"{name}: expected {vector_name} of shape ({channels},), {dtype}, on {x.device}, got "
+            f"{tuple(vector.shape)}, {vector.dtype}, on {vector.device}"
+        )
+
+
+def _like_result(name: str, residual: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """The residual, of the dtype and shape of the result it is added to."""
+    if residual.device != like.device:
+        raise ValueError(f"{name}: expected residual on {like.device}, got {residual.device}; move it with .to(device)")
+    try:
+        residual = residual.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected residual of a shape that expands to {tuple(shape)}, got {tuple(residual.shape)}"
+        ) from None
+    return residual.to(like.dtype)
