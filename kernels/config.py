@@ -239,3 +239,118 @@ def taps_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int =
         elif block_n > 32:  # the operands of ordinary multiply-adds fill the registers
             block_m = 32
     return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
+
+
+@dataclass(frozen=True)
+class ElementwiseConfig:
+    """Launch settings of the kernels that walk over the pixels element by element (batch_norm.py, max_pool.py).
+
+    Attributes:
+        block_m: Pixels per step.
+        block_c: Channels per program.
+        splits: Programs that the pixels are divided among.
+        num_warps: Warps per program.
+    """
+
+    block_m: int
+    block_c: int
+    splits: int
+    num_warps: int
+
+
+_ELEMENTS_PER_STEP = 2048  # 16 per thread: two 16-byte loads of 16-bit numbers, of every operand
+_PROGRAMS_PER_SM = 16  # two to three times what fits at once, so that a slow program does not hold up the rest
+
+
+def elementwise_config(
+    images: int, pixels: int, channels: int, channels_last: bool, *, num_sms: int = 132
+) -> ElementwiseConfig:
+    """Launch settings from sizes alone.
+
+    Args:
+        images: Images, each ``pixels`` x ``channels``; channels_last tensors are one image of N*H*W pixels.
+        pixels: Pixels per image.
+        channels: C.
+        channels_last: Whether neighbours in memory are channels of one pixel (else pixels of one channel).
+        num_sms: Streaming multiprocessors of the device.
+    """
+    if channels_last:
+        block_c = min(64, _power_of_two(channels))
+        block_m = _ELEMENTS_PER_STEP // block_c
+    else:
+        block_m = min(512, max(16, _power_of_two(pixels)))
+        block_c = min(_ELEMENTS_PER_STEP // block_m, _power_of_two(channels))
+    blocks = images * math.ceil(pixels / block_m)
+    splits = math.ceil(num_sms * _PROGRAMS_PER_SM / math.ceil(channels / block_c))
+    return ElementwiseConfig(block_m, block_c, min(blocks, splits), num_warps=4)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """Launch settings of the 1x1 convolution's kernels (pointwise_conv.py).
+
+    Attributes:
+        block_m: Pixels per program (weight gradient: per step).
+        block_n: Channels of the result per program (weight gradient: output channels).
+        block_k: Channels summed over per step (weight gradient: input channels per program).
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        splits: Weight gradient only: partial sums per weight.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+_RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
+
+
+def pointwise_by_triton(problem: ConvProblem) -> bool:
+    """Whether the fused kernels should serve a 1x1 convolution, and not a library's between elementwise passes.
+
+    True where memory limits: there a pass saved is time saved. Where arithmetic limits, libraries are hard to reach.
+    A prediction, the same for every pass: 2 * C_in * C_out operations a pixel over C_in + C_out elements moved.
+    """
+    channels = problem.in_channels, problem.out_channels
+    return math.prod(channels) / sum(channels) <= _RIDGE
+
+
+def pointwise_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> PointwiseConfig:
+    """Launch settings for one pass of a 1x1 convolution; arguments as in `choose_config`."""
+    channels_k, channels_n = problem.in_channels, problem.out_channels
+    if problem.op == "dgrad":
+        channels_k, channels_n = channels_n, channels_k
+    single = problem.dtype == torch.float32
+    widest = 64 if single and not allow_tf32 else 128
+    block_n = min(widest, round_up_to_block(channels_n))
+    if problem.op == "wgrad":
+        block_m = 32 if single else 64
+        block_k = min(widest, round_up_to_block(channels_k))
+        blocks = math.ceil(channels_k / block_k) * math.ceil(channels_n / block_n)
+        steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
+        splits = min(math.ceil(steps / 4), math.ceil(2 * num_sms / blocks))
+        return PointwiseConfig(block_m, block_n, block_k, num_warps=8, num_stages=2, splits=splits)
+    block_k = min(32 if single else 64, round_up_to_block(channels_k))
+    return PointwiseConfig(widest, block_n, block_k, num_warps=8, num_stages=3 if problem.op == "fwd" else 2)
+
+
+def pointwise_candidates(
+    problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132
+) -> list[PointwiseConfig]:
+    """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first."""
+    chosen = pointwise_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    configs = [chosen]
+    for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
+        (64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
+    ):
+        blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+        configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
+    return list(dict.fromkeys(configs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,14 @@ class Launch:
     Attributes:
         kernel: The Triton kernel.
         programs: Grid size; the grid has one axis.
-        sizes: Run-time integers by argument name.
+        sizes: Run-time numbers by argument name.
         constants: Compile-time values by argument name.
         options: num_warps, num_stages and enable_fp_fusion.
     """
 
     kernel: Any
     programs: int
-    sizes: dict[str, int]
+    sizes: Mapping[str, float]
     constants: dict[str, Any]
     options: dict[str, Any]
 
