@@ -91,7 +91,7 @@ def conv_stats(
     dims = (strides, groups, checks.output_channels_last(x, weight))
     if _transformed():
         prologue = None if scale is None else (center, scale, shift)
-        return fused_ops.FORMULA.conv_stats_fwd(x, prologue, weight, *dims, stats)
+        return fused_ops.FORMULA.conv_stats_fwd(x, prologue, weight, strides, groups, False, stats)
     z, mean, var = fused_ops.CONV_STATS(x, center, scale, shift, weight, *dims, stats)
     return (z, mean, var) if stats else (z, None, None)
 
@@ -211,10 +211,10 @@ def affine_add_relu(
     if residual is not None:
         residual = _like_result(name, residual, z, z.shape)
     vectors = _check_affine(name, z, residual_affine, "residual_")
-    channels_last = checks.is_channels_last(z)
     if _transformed():
         other = None if residual_affine is None else vectors
-        return torch.relu(reference.affine_add(z, (center, scale, shift), residual, other, channels_last))
+        return reference.affine_add_relu(z, (center, scale, shift), residual, other, False)
+    channels_last = checks.is_channels_last(z)
     return fused_ops.AFFINE_ADD_RELU(z, center, scale, shift, residual, *vectors, channels_last)
 
 
@@ -237,9 +237,9 @@ def affine_relu_max_pool(z: Tensor, affine: Affine) -> Tensor:
     name = "affine_relu_max_pool"
     _check_activation(name, z)
     affine = _check_affine(name, z, affine)
-    channels_last = checks.is_channels_last(z)
     if _transformed():
-        return reference.affine_relu_max_pool(z, affine, channels_last, False)[0]
+        return reference.affine_relu_max_pool(z, affine, False, False)[0]
+    channels_last = checks.is_channels_last(z)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *affine))
     return fused_ops.POOL(z, *affine, channels_last, wanted)[0]
 
@@ -248,7 +248,10 @@ def affine_relu_max_pool(z: Tensor, affine: Affine) -> Tensor:
 
 
 def _transformed() -> bool:
-    """Whether the formula in plain PyTorch must serve: inside torch.func transforms and forward-mode AD."""
+    """Whether the formula in plain PyTorch must serve: inside torch.func transforms and forward-mode AD.
+
+    Transforms know one layout; results are then dense in NCHW.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

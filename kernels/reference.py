@@ -25,7 +25,7 @@ _ALL_BUT_CHANNELS = (0, 2, 3)
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, groups: int, channels_last: bool) -> Tensor:
     """Convolve ``x`` (N, C_in, H, W) with ``weight`` (C_out, C_in/groups, k, k)."""
     y = torch.ops.aten.convolution(x, weight, bias, stride, _padding(weight), (1, 1), False, (0, 0), groups)
-    return y.contiguous(memory_format=memory_format(channels_last))
+    return _laid_out(y, channels_last)
 
 
 def dgrad(
@@ -43,7 +43,7 @@ def dgrad(
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
     weight = weight.contiguous(memory_format=memory_format(channels_last))
     dx, _, _ = _backward(grad, x, weight, stride, groups, (True, False, False))
-    return dx.to(dtype).contiguous(memory_format=memory_format(channels_last))
+    return _laid_out(dx.to(dtype), channels_last)
 
 
 def wgrad(
@@ -54,7 +54,7 @@ def wgrad(
     grad, x = _wide_on_cpu(grad, x)
     weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
     _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
-    return dw.to(dtype).contiguous(memory_format=memory_format(channels_last))
+    return _laid_out(dw.to(dtype), channels_last)
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -73,18 +73,15 @@ def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Ten
 def affine_add_relu(
     z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
 ) -> Tensor:
-    """relu(affine(z) + residual), the residual through an affine of its own if there is one."""
-    return torch.relu(affine_add(z, affine, residual, residual_affine, channels_last))
+    """Compute relu(affine(z) + residual), the residual through an affine of its own if there is one."""
+    return _stored(torch.relu(_affine_sum(z, affine, residual, residual_affine)), z, channels_last)
 
 
 def affine_add(
     z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
 ) -> Tensor:
-    """affine(z) + residual, the residual through an affine of its own if there is one."""
-    total = _apply(affine, z)
-    if residual is not None:
-        total = total + (_wide(residual) if residual_affine is None else _apply(residual_affine, residual))
-    return _stored(total, z, channels_last)
+    """Compute affine(z) + residual, the residual through an affine of its own if there is one."""
+    return _stored(_affine_sum(z, affine, residual, residual_affine), z, channels_last)
 
 
 def affine_add_relu_bwd(
@@ -146,15 +143,14 @@ def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: b
     """Pool relu(affine(z)) (3x3, stride 2, padding 1), with the place 3*kh + kw of each maximum in its window."""
     a = affine_add_relu(z, affine, None, None, channels_last)
     out, indices = F.max_pool2d(a, 3, 2, 1, return_indices=True)
-    layout = memory_format(channels_last)
-    out = out.contiguous(memory_format=layout)
+    out = _laid_out(out, channels_last)
     if not taps:
         return out, None
     width = z.shape[3]
     first_row = torch.arange(out.shape[2], device=z.device)[:, None] * 2 - 1
     first_column = torch.arange(out.shape[3], device=z.device) * 2 - 1
     picked = (indices // width - first_row) * 3 + indices % width - first_column
-    return out, picked.to(torch.uint8).contiguous(memory_format=layout)
+    return out, _laid_out(picked.to(torch.uint8), channels_last)
 
 
 def affine_relu_max_pool_bwd(
@@ -190,8 +186,24 @@ def _apply(affine: Affine, v: Tensor) -> Tensor:
     return _per_channel(scale) * _centered(v, center) + _per_channel(shift)
 
 
+def _affine_sum(z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None) -> Tensor:
+    total = _apply(affine, z)
+    if residual is None:
+        return total
+    return total + (_wide(residual) if residual_affine is None else _apply(residual_affine, residual))
+
+
 def _stored(value: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    return value.to(like.dtype).contiguous(memory_format=memory_format(channels_last))
+    return _laid_out(value.to(like.dtype), channels_last)
+
+
+def _laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor dense in the given layout, with the very strides that a new one has."""
+    tensor = tensor.contiguous(memory_format=memory_format(channels_last))
+    _, channels, height, width = tensor.shape
+    image = channels * height * width
+    strides = (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 def _padding(weight: Tensor) -> tuple[int, int]:
