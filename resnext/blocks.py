@@ -7,9 +7,12 @@ thousands of checkpoints share.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from resnext import fusion
+from resnext.fusion import ConvNorm
 from resnext.layers import GroupedConv2d
 
 
@@ -32,7 +35,69 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, d
     )
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """What `BasicBlock` and `Bottleneck` share: the choice between fused operators and the children one by one.
+
+    Fused, the batch norms and ReLUs become parts of the convolutions beside them (`resnext.fusion`). Outputs,
+    gradients and running statistics are those of the children one by one, up to rounding.
+
+    Attributes:
+        recompute: Whether backward computes the last convolution's output again instead of keeping it in memory.
+    """
+
+    relu: nn.Module
+    downsample: nn.Module | None
+    recompute: bool
+
+    _branch: ClassVar[tuple[tuple[str, str], ...]]
+    """Names of the convolutions of the residual branch, each with its norm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inplanes, H, W) to (N, planes * expansion, ceil(H / stride), ceil(W / stride))."""
+        if self.why_not_fused(x) is not None:
+            return self._forward_children(x)
+        branch, shortcut = self._convolutions()
+        if fusion.infers(x, branch, shortcut):
+            return fusion.infer(self, x, branch, shortcut)
+        return fusion.train(x, branch, shortcut, self.recompute)
+
+    def why_not_fused(self, x: Tensor | None = None) -> str | None:
+        """Say why a call would run the children one by one, or return None if it would run fused.
+
+        Args:
+            x: The input of that call; None: judge by what is known without it.
+        """
+        if reason := fusion.why_not_now(x) or fusion.why_not_module("relu", self.relu, nn.ReLU):
+            return reason
+        if self.downsample is not None:
+            if reason := fusion.why_not_module("downsample", self.downsample, nn.Sequential):
+                return reason
+            if len(self.downsample) != 2:  # type: ignore[arg-type]
+                return f"downsample has {len(self.downsample)} children, not a convolution and a norm"  # type: ignore[arg-type]
+        branch, shortcut = self._convolutions()
+        for pair in [*branch, shortcut]:
+            if pair is not None and (reason := fusion.why_not_conv_norm(pair, x)):
+                return reason
+        return None
+
+    def train(self, mode: bool = True) -> ResidualBlock:
+        """Switch between training and evaluation; what evaluation has folded is folded anew."""
+        fusion.forget(self)
+        return super().train(mode)
+
+    def _convolutions(self) -> tuple[list[ConvNorm], ConvNorm | None]:
+        """The convolutions of the residual branch, and that of the shortcut if it has one."""
+        branch = [ConvNorm(conv, getattr(self, conv), bn, getattr(self, bn)) for conv, bn in self._branch]
+        if self.downsample is None:
+            return branch, None
+        conv, bn = self.downsample  # type: ignore[misc]
+        return branch, ConvNorm("downsample.0", conv, "downsample.1", bn)
+
+    def _forward_children(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and -34.
 
     Both 3x3 convolutions are `GroupedConv2d` with one group: a backend is chosen for them as for any other
@@ -52,6 +117,7 @@ class BasicBlock(nn.Module):
         base_width: Must be 64, likewise.
         dilation: Must be 1, likewise.
         norm_layer: Called with a number of channels, makes a normalisation; None: ``torch.nn.BatchNorm2d``.
+        recompute: Save memory in training at the cost of time: see `ResidualBlock.recompute`.
 
     Raises:
         ValueError: ``groups`` is not 1 or ``base_width`` is not 64.
@@ -59,6 +125,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion = 1
+    _branch = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
         self,
@@ -70,6 +137,7 @@ class BasicBlock(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if (groups, base_width) != (1, 64):
@@ -87,9 +155,9 @@ class BasicBlock(nn.Module):
         self.bn2 = norm_layer(planes)
         self.downsample = downsample
         self.stride = stride
+        self.recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride))."""
+    def _forward_children(self, x: Tensor) -> Tensor:
         out = self.conv1(x)
         out = self.bn1(out)
         out = self.relu(out)
@@ -99,7 +167,7 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut: the block of ResNet-50 and deeper, and of ResNeXt.
 
     The 3x3 convolution is a `GroupedConv2d`, also with one group, where it is plain PyTorch's unless a backend
@@ -122,12 +190,14 @@ class Bottleneck(nn.Module):
             ``planes``.
         dilation: Dilation of the 3x3 convolution.
         norm_layer: Called with a number of channels, makes a normalisation; None: ``torch.nn.BatchNorm2d``.
+        recompute: Save memory in training at the cost of time: see `ResidualBlock.recompute`.
 
     Raises:
         ValueError: ``base_width`` leaves less than one channel per group.
     """
 
     expansion = 4
+    _branch = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
         self,
@@ -139,6 +209,7 @@ class Bottleneck(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         group_width = planes * base_width // 64
@@ -159,9 +230,9 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
+        self.recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, inplanes, H, W) to (N, 4 * planes, ceil(H / stride), ceil(W / stride))."""
+    def _forward_children(self, x: Tensor) -> Tensor:
         out = self.conv1(x)
         out = self.bn1(out)
         out = self.relu(out)

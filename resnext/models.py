@@ -1,8 +1,8 @@
 """ResNet and ResNeXt with torchvision's structure, parameter names, constructor arguments and initial values.
 
 A ``state_dict`` of torchvision's model of the same name loads strictly, and the other way round; the same
-random seed gives the same initial weights. What differs is the computation of the 3x3 convolutions
-(`GroupedConv2d`).
+random seed gives the same initial weights. What differs is the computation: blocks and stem run fused where they can
+(`resnext.fusion`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from resnext.blocks import BasicBlock, Bottleneck, conv1x1
+from resnext import fusion
+from resnext.blocks import BasicBlock, Bottleneck, ResidualBlock, conv1x1
+from resnext.fusion import ConvNorm
 
 
 class ResNet(nn.Module):
@@ -39,6 +41,7 @@ class ResNet(nn.Module):
         replace_stride_with_dilation: For each of the last three stages, whether to keep the resolution and
             dilate the 3x3 convolutions instead of halving it; None: never.
         norm_layer: Called with a number of channels, makes a normalisation; None: ``torch.nn.BatchNorm2d``.
+        recompute: Save memory in training at the cost of time: see `recompute`, which can also be set later.
 
     Raises:
         ValueError: ``layers`` or ``replace_stride_with_dilation`` is not as above, or the block does not support
@@ -55,6 +58,7 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if len(layers) != 4 or min(layers) < 1:
@@ -84,6 +88,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
         self._init_weights(zero_init_residual)
+        self.recompute = recompute
 
     def _make_stage(
         self,
@@ -137,10 +142,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to logits (N, num_classes)."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.relu(x)
-        x = self.maxpool(x)
+        x = self._stem(x)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -148,6 +150,51 @@ class ResNet(nn.Module):
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if self._why_stem_not_fused(x) is None:
+            return fusion.stem(x, self._stem_convolution())
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        return self.maxpool(x)
+
+    def why_not_fused(self) -> dict[str, str]:
+        """Say which parts would run their children one by one, and why.
+
+        Returns:
+            The reason for each block, by its name in the model, and for the ``"stem"``; empty if all would run fused.
+        """
+        reasons = {"stem": self._why_stem_not_fused()}
+        reasons |= {name: block.why_not_fused() for name, block in self._blocks()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    @property
+    def recompute(self) -> bool:
+        """Whether in training every block computes its last convolution's output again in backward.
+
+        Saves the memory of about a third of the activations. Assign to switch all blocks.
+        """
+        return all(block.recompute for _, block in self._blocks())
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        for _, block in self._blocks():
+            block.recompute = value
+
+    def _blocks(self) -> list[tuple[str, ResidualBlock]]:
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, ResidualBlock)]
+
+    def _stem_convolution(self) -> ConvNorm:
+        return ConvNorm("conv1", self.conv1, "bn1", self.bn1)
+
+    def _why_stem_not_fused(self, x: Tensor | None = None) -> str | None:
+        return (
+            fusion.why_not_now(x)
+            or fusion.why_not_module("relu", self.relu, nn.ReLU)
+            or fusion.why_not_max_pool("maxpool", self.maxpool)
+            or fusion.why_not_conv_norm(self._stem_convolution(), x)
+        )
 
 
 class ResNet18Fused(ResNet):

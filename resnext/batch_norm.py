@@ -1,0 +1,142 @@
+"""What a batch norm's statistics are, and what becomes of them, around kernels that only know vectors.
+
+`torch.nn.BatchNorm2d` and `torch.nn.SyncBatchNorm` stay plain children of the blocks, holding parameters and buffers.
+The fused operators compute with a batch norm's *affine*, scale * (v - center) + shift; which statistics it is made
+from, and how the running ones follow, is decided here as the modules' own ``forward`` decides it.
+
+Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+Shift" (arXiv:1502.03167); statistics over several processes merge as in Chan, Golub and LeVeque, "Updating Formulae and
+a Pairwise Algorithm for Computing Sample Variances" (1979), equation 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from resnext.kernels import bn_affine
+
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+Affine = tuple[Tensor | None, Tensor, Tensor]
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance of each channel, (C,), and how many values of a channel they describe.
+
+    The count is a number, or a tensor of no dimensions where the ranks of a process group share the statistics.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: int | Tensor
+
+
+def uses_batch_statistics(bn: BatchNorm) -> bool:
+    """Whether ``bn`` normalises with the batch's statistics (in training, or without running ones) or the running."""
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def batch_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, shape: Sequence[int]) -> Statistics:
+    """The statistics that ``bn`` normalises a batch with, from those of this process.
+
+    Args:
+        bn: The module. A ``torch.nn.SyncBatchNorm`` in training shares its statistics with the other ranks of its
+            process group, all of which must call this; differentiable, with one ``all_reduce`` each way.
+        mean: Mean of each channel, (C,).
+        var: Biased variance of each channel, (C,).
+        shape: (N, C, H, W) of what they are the statistics of.
+
+    Raises:
+        ValueError: There is one value per channel, as ``torch.nn.BatchNorm2d`` raises.
+    """
+    count = shape[0] * shape[2] * shape[3]
+    if (group := _process_group(bn)) is not None:
+        return Statistics(*_MergeRanks.apply(mean, var, count, group))
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
+    return Statistics(mean, var, count)
+
+
+def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> Affine:
+    """The affine that ``bn`` is with these statistics; None: its running ones, which are constants.
+
+    Differentiable in the statistics and in ``bn``'s parameters. The vectors are float32, or float64 for activations
+    of that ``dtype``.
+    """
+    if statistics is None:
+        vectors = torch.promote_types(dtype, torch.float32)
+        mean, var = bn.running_mean.to(vectors), bn.running_var.to(vectors)  # type: ignore[union-attr]
+    else:
+        mean, var, _ = statistics
+    return bn_affine(mean, var, bn.weight, bn.bias, bn.eps)
+
+
+@torch.no_grad()
+def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> None:
+    """Do what a training step does to ``bn``'s buffers; nothing outside training or for running statistics (None).
+
+    The running variance is the unbiased one. A ``momentum`` of None means the cumulative average of all steps, and
+    its factor stays on the device.
+    """
+    if statistics is None or not bn.training or not bn.track_running_stats:
+        return
+    mean, var, count = statistics
+    factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            factor = 1.0 / bn.num_batches_tracked.to(mean.dtype)
+    if bn.running_mean is None or bn.running_var is None:
+        return
+    buffers = [bn.running_mean, bn.running_var]
+    running = [buffer.to(mean.dtype) for buffer in buffers]
+    torch._foreach_mul_(running, 1 - factor)
+    torch._foreach_add_(running, torch._foreach_mul([mean, var * (count / (count - 1))], factor))
+    for buffer, value in zip(buffers, running, strict=True):
+        if value is not buffer:
+            buffer.copy_(value)
+
+
+def _process_group(bn: BatchNorm) -> Any:
+    """The group whose ranks share ``bn``'s statistics, or None: one process has the whole batch."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class _MergeRanks(torch.autograd.Function):
+    """Mean, biased variance and count of the union of all ranks' batches, which may differ in size."""
+
+    @staticmethod
+    def forward(ctx, mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # Every rank fills its own row of zeros, so one sum is a gather, which every backend has.
+        channels = mean.numel()
+        rows = mean.new_zeros(dist.get_world_size(group), 2 * channels + 1)
+        rows[dist.get_rank(group)] = torch.cat((mean, var, mean.new_full((1,), count)))
+        dist.all_reduce(rows, group=group)
+        means, variances, counts = rows.split((channels, channels, 1), dim=1)
+        total = counts.sum()
+        shares = counts / total
+        # Relative to the first rank's mean: equal means merge without rounding, large ones lose no digits.
+        merged_mean = means[0] + (shares * (means - means[0])).sum(0)
+        merged_var = (shares * (variances + (means - merged_mean).square())).sum(0)
+        ctx.group = group
+        ctx.save_for_backward(mean - merged_mean, count / total)
+        ctx.mark_non_differentiable(total)
+        return merged_mean, merged_var, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmean: Tensor, dvar: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
+        offset, share = ctx.saved_tensors
+        # Every rank's loss depends on every rank's batch.
+        gradients = torch.stack((dmean, dvar))
+        dist.all_reduce(gradients, group=ctx.group)
+        dmean, dvar = gradients
+        return share * (dmean + 2 * dvar * offset), share * dvar, None, None
