@@ -13,9 +13,9 @@ program owns BLOCK_C channels and a share of all blocks of BLOCK_M pixels. It lo
 and keeps sums element by element in registers until the end of its share, where one reduction leaves a row of float32
 partials; statistics.py adds those up in order.
 
-Launchers take activations (N, C, H, W), dense in channels_last or NCHW as ``channels_last`` says, of one dtype (float32,
-float16 or bfloat16), and return such; vectors are (C,), float32, contiguous. An *affine* is (center or None, scale,
-shift): affine(v) = scale * (v - center) + shift, in float32. Results are the same bits for the same call.
+Launchers take activations (N, C, H, W), dense in channels_last or NCHW as ``channels_last`` says, of one dtype
+(float32, float16 or bfloat16), and return such; vectors are (C,), float32, contiguous. An *affine* is (center or None,
+scale, shift): affine(v) = scale * (v - center) + shift, in float32. Results are the same bits for the same call.
 """
 
 from __future__ import annotations

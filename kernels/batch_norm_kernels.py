@@ -100,7 +100,7 @@ def statistics_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """g = dz + dmean / count + 2 * dvar / count * (z - mean), one share."""
+    """One share of g = dz + dmean / count + 2 * dvar / count * (z - mean)."""
     channel, mask_c, split = own_channels(channels, BLOCK_C)
     mean, slope, constant = load_affine(mean_ptr, dvar_ptr, dmean_ptr, channel, mask_c)
     count = tl.cast(blocks // image_blocks, tl.float32) * tl.cast(pixels, tl.float32)
@@ -136,7 +136,7 @@ def affine_add_relu_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = relu(affine(z) + residual), one share."""
+    """One share of out = relu(affine(z) + residual)."""
     channel, mask_c, split = own_channels(channels, BLOCK_C)
     center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_c)
     if residual_scale_ptr is not None:
@@ -179,7 +179,7 @@ def affine_add_relu_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of affine_add_relu, one share; whatever pointer is None is not computed."""
+    """One share of the gradients of affine_add_relu; whatever pointer is None is not computed."""
     channel, mask_c, split = own_channels(channels, BLOCK_C)
     center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_c)
     if residual_scale_ptr is not None:

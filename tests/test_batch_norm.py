@@ -1,0 +1,327 @@
+"""The Triton kernels of batch norm's parts and of the stem's pool: numbers, corner cases, machine code.
+
+The numbers come from a GPU or else from Triton's interpreter, which must be chosen before Triton is first imported:
+without a GPU `test_in_the_interpreter` runs this file in a process of its own. The machine code needs no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnext.kernels import reference
+
+from .fused_numerics import (
+    ELEMENTWISE_SHAPES,
+    Arithmetic,
+    assert_statistics,
+    assert_within,
+    check_affine_add_relu,
+    check_pool,
+    check_statistics,
+    double,
+    make,
+    make_affine,
+)
+
+triton = pytest.importorskip("triton")
+
+from resnext.kernels import batch_norm, max_pool  # noqa: E402
+from resnext.kernels.launch import Launch  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_HERE = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+U = 2.0**-24
+
+here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
+compiles = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing while its interpreter is on")
+both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
+    return Arithmetic(2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
+
+
+def random(shape, dtype=torch.float32, *, channels_last=True, integers=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return make(shape, dtype, generator, channels_last=channels_last, integers=integers, device=DEVICE)
+
+
+def vectors(channels, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(make((channels,), torch.float32, generator, device=DEVICE) for _ in range(count))
+
+
+class Both:
+    """The launchers of both modules, as the checks want them."""
+
+    def __getattr__(self, name):
+        return getattr(batch_norm if hasattr(batch_norm, name) else max_pool, name)
+
+
+SHAPES = [pytest.param(shape, id=name) for name, shape in ELEMENTWISE_SHAPES.items()]
+HALF = [torch.float16, torch.bfloat16]
+
+
+@here
+@both_layouts
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(shape, channels_last):
+    check_statistics(Both(), random(shape, channels_last=channels_last), channels_last)
+    for residual in ("none", "affine"):
+        check_affine_add_relu(batch_norm, shape, channels_last=channels_last, residual=residual, device=DEVICE)
+    affine = make_affine(shape[1], torch.Generator().manual_seed(3), device=DEVICE)
+    check_pool(Both(), random(shape, channels_last=channels_last), affine, channels_last)
+
+
+@here
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision(dtype):
+    shape = ELEMENTWISE_SHAPES["odd"]
+    check_statistics(Both(), random(shape, dtype), True, arithmetic(dtype))
+    for residual in ("none", "plain", "affine"):
+        options = {"residual": residual, "centered": False, "arithmetic": arithmetic(dtype), "device": DEVICE}
+        check_affine_add_relu(batch_norm, shape, dtype, **options)
+    affine = make_affine(shape[1], torch.Generator().manual_seed(3), centered=False, device=DEVICE)
+    check_pool(Both(), random(shape, dtype), affine, True, arithmetic(dtype))
+
+
+@here
+@both_layouts
+@pytest.mark.parametrize("splits", [1, 3])
+def test_programs_that_walk_over_several_blocks(monkeypatch, splits, channels_last):
+    """With a whole GPU's programs, tensors of a test's size are one block for each."""
+    shape, z = (2, 8, 67, 35), random((2, 8, 67, 35), channels_last=channels_last)
+    for module in (batch_norm, max_pool):
+        config = module.elementwise_config
+        fewer = lambda *args, config=config, **options: replace(config(*args, **options), splits=splits)  # noqa: E731
+        monkeypatch.setattr(module, "elementwise_config", fewer)
+    for plan in (batch_norm._plan_walk, max_pool._plan):
+        plan.cache_clear()
+    launch, shares = batch_norm._walk(batch_norm.statistics_kernel, z, channels_last)
+    assert shares == splits
+    assert launch.sizes["share"] > 1
+    check_statistics(Both(), z, channels_last)
+    check_affine_add_relu(batch_norm, shape, channels_last=channels_last, residual="affine", device=DEVICE)
+    check_pool(Both(), z, make_affine(8, torch.Generator().manual_seed(3), device=DEVICE), channels_last)
+    for plan in (batch_norm._plan_walk, max_pool._plan):
+        plan.cache_clear()
+
+
+@here
+@pytest.mark.parametrize("value", [0.1, -1e3, 0.0])
+def test_a_constant_channel_has_no_variance(value):
+    z = random((3, 5, 9, 7))
+    z[:, 2] = value
+    mean, var = batch_norm.statistics(z, True)
+    assert mean[2].item() == z[0, 2, 0, 0].item()
+    assert var[2].item() == 0
+    assert_statistics(z, mean, var)
+
+
+@here
+@both_layouts
+def test_a_mean_far_larger_than_the_spread(channels_last):
+    """The variance's relative error stays that of sums around the mean: no digits go to mean^2 / var = 1e10."""
+    z = random((4, 6, 23, 17), channels_last=channels_last).mul_(1e-2).add_(1e3)
+    mean, var = batch_norm.statistics(z, channels_last)
+    exact_var, exact_mean = torch.var_mean(double(z), (0, 2, 3), correction=0)
+    # z less its first pixel is exact; n terms in any order then are good to n u of their sum, and so is its square.
+    count = z.numel() // 6
+    around = (double(z) - double(z)[:1, :, :1, :1]).square().mean((0, 2, 3))
+    assert_within("var", var, exact_var, (count + 8) * U * around)
+    assert_within("mean", mean, exact_mean, U * exact_mean.abs() + (count + 8) * U * around.sqrt())
+
+
+@here
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_channel(value):
+    z, dout = random((2, 6, 5, 7)), random((2, 6, 5, 7), seed=1)
+    affine, others = vectors(6, 3), torch.tensor([0, 1, 2, 3, 5], device=DEVICE)
+    poisoned = z.clone()
+    poisoned[1, 4, 2, 2] = value
+
+    def results(z):
+        mean, var = batch_norm.statistics(z, True)
+        out = batch_norm.affine_add_relu(z, affine, None, None, True)
+        dz, _, dscale, dshift, _ = batch_norm.affine_add_relu_bwd(
+            dout, out, z, affine, None, None, True, (True, False, True)
+        )
+        pooled, taps = max_pool.affine_relu_max_pool(z, affine, True, True)
+        _, pool_dscale, pool_dshift = max_pool.affine_relu_max_pool_bwd(pooled, taps, z, affine, True, (True, True))
+        per_channel = [mean, var, dscale, dshift, pool_dscale, pool_dshift]
+        return [t.movedim(1, 0) for t in (out, dz, pooled)] + per_channel
+
+    for dirty, clean in zip(results(poisoned), results(z), strict=True):
+        assert torch.equal(dirty[others], clean[others])
+    mean, var = batch_norm.statistics(poisoned, True)
+    assert not mean[4].isfinite()
+    assert not var[4].isfinite()
+
+
+@here
+def test_relu_at_zero_and_nan():
+    """As torch.relu: 0 has no gradient, NaN passes both ways."""
+    z = torch.tensor([0.0, -0.0, float("nan"), 2.0, -2.0, float("inf"), -float("inf")], device=DEVICE)[
+        None, None, :, None
+    ]
+    affine = (None, torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE))
+    z = z.expand(1, 1, 7, 1).contiguous()
+    wanted = z.clone().requires_grad_()
+    out = batch_norm.affine_add_relu(z, affine, None, None, False)
+    torch.relu(wanted).backward(torch.ones_like(z))
+    assert torch.equal(out.nan_to_num(nan=7.5), torch.relu(z).nan_to_num(nan=7.5))
+    for saved in (out, None):
+        dz = batch_norm.affine_add_relu_bwd(
+            torch.ones_like(z), saved, z, affine, None, None, False, (True, False, False)
+        )[0]
+        assert torch.equal(dz, wanted.grad)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 24, 300])
+def test_batch_norms_vectors(channels, dtype):
+    mean, dscale, dshift, gamma, beta = vectors(channels, 5)
+    var, (gamma, beta), eps = vectors(channels, 1, seed=1)[0].square(), (gamma.to(dtype), beta.to(dtype)), 1e-5
+    u = torch.finfo(dtype).eps / 2
+    for weights in ((gamma, beta), (None, None)):
+        scale, shift = batch_norm.bn_affine(mean, var, *weights, eps)
+        wanted = reference.bn_affine(double(mean), double(var), *double(weights), eps)
+        assert_within("scale", scale, wanted[0], 6 * U * wanted[0].abs())  # sum, root, quotient, product, eps itself
+        assert torch.equal(double(shift), wanted[1])
+        results = batch_norm.bn_affine_bwd(dscale, dshift, var, weights[0], eps)
+        wanted = reference.bn_affine_bwd(*double((dscale, dshift, var, weights[0])), eps)
+        assert_within("dmean", results[0], wanted[0], 7 * U * wanted[0].abs())
+        assert_within("dvar", results[1], wanted[1], 16 * U * wanted[1].abs())
+        if weights[0] is None:
+            assert results[2:] == wanted[2:] == (None, None)
+        else:
+            assert results[2].dtype == results[3].dtype == dtype
+            assert_within("dgamma", results[2], wanted[2], (6 * U + u) * wanted[2].abs() + 2.0**-25)
+            assert_within("dbeta", results[3], wanted[3], u * wanted[3].abs() + 2.0**-25)
+
+
+@here
+@both_layouts
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1), (2, 1), (1, 6)], ids=str)
+def test_the_pools_choice_is_pytorchs(size, channels_last):
+    """Among equals the first, among NaN the last; gradients then go where PyTorch sends them."""
+    z = random((2, 5, *size), channels_last=channels_last, integers=True)  # -2 ... 2: every window has ties
+    z[torch.rand(z.shape, generator=torch.Generator().manual_seed(4)).to(DEVICE) < 0.15] = float("nan")
+    ones, zeros = torch.ones(5, device=DEVICE), torch.zeros(5, device=DEVICE)
+    affine = (None, ones, zeros)
+    leaf = z.cpu().clone().requires_grad_()
+    wanted, indices = F.max_pool2d(torch.relu(leaf), 3, 2, 1, return_indices=True)
+    dout = random(tuple(wanted.shape), channels_last=channels_last, integers=True)
+    wanted.backward(dout.cpu())
+
+    out, taps = max_pool.affine_relu_max_pool(z, affine, channels_last, True)
+    assert torch.equal(out.cpu().nan_to_num(nan=7.5), wanted.detach().nan_to_num(nan=7.5))
+    row = torch.arange(out.shape[2])[:, None] * 2 - 1 + taps.cpu() // 3
+    column = torch.arange(out.shape[3]) * 2 - 1 + taps.cpu() % 3
+    assert torch.equal(row * size[1] + column, indices)
+    dz, _, dshift = max_pool.affine_relu_max_pool_bwd(dout, taps, z, affine, channels_last, (True, True))
+    assert torch.equal(dz.cpu(), leaf.grad)
+    assert torch.equal(dshift.cpu(), leaf.grad.sum((0, 2, 3)))  # small integers: exact
+    only_dz = max_pool.affine_relu_max_pool_bwd(dout, taps, z, affine, channels_last, (True, False))
+    assert torch.equal(only_dz[0], dz)
+    assert only_dz[1:] == (None, None)
+    only_vectors = max_pool.affine_relu_max_pool_bwd(dout, taps, z, affine, channels_last, (False, True))
+    assert only_vectors[0] is None
+    assert torch.equal(only_vectors[2], dshift)
+
+
+# --- machine code ---
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+
+
+@functools.cache
+def launches(dtype: torch.dtype, channels_last: bool) -> list[tuple[Launch, dict]]:
+    """Every kernel in its fullest form on a layer of ResNet-50, with the tensors it would run on."""
+    seen = []
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    z = torch.empty((256, 64, 112, 112), dtype=dtype, device="meta", memory_format=layout)
+    pooled = torch.empty((256, 64, 56, 56), dtype=dtype, device="meta", memory_format=layout)
+    vector = torch.empty(64, device="meta")
+    affine = (vector, vector, vector)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launch, "__call__", lambda self, **tensors: seen.append((self, tensors)))
+        batch_norm.statistics(z, channels_last)
+        batch_norm.statistics_bwd(z, z, vector, vector, vector, channels_last)
+        batch_norm.affine_add_relu(z, affine, z, affine, channels_last)
+        batch_norm.affine_add_relu_bwd(z, z, z, affine, z, affine, channels_last, (True, True, True))
+        batch_norm.affine_add_relu_bwd(z, None, z, affine, None, None, channels_last, (True, False, True))
+        batch_norm.bn_affine(vector, vector, vector, vector, 1e-5)
+        batch_norm.bn_affine_bwd(vector, vector, vector, vector, 1e-5)
+        _, taps = max_pool.affine_relu_max_pool(z, affine, channels_last, True)
+        max_pool.affine_relu_max_pool_bwd(pooled, taps, z, affine, channels_last, (True, True))
+    return seen
+
+
+def compile_launch(launch: Launch, tensors: dict, arch: int):
+    """Compile as the launch on these tensors would: None and 1 are constants, multiples of 16 are known to be such."""
+    constants, signature, attributes = dict(launch.constants), {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = tensors.get(name, launch.sizes.get(name))
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name in constants or value in (None, 1):
+            constants.setdefault(name, value)
+            signature[name] = "constexpr"
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("dtype", "channels_last", "arch"),
+    [
+        (torch.bfloat16, True, 80),
+        (torch.bfloat16, True, 90),
+        (torch.bfloat16, True, 100),
+        (torch.float32, True, 90),
+        (torch.float16, False, 90),
+    ],
+    ids=str,
+)
+def test_kernels_compile_without_spills(dtype, channels_last, arch):
+    from . import aot
+
+    for launch, tensors in launches(dtype, channels_last):
+        kernel = compile_launch(launch, tensors, arch)
+        code = aot.machine_code(kernel)
+        name = launch.kernel.__name__
+        assert "EXIT" in code
+        assert not re.findall(r"\b(?:STL|LDL)\b", code), f"{name}: registers spill"
+        assert kernel.metadata.shared <= aot.SHARED_LIMITS[arch]
+        walks = "affine_add_relu" in name or "statistics" in name
+        assert not walks or re.search(r"LDG\.E(?:\.\w+)*\.128", code), f"{name}: no 16-byte loads"
