@@ -1,4 +1,4 @@
-"""3x3 grouped convolution in Triton: the launchers of forward, input gradient and weight gradient.
+"""3x3 grouped convolution in Triton: the launchers of forward, input gradient and weight gradient, plain and fused.
 
     y[n, ho, wo, g*O + o] = sum over kh, kw, i of
         x[n, ho*stride_h + kh - 1, wo*stride_w + kw - 1, g*I + i] * weight[g*O + o, i, kh, kw]
@@ -13,144 +13,24 @@ Everything is NHWC inside. Two forms; `config.py` says which serves a problem.
   taps and over blocks of the group's channels. The input gradient of a strided convolution is one such GEMM for each
   parity of the destination pixel, over just the taps that reach it.
 
-Kernels: grouped_conv_forward.py, grouped_conv_backward.py.
+Kernels: grouped_conv_forward.py, grouped_conv_dgrad.py, grouped_conv_wgrad.py; which one serves a pass, with what grid:
+grouped_conv_plan.py; what they compute besides, on load and on store: grouped_conv_fusion.py.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
-import triton
 from torch import Tensor
 
-from .config import Config, ConvProblem, StripsConfig, TapsConfig, choose_config, round_up_to_block
-from .grouped_conv_backward import (
-    grouped_conv_dgrad_strided_kernel,
-    grouped_conv_wgrad_strips_kernel,
-    grouped_conv_wgrad_taps_kernel,
-)
-from .grouped_conv_forward import grouped_conv_strips_kernel, grouped_conv_taps_kernel
+from .config import Config, ConvProblem, TapsConfig, choose_config
+from .grouped_conv_plan import partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
-from .launch import Launch, empty_nhwc, nhwc, num_sms, precision, tf32_allowed, to_layout
+from .launch import empty_nhwc, nhwc, num_sms, tf32_allowed, to_layout
+from .statistics import merge_partials, sum_partials
 
-_MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(
-    problem: ConvProblem, config: Config, *, allow_tf32: bool, has_bias: bool = False, taps_outside: bool = False
-) -> Launch:
-    """The launch that computes one pass with given settings; needs no device and no tensors.
-
-    Args:
-        problem: What to compute.
-        config: Launch settings; `StripsConfig` only where `fits_strips`.
-        allow_tf32: Whether float32 products may be rounded to TF32.
-        has_bias: Whether the forward pass adds a bias.
-        taps_outside: Whether the weight lies in memory as (C_out, 3, 3, C_in / groups), as channels_last leaves it.
-
-    Raises:
-        ValueError: If a count passes what the kernels index with 32 bits.
-    """
-    if problem.op == "wgrad":
-        launch, counts = _plan_wgrad(problem, config)
-    else:
-        launch, counts = _plan_conv(problem, config, has_bias, taps_outside)
-    if max(counts) > _MAX_COUNT:
-        raise ValueError(
-            f"grouped_conv2d: expected at most {_MAX_COUNT} pixels per image, strips and programs for the triton "
-            f"backend, got {max(counts)}; split the batch, or use the torch backend"
-        )
-    launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
-    launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    if isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1:
-        launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
-    return launch
-
-
-def _alignment(problem: ConvProblem) -> int:
-    """Channels that every pixel starts at a multiple of; Triton itself sees multiples of 16 only, not of 8."""
-    return math.gcd(problem.in_channels, problem.out_channels, 16)
-
-
-def _plan_conv(problem: ConvProblem, config: Config, has_bias: bool, taps_outside: bool) -> tuple[Launch, list[int]]:
-    """The launch of a forward pass or input gradient, and the counts that must fit 32 bits."""
-    transposed = problem.op == "dgrad"
-    src = (problem.height, problem.width, problem.in_channels)
-    dst = (problem.out_height, problem.out_width, problem.out_channels)
-    if transposed:
-        src, dst = dst, src
-    group_k, group_n = src[2] // problem.groups, dst[2] // problem.groups
-    sizes = dict(zip(("src_height", "src_width", "src_channels"), src, strict=True), batch=problem.batch)
-    sizes |= zip(("dst_height", "dst_width", "dst_channels"), dst, strict=True)
-    constants = {"GROUP_K": group_k, "GROUP_N": group_n, "MERGED": config.merged, "BLOCK_M": config.block_m}
-    constants["ALIGN"] = _alignment(problem)
-    tiles = triton.cdiv(problem.groups, config.merged)
-
-    if isinstance(config, StripsConfig):
-        strips = problem.batch * triton.cdiv(problem.out_width, config.strip)
-        programs = tiles * triton.cdiv(problem.out_height, config.band) * triton.cdiv(strips, config.block_m)
-        sizes["band"] = config.band
-        constants |= {"STRIP": config.strip, "TAPS_OUTSIDE": taps_outside}
-        constants["BLOCK_K"] = round_up_to_block(config.merged * group_k)
-        constants["BLOCK_N"] = round_up_to_block(config.merged * group_n)
-        if transposed and problem.stride == (2, 2):
-            return Launch(grouped_conv_dgrad_strided_kernel, programs, sizes, constants, {}), [programs]
-        constants |= {"STRIDE": problem.stride[0], "TRANSPOSED": transposed, "HAS_BIAS": has_bias}
-        return Launch(grouped_conv_strips_kernel, programs, sizes, constants, {}), [programs]
-
-    parities = problem.stride if transposed else (1, 1)
-    pixels = problem.batch * triton.cdiv(dst[0], parities[0]) * triton.cdiv(dst[1], parities[1])
-    blocks_n = triton.cdiv(config.merged * group_n, config.block_n)
-    programs = blocks_n * tiles * parities[0] * parities[1] * triton.cdiv(pixels, config.block_m)
-    constants |= {"BLOCK_K": config.block_k, "BLOCK_N": config.block_n}
-    constants |= {"STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1]}
-    constants |= {"TRANSPOSED": transposed, "HAS_BIAS": has_bias}
-    return Launch(grouped_conv_taps_kernel, programs, sizes, constants, {}), [programs]
-
-
-def _plan_wgrad(problem: ConvProblem, config: Config) -> tuple[Launch, list[int]]:
-    """The launch of a weight gradient, and the counts that must fit 32 bits."""
-    sizes = {
-        "batch": problem.batch,
-        "height": problem.height,
-        "width": problem.width,
-        "in_channels": problem.in_channels,
-        "out_height": problem.out_height,
-        "out_width": problem.out_width,
-        "out_channels": problem.out_channels,
-    }
-    constants = {
-        "GROUP_IN": problem.group_in,
-        "GROUP_OUT": problem.group_out,
-        "MERGED": config.merged,
-        "ALIGN": _alignment(problem),
-        "BLOCK_M": config.block_m,
-    }
-    tiles = triton.cdiv(problem.groups, config.merged)
-    if isinstance(config, StripsConfig):
-        strips = problem.batch * triton.cdiv(problem.out_width, config.strip)
-        blocks = triton.cdiv(strips, config.block_m) * triton.cdiv(problem.out_height, config.band)
-        programs = tiles * config.splits
-        sizes |= {"band": config.band, "splits": config.splits}
-        constants |= {"STRIDE": problem.stride[0], "STRIP": config.strip}
-        constants["BLOCK_K"] = round_up_to_block(config.merged * problem.group_in)
-        constants["BLOCK_N"] = round_up_to_block(config.merged * problem.group_out)
-        launch = Launch(grouped_conv_wgrad_strips_kernel, programs, sizes, constants, {})
-        return launch, [programs, strips, blocks + config.splits]
-
-    blocks_k = triton.cdiv(config.merged * problem.group_in, config.block_k)
-    blocks_n = triton.cdiv(config.merged * problem.group_out, config.block_n)
-    programs = blocks_k * blocks_n * 3 * tiles * config.splits
-    image_pixels = problem.out_height * problem.out_width
-    steps = triton.cdiv(problem.batch * image_pixels, config.block_m)
-    sizes["share"] = triton.cdiv(steps, config.splits) * config.block_m
-    constants |= {"BLOCK_K": config.block_k, "BLOCK_N": config.block_n}
-    constants |= {"STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1]}
-    launch = Launch(grouped_conv_wgrad_taps_kernel, programs, sizes, constants, {})
-    return launch, [programs, image_pixels + sizes["share"]]
+Affine = tuple[Tensor | None, Tensor, Tensor]  # center, scale, shift: scale * (v - center) + shift
 
 
 def probe(device: torch.device) -> None:
@@ -189,13 +69,8 @@ def fwd(
     Returns:
         (N, C_out, Ho, Wo) with Ho = (H - 1) // stride_h + 1, Wo alike.
     """
-    batch, in_channels, height, width = x.shape
-    problem = _problem("fwd", x, in_channels, len(weight), (height, width), stride, groups, channels_last)
-    launch, config = _prepare(problem, x.device, config, allow_tf32, bias is not None, _taps_outside(weight))
-    y = empty_nhwc(x, batch, len(weight), problem.out_height, problem.out_width)
-    with torch.cuda.device_of(x):
-        launch(src_ptr=nhwc(x), weight_ptr=_arrange_weight(weight, config), bias_ptr=bias, dst_ptr=y)
-    return to_layout(y, channels_last)
+    problem = _problem("fwd", x, len(weight), x.shape[1], x.shape[2:], stride, groups, channels_last)
+    return _convolve(problem, x, weight, {"dst_shift_ptr": bias}, config, allow_tf32)[0]
 
 
 def dgrad(
@@ -224,15 +99,8 @@ def dgrad(
     Returns:
         (N, C_in, H, W).
     """
-    batch, out_channels = grad.shape[:2]
-    in_channels = weight.shape[1] * groups
-    problem = _problem("dgrad", grad, in_channels, out_channels, input_size, stride, groups, channels_last)
-    launch, config = _prepare(problem, grad.device, config, allow_tf32, taps_outside=_taps_outside(weight))
-    dx = empty_nhwc(grad, batch, in_channels, *input_size)
-    no_bias = {"bias_ptr": None} if "HAS_BIAS" in launch.constants else {}
-    with torch.cuda.device_of(grad):
-        launch(src_ptr=nhwc(grad), weight_ptr=_arrange_weight(weight, config), dst_ptr=dx, **no_bias)
-    return to_layout(dx, channels_last)
+    problem = _problem("dgrad", grad, len(weight), weight.shape[1] * groups, input_size, stride, groups, channels_last)
+    return _convolve(problem, grad, weight, {}, config, allow_tf32)[0]
 
 
 def wgrad(
@@ -259,19 +127,145 @@ def wgrad(
     Returns:
         (C_out, C_in / groups, 3, 3), laid out and of the dtype of ``x``; the same bits for the same call.
     """
-    in_channels, height, width = x.shape[1:]
-    out_channels = grad.shape[1]
-    problem = _problem("wgrad", x, in_channels, out_channels, (height, width), stride, groups, channels_last)
-    launch, config = _prepare(problem, x.device, config, allow_tf32)
-    shape = (config.splits, out_channels, problem.group_in, 3, 3)
-    with torch.cuda.device_of(x):
-        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-        launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return partials.sum(0).to(x.dtype, memory_format=layout)
+    channels = grad.shape[1], x.shape[1]
+    problem = _problem("wgrad", x, *channels, x.shape[2:], stride, groups, channels_last)
+    return _correlate(problem, grad, x, {}, config, allow_tf32)
 
 
-def _problem(op, activation, in_channels, out_channels, size, stride, groups, channels_last) -> ConvProblem:
+def conv_stats_fwd(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    stats: bool,
+    *,
+    config: Config | None = None,
+    allow_tf32: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolve relu(affine(x)), and take the statistics of the result.
+
+    Args:
+        x: As in `fwd`.
+        prologue: (center or None, scale, shift), each (C_in,), float32: the affine; None to convolve ``x`` itself.
+        weight: As in `fwd`.
+        stride: As in `fwd`.
+        groups: As in `fwd`.
+        channels_last: As in `fwd`.
+        stats: Whether the statistics are wanted.
+        config: As in `fwd`.
+        allow_tf32: As in `fwd`.
+
+    Returns:
+        z as of `fwd`; the mean and the biased variance of its channels as stored, each (C_out,), float32, or None.
+    """
+    center, scale, shift = prologue or (None, None, None)
+    vectors = {"src_center_ptr": center, "src_scale_ptr": scale, "src_shift_ptr": shift}
+    problem = _problem("fwd", x, len(weight), x.shape[1], x.shape[2:], stride, groups, channels_last)
+    z, partials = _convolve(problem, x, weight, vectors, config, allow_tf32, sums=3 if stats else 0)
+    return z, *((None, None) if partials is None else merge_partials(partials))
+
+
+def conv_stats_bwd(
+    dz: Tensor,
+    grad_prologue: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    wanted: tuple[bool, bool],
+    *,
+    config: Config | None = None,
+    wgrad_config: Config | None = None,
+    allow_tf32: bool | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `conv_stats_fwd`.
+
+    Args:
+        dz: (N, C_out, Ho, Wo), the gradient of z, laid out like ``x``.
+        grad_prologue: z, its mean, and the gradients of its mean and variance (dmean, dvar), or None where the
+            statistics have none: with n = N * Ho * Wo, dmean / n + 2 * dvar / n * (z - mean) is added to ``dz``.
+        x: As in `conv_stats_fwd`, like the next five.
+        prologue: The affine.
+        weight: The weight.
+        stride: (stride_h, stride_w).
+        groups: Number of groups.
+        channels_last: The layout.
+        wanted: Whether the gradients of ``x`` (with those of scale and shift) and of ``weight`` are wanted.
+        config: Launch settings of the input gradient; the heuristic's choice by default.
+        wgrad_config: Launch settings of the weight gradient, likewise.
+        allow_tf32: As in `fwd`.
+
+    Returns:
+        dx like ``x``; dscale and dshift (C_in,), float32; dw as of `wgrad`. None for what is not wanted or, without a
+        prologue, not there.
+    """
+    dx = dscale = dshift = dw = None
+    dz, x = nhwc(dz), nhwc(x)
+    z, mean, dmean, dvar = grad_prologue or (None, None, None, None)
+    grad_vectors = {"z_ptr": None if z is None else nhwc(z), "center_ptr": mean, "scale_ptr": dvar, "shift_ptr": dmean}
+    center, scale, shift = prologue or (None, None, None)
+    vectors = {"center_ptr": center, "scale_ptr": scale, "shift_ptr": shift}
+    place = (x.shape[2:], stride, groups, channels_last)
+    if wanted[0]:
+        problem = _problem("dgrad", dz, len(weight), x.shape[1], *place)
+        optional = _prefixed("src", grad_vectors) | _prefixed("dst", vectors)
+        sums = 0
+        if prologue is not None:
+            optional["dst_side_ptr"] = x
+            sums = 2
+        dx, partials = _convolve(problem, dz, weight, optional, config, allow_tf32, sums=sums)
+        if partials is not None:
+            dscale, dshift = sum_partials(partials)
+    if wanted[1]:
+        problem = _problem("wgrad", x, len(weight), x.shape[1], *place)
+        optional = _prefixed("grad", grad_vectors) | _prefixed("x", vectors)
+        dw = _correlate(problem, dz, x, optional, wgrad_config, allow_tf32)
+    return dx, dscale, dshift, dw
+
+
+def conv_affine(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    *,
+    config: Config | None = None,
+    allow_tf32: bool | None = None,
+) -> Tensor:
+    """Compute scale * conv(x, weight) + shift + residual, then ReLU, rounded once: a convolution in inference.
+
+    Args:
+        x: As in `fwd`.
+        weight: As in `fwd`.
+        scale: (C_out,), float32, or None for 1.
+        shift: (C_out,), float32, or None for 0.
+        residual: Like the result, or None for 0.
+        relu: Whether ReLU is applied.
+        stride: As in `fwd`.
+        groups: As in `fwd`.
+        channels_last: As in `fwd`.
+        config: As in `fwd`.
+        allow_tf32: As in `fwd`.
+
+    Returns:
+        As `fwd`.
+    """
+    optional = {"dst_scale_ptr": scale, "dst_shift_ptr": shift}
+    optional["dst_side_ptr"] = None if residual is None else nhwc(residual)
+    problem = _problem("fwd", x, len(weight), x.shape[1], x.shape[2:], stride, groups, channels_last)
+    return _convolve(problem, x, weight, optional, config, allow_tf32, relu=relu)[0]
+
+
+def _problem(op, activation, out_channels, in_channels, size, stride, groups, channels_last) -> ConvProblem:
     return ConvProblem(
         op=op,
         batch=len(activation),
@@ -287,24 +281,76 @@ def _problem(op, activation, in_channels, out_channels, size, stride, groups, ch
     )
 
 
-def _prepare(
+def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {f"{prefix}_{name}": tensor for name, tensor in tensors.items()}
+
+
+def _convolve(
+    problem: ConvProblem,
+    src: Tensor,
+    weight: Tensor,
+    optional: dict[str, Tensor | None],
+    config: Config | None,
+    allow_tf32: bool | None,
+    *,
+    sums: int = 0,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """A forward pass or input gradient, and partials (rows, sums, channels) if there are any."""
+    tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    fused = frozenset(tensors) | ({"partials_ptr"} if sums else frozenset())
+    allow_tf32, config = _settings(problem, src.device, config, allow_tf32, fused)
+    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu, taps_outside=_taps_outside(weight))
+    if problem.op == "dgrad":
+        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
+    else:
+        shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+    dst = empty_nhwc(src, *shape)
+    if sums:
+        rows = partial_rows(problem, config, launch)
+        tensors["partials_ptr"] = torch.empty(rows, sums, shape[1], dtype=torch.float32, device=src.device)
+    with torch.cuda.device_of(src):
+        launch(src_ptr=nhwc(src), weight_ptr=_arrange_weight(weight, config), dst_ptr=dst, **tensors)
+    return to_layout(dst, problem.channels_last), tensors.get("partials_ptr")
+
+
+def _correlate(
+    problem: ConvProblem,
+    grad: Tensor,
+    x: Tensor,
+    optional: dict[str, Tensor | None],
+    config: Config | None,
+    allow_tf32: bool | None,
+) -> Tensor:
+    """A weight gradient."""
+    tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    fused = frozenset(tensors)
+    allow_tf32, config = _settings(problem, x.device, config, allow_tf32, fused)
+    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused)
+    shape = (config.splits, problem.out_channels, problem.group_in, 3, 3)
+    with torch.cuda.device_of(x):
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+        launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials, **tensors)
+        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+        return partials.sum(0).to(x.dtype, memory_format=layout)
+
+
+def _settings(
     problem: ConvProblem,
     device: torch.device,
     config: Config | None,
     allow_tf32: bool | None,
-    has_bias: bool = False,
-    taps_outside: bool = False,
-) -> tuple[Launch, Config]:
-    """The launch and its settings, with the defaults filled in."""
+    fused: frozenset[str],
+) -> tuple[bool, Config]:
+    """Precision and launch settings, with the defaults filled in."""
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
-    config = config or _default_config(problem, device, allow_tf32)
-    return plan(problem, config, allow_tf32=allow_tf32, has_bias=has_bias, taps_outside=taps_outside), config
+    return allow_tf32, config or _default_config(problem, device, allow_tf32, bool(fused))
 
 
 @functools.lru_cache(maxsize=4096)
-def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool) -> Config:
-    return choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms(device))
+def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fused: bool) -> Config:
+    return choose_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms(device))
 
 
 def _taps_outside(weight: Tensor) -> bool:

@@ -3,26 +3,34 @@
 import triton
 import triton.language as tl
 
-from .grouped_conv_tiles import (
-    accumulate_row,
-    aligned,
-    dot,
-    exact_tile,
-    load_bias,
+from .grouped_conv_fusion import (
+    finish_columns,
+    finish_tile,
     load_columns,
-    nan_trace,
-    store_columns,
-    weight_tiles,
-    zero_tiles,
+    load_source,
+    may_have_leaked,
+    open_source,
+    open_state,
+    open_target,
+    store_state,
 )
+from .grouped_conv_tiles import accumulate_row, aligned, dot, exact_tile, weight_tiles, zero_tiles
 
 
 @triton.jit
 def grouped_conv_strips_kernel(
     src_ptr,  # (batch, src_height, src_width, src_channels)
+    src_z_ptr,  # as src
+    src_center_ptr,  # (src_channels,), as the next two; prologues are described in grouped_conv_fusion.py
+    src_scale_ptr,
+    src_shift_ptr,
     weight_ptr,  # (C_out, C_in / groups, 3, 3), or with TAPS_OUTSIDE (C_out, 3, 3, C_in / groups)
-    bias_ptr,  # (dst_channels,) or None
     dst_ptr,  # (batch, dst_height, dst_width, dst_channels)
+    dst_side_ptr,  # as dst
+    dst_center_ptr,  # (dst_channels,), as the next two; likewise epilogues
+    dst_scale_ptr,
+    dst_shift_ptr,
+    partials_ptr,  # (programs / tiles, 2 or 3, dst_channels), from the epilogue's state
     batch,
     src_height,
     src_width,
@@ -42,7 +50,8 @@ def grouped_conv_strips_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Forward at stride 1 or 2, or (TRANSPOSED) the input gradient at stride 1: a strip-by-band block per program."""
@@ -67,13 +76,20 @@ def grouped_conv_strips_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     channel_k = pid_tile * (MERGED * GROUP_K) + offs_k
     channel_n = pid_tile * (MERGED * GROUP_N) + offs_n
-    mask_k = ((offs_k < MERGED * GROUP_K) & (channel_k < src_channels))[None, :]
-    mask_n = ((offs_n < MERGED * GROUP_N) & (channel_n < dst_channels))[None, :]
+    in_tile_k = (offs_k < MERGED * GROUP_K) & (channel_k < src_channels)
+    in_tile_n = (offs_n < MERGED * GROUP_N) & (channel_n < dst_channels)
+    mask_k = in_tile_k[None, :]
+    mask_n = in_tile_n[None, :]
 
     src_column = column * STRIDE - 1
-    src_image = image * src_height * src_width + src_column
-    src_ptrs = src_ptr + src_image[:, None] * src_channels + channel_k[None, :]
-    dst_ptrs = dst_ptr + (image * dst_height * dst_width + column)[:, None] * dst_channels + channel_n[None, :]
+    src_pointers = (src_ptr, src_z_ptr, src_center_ptr, src_scale_ptr, src_shift_ptr)
+    src_offs = (image * src_height * src_width + src_column) * src_channels
+    count = tl.cast(batch, tl.float32) * src_height * src_width
+    source = open_source(src_pointers, src_offs, channel_k, in_tile_k, count, PROLOGUE)
+    dst_pointers = (dst_ptr, dst_side_ptr, dst_center_ptr, dst_scale_ptr, dst_shift_ptr)
+    dst_offs = (image * dst_height * dst_width + column) * dst_channels
+    target = open_target(dst_pointers, dst_offs, channel_n, in_tile_n)
+    state = open_state(BLOCK_M, BLOCK_N, EPILOGUE)
 
     weights = weight_tiles(
         weight_ptr,
@@ -88,8 +104,6 @@ def grouped_conv_strips_kernel(
         BLOCK_K,
         BLOCK_N,
     )
-    bias = load_bias(bias_ptr, pid_tile, dst_channels, HAS_BIAS, MERGED * GROUP_N, BLOCK_N)
-    trace = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     columns: tl.constexpr = (STRIP - 1) * STRIDE + 3
 
     if STRIDE == 1:
@@ -99,74 +113,88 @@ def grouped_conv_strips_kernel(
         for i in range(0, rows + 2):
             src_row = first_row + (i - 1)
             mask_row = mask_m & (src_row >= 0) & (src_row < src_height)
-            row_ptrs = src_ptrs + src_row * src_width * src_channels
-            row = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, columns)
+            offset = src_row * src_width * src_channels
+            row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
             done = accumulate_row(ending, row, weights, 2, 1, PRECISION)
             ending = accumulate_row(going, row, weights, 1, 1, PRECISION)
             going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 1, PRECISION)
-            out_ptrs = dst_ptrs + (src_row - 1) * dst_width * dst_channels
-            store_columns(out_ptrs, done, bias, column, dst_width, dst_channels, mask_m & (i >= 2), mask_n, 1)
-            trace = nan_trace(trace, done)
+            offset = (src_row - 1) * dst_width * dst_channels
+            mask_row = mask_m & (i >= 2)
+            state = finish_columns(
+                target, offset, done, column, dst_width, dst_channels, mask_row, mask_n, state, EPILOGUE
+            )
     else:
         # Odd source row 2r - 1 ends destination row r - 1 and begins row r; even row 2r is the middle of row r.
         going = zero_tiles(STRIP, BLOCK_M, BLOCK_N)
         for i in range(0, rows + 1):
             src_row = (first_row + i) * 2
             mask_row = mask_m & (src_row >= 1) & (src_row <= src_height)
-            row_ptrs = src_ptrs + (src_row - 1) * src_width * src_channels
-            row = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, columns)
+            offset = (src_row - 1) * src_width * src_channels
+            row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
             done = accumulate_row(going, row, weights, 2, 2, PRECISION)
             going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 2, PRECISION)
             mask_row = mask_m & (i < rows)
-            row_ptrs = src_ptrs + src_row * src_width * src_channels
-            row = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, columns)
+            offset = src_row * src_width * src_channels
+            row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
             going = accumulate_row(going, row, weights, 1, 2, PRECISION)
-            out_ptrs = dst_ptrs + (first_row + (i - 1)) * dst_width * dst_channels
-            store_columns(out_ptrs, done, bias, column, dst_width, dst_channels, mask_m & (i >= 1), mask_n, 1)
-            trace = nan_trace(trace, done)
+            offset = (first_row + (i - 1)) * dst_width * dst_channels
+            mask_row = mask_m & (i >= 1)
+            state = finish_columns(
+                target, offset, done, column, dst_width, dst_channels, mask_row, mask_n, state, EPILOGUE
+            )
 
-    if MERGED > 1:
-        total = tl.sum(trace)
-        if total != total:
-            tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
-            group_in: tl.constexpr = GROUP_N if TRANSPOSED else GROUP_K
-            for i in range(0, rows):
-                dst_row = first_row + i
-                for c in range(0, STRIP):
-                    mask = (mask_m & (column + c < dst_width))[:, None] & mask_n
-                    value = exact_tile(
-                        src_ptr,
-                        weight_ptr,
-                        image,
-                        dst_row,
-                        column + c,
-                        pid_tile,
-                        src_height,
-                        src_width,
-                        src_channels,
-                        group_in if TAPS_OUTSIDE else 1,
-                        group_in * 9,
-                        1 if TAPS_OUTSIDE else 9,
-                        mask,
-                        STRIDE,
-                        STRIDE,
-                        TRANSPOSED,
-                        GROUP_K,
-                        GROUP_N,
-                        MERGED,
-                        BLOCK_M,
-                        BLOCK_N,
-                    )
-                    out_ptrs = dst_ptrs + (dst_row * dst_width + c) * dst_channels
-                    tl.store(out_ptrs, (value + bias[None, :]).to(dst_ptr.dtype.element_ty), mask=mask)
+    if MERGED > 1 and may_have_leaked(state, EPILOGUE):
+        tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
+        state = open_state(BLOCK_M, BLOCK_N, EPILOGUE)
+        group_in: tl.constexpr = GROUP_N if TRANSPOSED else GROUP_K
+        for i in range(0, rows):
+            dst_row = first_row + i
+            for c in range(0, STRIP):
+                mask = mask_m & (column + c < dst_width)
+                value = exact_tile(
+                    src_pointers,
+                    weight_ptr,
+                    image,
+                    dst_row,
+                    column + c,
+                    pid_tile,
+                    src_height,
+                    src_width,
+                    src_channels,
+                    count,
+                    group_in if TAPS_OUTSIDE else 1,
+                    group_in * 9,
+                    1 if TAPS_OUTSIDE else 9,
+                    mask[:, None] & mask_n,
+                    STRIDE,
+                    STRIDE,
+                    TRANSPOSED,
+                    GROUP_K,
+                    GROUP_N,
+                    MERGED,
+                    BLOCK_M,
+                    BLOCK_N,
+                    PROLOGUE,
+                )
+                offset = (dst_row * dst_width + c) * dst_channels
+                state = finish_tile(target, offset, value, mask, mask_n, state, EPILOGUE)
+    store_state(partials_ptr, pid // tiles, dst_channels, channel_n, in_tile_n, state, EPILOGUE)
 
 
 @triton.jit
 def grouped_conv_taps_kernel(
     src_ptr,  # (batch, src_height, src_width, src_channels)
+    src_z_ptr,  # as src
+    src_center_ptr,  # (src_channels,), as the next two; prologues are described in grouped_conv_fusion.py
+    src_scale_ptr,
+    src_shift_ptr,
     weight_ptr,  # (3, 3, C_out, C_in / groups)
-    bias_ptr,  # (dst_channels,) or None
     dst_ptr,  # (batch, dst_height, dst_width, dst_channels)
+    dst_side_ptr,  # as dst
+    dst_center_ptr,  # (dst_channels,), as the next two; likewise epilogues
+    dst_scale_ptr,
+    dst_shift_ptr,
+    partials_ptr,  # (programs / tiles, 2 or 3, dst_channels), from the epilogue's state
     batch,
     src_height,
     src_width,
@@ -184,7 +212,8 @@ def grouped_conv_taps_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Forward or (TRANSPOSED) input gradient at any stride: BLOCK_M pixels x BLOCK_N channels per program."""
@@ -235,7 +264,9 @@ def grouped_conv_taps_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     channel_n = pid_tile * TILE_N + offs_n
     mask_n = (offs_n < TILE_N) & (channel_n < dst_channels)
+    src_pointers = (src_ptr, src_z_ptr, src_center_ptr, src_scale_ptr, src_shift_ptr)
     src_pixel = (image * src_height + src_row) * src_width + src_column
+    count = tl.cast(batch, tl.float32) * src_height * src_width
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(0, taps_h * taps_w * blocks_k):
         tap = step // blocks_k
@@ -255,8 +286,9 @@ def grouped_conv_taps_kernel(
         row = src_row + shift_h
         column = src_column + shift_w
         hit = mask_m & (row >= 0) & (row < src_height) & (column >= 0) & (column < src_width)
-        offs_src = (src_pixel + (shift_h * src_width + shift_w))[:, None] * src_channels + channel_k[None, :]
-        src = tl.load(src_ptr + offs_src, mask=hit[:, None] & mask_k[None, :], other=0.0)
+        offs_src = (src_pixel + (shift_h * src_width + shift_w)) * src_channels
+        source = open_source(src_pointers, offs_src, channel_k, mask_k, count, PROLOGUE)
+        src = load_source(source, 0, hit[:, None], mask_k[None, :], PROLOGUE)
         mask_w = mask_k[:, None] & mask_n[None, :]
         if MERGED > 1:
             mask_w = mask_w & ((in_tile_k // GROUP_K)[:, None] == (offs_n // GROUP_N)[None, :])
@@ -275,7 +307,7 @@ def grouped_conv_taps_kernel(
             group_in: tl.constexpr = GROUP_N if TRANSPOSED else GROUP_K
             out_channels = src_channels if TRANSPOSED else dst_channels
             acc = exact_tile(
-                src_ptr,
+                src_pointers,
                 weight_ptr,
                 image,
                 dst_row,
@@ -284,6 +316,7 @@ def grouped_conv_taps_kernel(
                 src_height,
                 src_width,
                 src_channels,
+                count,
                 out_channels * group_in,
                 group_in,
                 1,
@@ -296,9 +329,11 @@ def grouped_conv_taps_kernel(
                 MERGED,
                 BLOCK_M,
                 BLOCK_N,
+                PROLOGUE,
             )
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + channel_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    dst_pixel = (image * dst_height + dst_row) * dst_width + dst_column
-    dst_ptrs = dst_ptr + dst_pixel[:, None] * dst_channels + channel_n[None, :]
-    tl.store(dst_ptrs, acc.to(dst_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    dst_pointers = (dst_ptr, dst_side_ptr, dst_center_ptr, dst_scale_ptr, dst_shift_ptr)
+    dst_offs = ((image * dst_height + dst_row) * dst_width + dst_column) * dst_channels
+    target = open_target(dst_pointers, dst_offs, channel_n, mask_n)
+    state = open_state(BLOCK_M, BLOCK_N, EPILOGUE)
+    state = finish_tile(target, 0, acc, mask_m, mask_n[None, :], state, EPILOGUE)
+    store_state(partials_ptr, pid_pixel, dst_channels, channel_n, mask_n, state, EPILOGUE)

@@ -1,4 +1,4 @@
-"""Device functions shared by the grouped-convolution kernels: weight tiles, strips of columns, exact repair.
+"""Device functions shared by the grouped-convolution kernels: weight tiles, their products, exact repair.
 
 Conventions. Activations are NHWC. A kernel reads a *source* and writes a *destination*: (x, y) in the forward pass,
 (dy, dx) in the input gradient. K indexes the source channels of one tile, N its destination channels; MERGED
@@ -7,6 +7,8 @@ neighbouring groups of GROUP_K and GROUP_N channels share a tile. TRANSPOSED is 
 
 import triton
 import triton.language as tl
+
+from .grouped_conv_fusion import load_source, open_source
 
 
 @triton.jit
@@ -110,25 +112,6 @@ def weight_tiles(
 
 
 @triton.jit
-def load_columns(ptrs, column, width, step, mask_row, mask_channel, COUNT: tl.constexpr):
-    """COUNT neighbouring columns, from `column` [M] on, each a tile [M, channels]; zero outside the image."""
-    tiles = ()
-    for j in tl.static_range(COUNT):
-        mask = mask_row & (column + j >= 0) & (column + j < width)
-        tiles += (tl.load(ptrs + j * step, mask=mask[:, None] & mask_channel, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def store_columns(ptrs, tiles, bias, column, width, step, mask_row, mask_channel, SPACING: tl.constexpr):
-    """Store tile c of the tuple at column + c * SPACING, bias added in float32 before the one rounding."""
-    for c in tl.static_range(len(tiles)):
-        mask = mask_row & (column + c * SPACING < width)
-        value = (tiles[c] + bias[None, :]).to(ptrs.dtype.element_ty)
-        tl.store(ptrs + c * SPACING * step, value, mask=mask[:, None] & mask_channel)
-
-
-@triton.jit
 def accumulate_row(accs, columns, weights, KH: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr):
     """One source row through the three taps of kernel row KH: acc[c] += sum over kw of column[c*STRIDE + kw] @ w."""
     sums = ()
@@ -141,27 +124,8 @@ def accumulate_row(accs, columns, weights, KH: tl.constexpr, STRIDE: tl.constexp
 
 
 @triton.jit
-def nan_trace(trace, tiles):
-    """`trace` [M, N], made NaN wherever one of the tiles is not finite."""
-    for c in tl.static_range(len(tiles)):
-        trace += tiles[c] * 0.0
-    return trace
-
-
-@triton.jit
-def load_bias(bias_ptr, tile, dst_channels, HAS_BIAS: tl.constexpr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The tile's bias [BLOCK_N] in float32; zeros where there is none."""
-    if HAS_BIAS:
-        offs_n = tl.arange(0, BLOCK_N)
-        channel = tile * TILE_N + offs_n
-        mask = (offs_n < TILE_N) & (channel < dst_channels)
-        return tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    return tl.zeros((BLOCK_N,), dtype=tl.float32)
-
-
-@triton.jit
 def exact_tile(
-    src_ptr,
+    source_pointers,  # as in open_source
     weight_ptr,
     image,
     row,
@@ -170,6 +134,7 @@ def exact_tile(
     src_height,
     src_width,
     src_channels,
+    count,
     stride_wt,
     stride_wo,
     stride_wi,
@@ -182,6 +147,7 @@ def exact_tile(
     MERGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PROLOGUE: tl.constexpr,
 ):
     """Destination pixels (image, row, column) [M] x the tile's channels, each channel from its own group alone.
 
@@ -204,10 +170,11 @@ def exact_tile(
             hit = (src_row >= 0) & (src_column >= 0)
         hit = hit & (src_row < src_height) & (src_column < src_width)
         mask_hit = hit[:, None] & mask  # of the weight too: its NaN and Inf count only where a pixel meets them
-        pixel_ptrs = src_ptr + (((image * src_height + src_row) * src_width + src_column) * src_channels)[:, None]
+        offs_pixel = ((image * src_height + src_row) * src_width + src_column) * src_channels
         for k in range(0, GROUP_K):
             channel = group * GROUP_K + k
-            value = tl.load(pixel_ptrs + channel[None, :], mask=mask_hit, other=0.0)
+            source = open_source(source_pointers, offs_pixel, channel, channel < src_channels, count, PROLOGUE)
+            value = load_source(source, 0, mask_hit, True, PROLOGUE)
             if TRANSPOSED:
                 offs_w = channel * stride_wo + (offs_n % GROUP_N) * stride_wi
             else:

@@ -17,9 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from resnext.kernels import grouped_conv
 from resnext.kernels.config import Config, ConvProblem, StripsConfig, choose_config
+from resnext.kernels.grouped_conv_plan import plan
+from resnext.kernels.launch import Launch
 
+VECTORS = ("center_ptr", "scale_ptr", "shift_ptr", "partials_ptr")  # float32 whatever the activations are
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Shared memory of one program. The code for 8.0 also runs on 8.6 and 8.9, which have the least.
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -34,6 +36,19 @@ STAGES = {
     "regnetx_4.0gf": [(80, 2, 112), (240, 6, 56), (560, 14, 28), (1360, 34, 14)],  # group width 40
     "regnety_4gf": [(128, 2, 112), (192, 3, 56), (512, 8, 28), (1088, 17, 14)],  # group width 64
     "regnety_16gf": [(224, 2, 112), (448, 4, 56), (1232, 11, 28), (3024, 27, 14)],  # group width 112
+}
+
+# What a kernel does besides the convolution, by pass and name: its optional pointers, and whether it ends in a ReLU.
+FUSIONS = {
+    ("fwd", "prologue+statistics"): ("src_center src_scale src_shift partials", False),
+    ("fwd", "statistics"): ("partials", False),
+    ("fwd", "affine+residual+relu"): ("dst_scale dst_shift dst_side", True),
+    ("dgrad", "gradient+relu"): (
+        "src_z src_center src_scale src_shift dst_side dst_center dst_scale dst_shift partials",
+        False,
+    ),
+    ("dgrad", "gradient"): ("src_z src_center src_scale src_shift", False),
+    ("wgrad", "gradient+prologue"): ("grad_z grad_center grad_scale grad_shift x_center x_scale x_shift", False),
 }
 
 
@@ -53,16 +68,23 @@ class Build:
 
     problem: ConvProblem
     allow_tf32: bool = True
+    fusion: str = ""
 
     @property
     def config(self) -> Config:
-        return choose_config(self.problem, allow_tf32=self.allow_tf32)
+        return choose_config(self.problem, fused=bool(self.fusion), allow_tf32=self.allow_tf32)
 
     @property
-    def launch(self) -> grouped_conv.Launch:
-        # Models hold weights in the layout of their activations.
-        taps_outside = self.problem.channels_last
-        return grouped_conv.plan(self.problem, self.config, allow_tf32=self.allow_tf32, taps_outside=taps_outside)
+    def launch(self) -> Launch:
+        pointers, relu = FUSIONS[self.problem.op, self.fusion] if self.fusion else ("", False)
+        return plan(
+            self.problem,
+            self.config,
+            allow_tf32=self.allow_tf32,
+            fused=frozenset(f"{name}_ptr" for name in pointers.split()),
+            relu=relu,
+            taps_outside=self.problem.channels_last,  # models hold weights in the layout of their activations
+        )
 
     @property
     def id(self) -> str:
@@ -70,7 +92,7 @@ class Build:
         dtype = str(problem.dtype).removeprefix("torch.")
         if problem.dtype == torch.float32:
             dtype = "tf32" if self.allow_tf32 else "float32"
-        return f"{problem.op}-s{problem.stride[0]}-gw{problem.group_in}-{dtype}"
+        return f"{problem.op}-s{problem.stride[0]}-gw{problem.group_in}-{dtype}" + f"-{self.fusion}" * bool(self.fusion)
 
 
 def problem(op: str, channels: int, groups: int, size: int, stride: int, dtype: torch.dtype) -> ConvProblem:
@@ -99,14 +121,12 @@ def all_builds() -> list[Build]:
     return list(builds.values())
 
 
-def compile_launch(launch: grouped_conv.Launch, dtype: torch.dtype, arch: int) -> triton.compiler.CompiledKernel:
+def compile_launch(launch: Launch, dtype: torch.dtype, arch: int) -> triton.compiler.CompiledKernel:
     """Compile as a launch on tensors would: sizes of 1 become constants, multiples of 16 are known to be such."""
     constants = dict(launch.constants)
     signature, attributes = {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
-        if name == "bias_ptr" and not constants["HAS_BIAS"]:
-            constants[name] = None
-        elif launch.sizes.get(name) == 1:
+        if launch.sizes.get(name) == 1:
             constants[name] = 1
         if name in constants:
             signature[name] = "constexpr"
@@ -115,7 +135,7 @@ def compile_launch(launch: grouped_conv.Launch, dtype: torch.dtype, arch: int) -
         if not is_pointer:
             signature[name] = "i32"
         else:
-            signature[name] = "*fp32" if name == "partials_ptr" else POINTERS[dtype]
+            signature[name] = "*fp32" if name.endswith(VECTORS) else POINTERS[dtype]
         if is_pointer or launch.sizes[name] % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)

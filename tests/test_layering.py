@@ -20,7 +20,7 @@ ALLOWED = {
     "kernels/ops": {".checks", ".dispatch", ".reference", "torch"},
     "kernels/fused": {".checks", ".fused_ops", ".reference", "torch"},
     "kernels/fused_ops": {".checks", ".composed", ".dispatch", ".ops", ".reference", "torch"},
-    "kernels/flops": {".ops", "torch"},
+    "kernels/flops": {".fused_ops", ".ops", "torch"},
     "kernels/dispatch": {".checks", ".composed", ".config", ".extension", ".grouped_conv", "torch"},
     "kernels/composed": {".checks", ".reference", "torch"},
     "kernels/onednn": {".checks", ".reference", "torch"},
@@ -29,16 +29,25 @@ ALLOWED = {
     "kernels/reference": {".checks", "torch"},
     "kernels/extension": {"torch", "resnext._C"},
     "kernels/launch": {"triton", "torch"},
-    "kernels/statistics": {"triton", "torch"},
-    "kernels/grouped_conv": TRITON
-    | {".grouped_conv_forward", ".grouped_conv_backward", ".grouped_conv_tiles", ".launch"},
-    "kernels/grouped_conv_forward": TRITON | {".grouped_conv_tiles"},
-    "kernels/grouped_conv_backward": TRITON | {".grouped_conv_tiles"},
-    "kernels/grouped_conv_tiles": TRITON,
+    "kernels/statistics": {".launch", "triton", "torch"},
+    "kernels/batch_norm": TRITON | {".batch_norm_kernels", ".launch", ".statistics"},
+    "kernels/batch_norm_kernels": TRITON | {".grouped_conv_tiles", ".statistics"},
+    "kernels/max_pool": TRITON
+    | {".batch_norm", ".batch_norm_kernels", ".grouped_conv_tiles", ".launch", ".statistics"},
+    "kernels/grouped_conv": TRITON | {".grouped_conv_plan", ".grouped_conv_tiles", ".launch", ".statistics"},
+    "kernels/grouped_conv_plan": TRITON
+    | {".grouped_conv_forward", ".grouped_conv_dgrad", ".grouped_conv_wgrad", ".launch"},
+    "kernels/grouped_conv_forward": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles"},
+    "kernels/grouped_conv_dgrad": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles"},
+    "kernels/grouped_conv_wgrad": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles"},
+    "kernels/grouped_conv_tiles": TRITON | {".grouped_conv_fusion"},
+    "kernels/grouped_conv_fusion": TRITON | {".statistics"},
     "resnext/__init__": {"resnext.kernels", "resnext.layers", "resnext.models"},
     "resnext/layers": {"resnext.kernels", "torch"},
-    "resnext/blocks": {"resnext.layers", "torch"},
-    "resnext/models": {"resnext.blocks", "resnext.layers", "torch"},
+    "resnext/batch_norm": {"resnext.kernels", "torch"},
+    "resnext/fusion": {"resnext.batch_norm", "resnext.kernels", "resnext.layers", "torch"},
+    "resnext/blocks": {"resnext.fusion", "resnext.layers", "torch"},
+    "resnext/models": {"resnext.batch_norm", "resnext.blocks", "resnext.fusion", "torch"},
 }
 MODULES = sorted(f"{folder.name}/{path.stem}" for folder in (KERNELS, RESNEXT) for path in folder.glob("*.py"))
 

@@ -227,7 +227,7 @@ def test_nan_and_inf_stay_in_their_group(case, op, operand, value):
         result = compute(op, case, tensors, config=config).cpu()
         assert_close(result.index_select(axis, others), clean)
         result = result.narrow(axis, own.start, size)
-        if op == "wgrad":  # a NaN or Inf may reach all nine taps of its channel pair (grouped_conv_backward.py)
+        if op == "wgrad":  # a NaN or Inf may reach all nine taps of its channel pair (grouped_conv_wgrad.py)
             assert torch.equal(result.isfinite().flatten(2).all(2), wanted.isfinite().flatten(2).all(2))
         else:
             for what in (torch.isnan, torch.isposinf, torch.isneginf):

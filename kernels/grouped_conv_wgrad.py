@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass: strided input gradient, and weight gradient in strips and in taps.
+"""Triton kernels of the weight gradient, in strips and in taps (grouped_conv.py).
 
 The weight gradient of one tile is, for each tap, [N, pixels] @ [pixels, K]: dy transposed times x shifted. Each program
 sums over its share of the pixels and stores float32 partial sums (splits, C_out, C_in / groups, 3, 3), of merged tiles
@@ -9,148 +9,8 @@ pair, whose nine taps it may all reach.
 import triton
 import triton.language as tl
 
-from .grouped_conv_tiles import (
-    aligned,
-    dot,
-    exact_tile,
-    load_columns,
-    nan_trace,
-    store_columns,
-    weight_tiles,
-    zero_tiles,
-)
-
-
-@triton.jit
-def _accumulate_strided(accs, dy, weights, KH: tl.constexpr, PRECISION: tl.constexpr):
-    """One dy row through kernel row KH into the 2 * STRIP dx columns of a strip; dy[j + 1] is right of dy[j]."""
-    sums = ()
-    for j in tl.static_range(len(accs) // 2):
-        sums += (dot(dy[j], weights[KH * 3 + 1], accs[2 * j], PRECISION),)
-        odd = dot(dy[j], weights[KH * 3 + 2], accs[2 * j + 1], PRECISION)
-        sums += (dot(dy[j + 1], weights[KH * 3], odd, PRECISION),)
-    return sums
-
-
-@triton.jit
-def grouped_conv_dgrad_strided_kernel(
-    src_ptr,  # dy (batch, src_height, src_width, src_channels)
-    weight_ptr,  # (C_out, C_in / groups, 3, 3), or with TAPS_OUTSIDE (C_out, 3, 3, C_in / groups)
-    dst_ptr,  # dx (batch, dst_height, dst_width, dst_channels)
-    batch,
-    src_height,
-    src_width,
-    src_channels,
-    dst_height,
-    dst_width,
-    dst_channels,
-    band,
-    TAPS_OUTSIDE: tl.constexpr,
-    GROUP_K: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    MERGED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    STRIP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Input gradient at stride 2: a 2x2 block of dx per dy pixel, walking down the rows of dy."""
-    src_channels = aligned(src_channels, ALIGN)
-    dst_channels = aligned(dst_channels, ALIGN)
-    tiles = tl.cdiv(src_channels, MERGED * GROUP_K)
-    bands = tl.cdiv(src_height, band)
-    strips = tl.cdiv(src_width, STRIP)
-    pid = tl.program_id(0)
-    pid_tile = pid % tiles
-    pid_band = pid // tiles % bands
-    pid_m = (pid // tiles // bands).to(tl.int64)
-
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    image = offs_m // strips
-    src_column = (offs_m % strips).to(tl.int32) * STRIP
-    dst_column = src_column * 2
-    mask_m = image < batch
-    first_row = (pid_band * band).to(tl.int64)
-    rows = tl.minimum(band, src_height - pid_band * band)
-
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_n = tl.arange(0, BLOCK_N)
-    channel_k = pid_tile * (MERGED * GROUP_K) + offs_k
-    channel_n = pid_tile * (MERGED * GROUP_N) + offs_n
-    mask_k = ((offs_k < MERGED * GROUP_K) & (channel_k < src_channels))[None, :]
-    mask_n = ((offs_n < MERGED * GROUP_N) & (channel_n < dst_channels))[None, :]
-    src_ptrs = src_ptr + (image * src_height * src_width + src_column)[:, None] * src_channels + channel_k[None, :]
-    dst_ptrs = dst_ptr + (image * dst_height * dst_width + dst_column)[:, None] * dst_channels + channel_n[None, :]
-
-    weights = weight_tiles(
-        weight_ptr,
-        pid_tile,
-        src_channels // GROUP_K,
-        False,
-        True,
-        TAPS_OUTSIDE,
-        GROUP_K,
-        GROUP_N,
-        MERGED,
-        BLOCK_K,
-        BLOCK_N,
-    )
-    no_bias = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    trace = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-
-    # dy row r is the middle of dx row 2r, begins dx row 2r + 1 and ends dx row 2r - 1.
-    odd_row = zero_tiles(2 * STRIP, BLOCK_M, BLOCK_N)
-    for i in range(0, rows + 1):
-        src_row = first_row + i
-        row_ptrs = src_ptrs + src_row * src_width * src_channels
-        mask_row = mask_m & (src_row < src_height)
-        dy = load_columns(row_ptrs, src_column, src_width, src_channels, mask_row, mask_k, STRIP + 1)
-        done = _accumulate_strided(odd_row, dy, weights, 0, PRECISION)
-        mask_row = mask_m & (i >= 1) & (src_row * 2 - 1 < dst_height)
-        out_ptrs = dst_ptrs + (src_row * 2 - 1) * dst_width * dst_channels
-        store_columns(out_ptrs, done, no_bias, dst_column, dst_width, dst_channels, mask_row, mask_n, 1)
-        trace = nan_trace(trace, done)
-        odd_row = _accumulate_strided(zero_tiles(2 * STRIP, BLOCK_M, BLOCK_N), dy, weights, 2, PRECISION)
-        done = _accumulate_strided(zero_tiles(2 * STRIP, BLOCK_M, BLOCK_N), dy, weights, 1, PRECISION)
-        out_ptrs = dst_ptrs + src_row * 2 * dst_width * dst_channels
-        store_columns(out_ptrs, done, no_bias, dst_column, dst_width, dst_channels, mask_m & (i < rows), mask_n, 1)
-        trace = nan_trace(trace, done)
-
-    if MERGED > 1:
-        total = tl.sum(trace)
-        if total != total:
-            tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
-            for i in range(0, 2 * rows):
-                dst_row = first_row * 2 + i
-                for c in range(0, 2 * STRIP):
-                    mask = (mask_m & (dst_row < dst_height) & (dst_column + c < dst_width))[:, None] & mask_n
-                    value = exact_tile(
-                        src_ptr,
-                        weight_ptr,
-                        image,
-                        dst_row,
-                        dst_column + c,
-                        pid_tile,
-                        src_height,
-                        src_width,
-                        src_channels,
-                        GROUP_N if TAPS_OUTSIDE else 1,
-                        GROUP_N * 9,
-                        1 if TAPS_OUTSIDE else 9,
-                        mask,
-                        2,
-                        2,
-                        True,
-                        GROUP_K,
-                        GROUP_N,
-                        MERGED,
-                        BLOCK_M,
-                        BLOCK_N,
-                    )
-                    out_ptrs = dst_ptrs + (dst_row * dst_width + c) * dst_channels
-                    tl.store(out_ptrs, value.to(dst_ptr.dtype.element_ty), mask=mask)
+from .grouped_conv_fusion import load_columns, load_source, open_source
+from .grouped_conv_tiles import aligned, dot, zero_tiles
 
 
 @triton.jit
@@ -198,7 +58,14 @@ def _store_partials(
 @triton.jit
 def grouped_conv_wgrad_strips_kernel(
     grad_ptr,  # (batch, out_height, out_width, out_channels)
+    grad_z_ptr,  # as grad
+    grad_center_ptr,  # (out_channels,), as the next two; prologues are described in grouped_conv_fusion.py
+    grad_scale_ptr,
+    grad_shift_ptr,
     x_ptr,  # (batch, height, width, in_channels)
+    x_center_ptr,  # (in_channels,), as the next two
+    x_scale_ptr,
+    x_shift_ptr,
     partials_ptr,  # (splits, C_out, C_in / groups, 3, 3)
     batch,
     height,
@@ -218,6 +85,8 @@ def grouped_conv_wgrad_strips_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GRAD_PROLOGUE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weight gradient of one tile over every splits-th strip-by-band block; x slides past the dy rows it meets."""
@@ -234,8 +103,13 @@ def grouped_conv_wgrad_strips_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     channel_k = pid_tile * (MERGED * GROUP_IN) + offs_k
     channel_n = pid_tile * (MERGED * GROUP_OUT) + offs_n
-    mask_k = ((offs_k < MERGED * GROUP_IN) & (channel_k < in_channels))[None, :]
-    mask_n = ((offs_n < MERGED * GROUP_OUT) & (channel_n < out_channels))[None, :]
+    in_tile_k = (offs_k < MERGED * GROUP_IN) & (channel_k < in_channels)
+    in_tile_n = (offs_n < MERGED * GROUP_OUT) & (channel_n < out_channels)
+    mask_k = in_tile_k[None, :]
+    mask_n = in_tile_n[None, :]
+    x_pointers = (x_ptr, None, x_center_ptr, x_scale_ptr, x_shift_ptr)
+    grad_pointers = (grad_ptr, grad_z_ptr, grad_center_ptr, grad_scale_ptr, grad_shift_ptr)
+    count = tl.cast(batch, tl.float32) * out_height * out_width
     columns: tl.constexpr = (STRIP - 1) * STRIDE + 3
 
     accs = zero_tiles(9, BLOCK_N, BLOCK_K)
@@ -247,9 +121,10 @@ def grouped_conv_wgrad_strips_kernel(
         mask_m = image < batch
         first_row = (block % bands * band).to(tl.int64)
         rows = tl.minimum(band, out_height - block % bands * band)
-        x_ptrs = x_ptr + (image * height * width + column)[:, None] * in_channels + channel_k[None, :]
-        grad_image = image * out_height * out_width + out_column
-        grad_ptrs = grad_ptr + grad_image[:, None] * out_channels + channel_n[None, :]
+        x_offs = (image * height * width + column) * in_channels
+        x_source = open_source(x_pointers, x_offs, channel_k, in_tile_k, count, X_PROLOGUE)
+        grad_offs = (image * out_height * out_width + out_column) * out_channels
+        grad_source = open_source(grad_pointers, grad_offs, channel_n, in_tile_n, count, GRAD_PROLOGUE)
 
         above = zero_tiles(STRIP, BLOCK_M, BLOCK_N, grad_ptr.dtype.element_ty)
         if STRIDE == 1:
@@ -258,10 +133,13 @@ def grouped_conv_wgrad_strips_kernel(
             for i in range(0, rows + 2):
                 row = first_row + (i - 1)
                 mask_row = mask_m & (row >= 0) & (row < height)
-                row_ptrs = x_ptrs + row * width * in_channels
-                x = load_columns(row_ptrs, column, width, in_channels, mask_row, mask_k, columns)
-                row_ptrs = grad_ptrs + (row + 1) * out_width * out_channels
-                below = load_columns(row_ptrs, out_column, out_width, out_channels, mask_m & (i < rows), mask_n, STRIP)
+                offset = row * width * in_channels
+                x = load_columns(x_source, offset, column, width, in_channels, mask_row, mask_k, columns, X_PROLOGUE)
+                offset = (row + 1) * out_width * out_channels
+                mask_row = mask_m & (i < rows)
+                below = load_columns(
+                    grad_source, offset, out_column, out_width, out_channels, mask_row, mask_n, STRIP, GRAD_PROLOGUE
+                )
                 accs = _accumulate_taps(accs, below, x, 0, 1, PRECISION)
                 accs = _accumulate_taps(accs, beside, x, 3, 1, PRECISION)
                 accs = _accumulate_taps(accs, above, x, 6, 1, PRECISION)
@@ -272,16 +150,17 @@ def grouped_conv_wgrad_strips_kernel(
             for i in range(0, rows + 1):
                 row = (first_row + i) * 2
                 mask_row = mask_m & (row >= 1) & (row <= height)
-                row_ptrs = x_ptrs + (row - 1) * width * in_channels
-                x = load_columns(row_ptrs, column, width, in_channels, mask_row, mask_k, columns)
-                grad_row_ptrs = grad_ptrs + (first_row + i) * out_width * out_channels
+                offset = (row - 1) * width * in_channels
+                x = load_columns(x_source, offset, column, width, in_channels, mask_row, mask_k, columns, X_PROLOGUE)
+                offset = (first_row + i) * out_width * out_channels
+                mask_row = mask_m & (i < rows)
                 beside = load_columns(
-                    grad_row_ptrs, out_column, out_width, out_channels, mask_m & (i < rows), mask_n, STRIP
+                    grad_source, offset, out_column, out_width, out_channels, mask_row, mask_n, STRIP, GRAD_PROLOGUE
                 )
                 accs = _accumulate_taps(accs, beside, x, 0, 2, PRECISION)
                 accs = _accumulate_taps(accs, above, x, 6, 2, PRECISION)
-                row_ptrs = x_ptrs + row * width * in_channels
-                x = load_columns(row_ptrs, column, width, in_channels, mask_m & (i < rows), mask_k, columns)
+                offset = row * width * in_channels
+                x = load_columns(x_source, offset, column, width, in_channels, mask_row, mask_k, columns, X_PROLOGUE)
                 accs = _accumulate_taps(accs, beside, x, 3, 2, PRECISION)
                 above = beside
 
@@ -306,7 +185,14 @@ def grouped_conv_wgrad_strips_kernel(
 @triton.jit
 def grouped_conv_wgrad_taps_kernel(
     grad_ptr,  # (batch, out_height, out_width, out_channels)
+    grad_z_ptr,  # as grad
+    grad_center_ptr,  # (out_channels,), as the next two; prologues are described in grouped_conv_fusion.py
+    grad_scale_ptr,
+    grad_shift_ptr,
     x_ptr,  # (batch, height, width, in_channels)
+    x_center_ptr,  # (in_channels,), as the next two
+    x_scale_ptr,
+    x_shift_ptr,
     partials_ptr,  # (splits, C_out, C_in / groups, 3, 3)
     batch,
     height,
@@ -325,6 +211,8 @@ def grouped_conv_wgrad_taps_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GRAD_PROLOGUE: tl.constexpr,
+    X_PROLOGUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weight gradient of one kernel row (three taps) of a BLOCK_N x BLOCK_K channel block over `share` pixels."""
@@ -346,8 +234,11 @@ def grouped_conv_wgrad_taps_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     channel_k = pid_tile * TILE_K + offs_k
     channel_n = pid_tile * TILE_N + offs_n
-    mask_k = ((offs_k < TILE_K) & (channel_k < in_channels))[None, :]
-    mask_n = ((offs_n < TILE_N) & (channel_n < out_channels))[None, :]
+    in_tile_k = (offs_k < TILE_K) & (channel_k < in_channels)
+    in_tile_n = (offs_n < TILE_N) & (channel_n < out_channels)
+    x_pointers = (x_ptr, None, x_center_ptr, x_scale_ptr, x_shift_ptr)
+    grad_pointers = (grad_ptr, grad_z_ptr, grad_center_ptr, grad_scale_ptr, grad_shift_ptr)
+    count = tl.cast(batch, tl.float32) * out_height * out_width
 
     # 64-bit division once; inside the loop pixels count from the first image of this share.
     out_pixels = out_height * out_width
@@ -362,12 +253,13 @@ def grouped_conv_wgrad_taps_kernel(
         row = pixel // out_width * STRIDE_H - 1 + kh
         column = pixel % out_width * STRIDE_W - 1
         mask_m = image < batch
-        grad_ptrs = grad_ptr + (image * out_pixels + pixel)[:, None] * out_channels + channel_n[None, :]
-        grad = tl.load(grad_ptrs, mask=mask_m[:, None] & mask_n, other=0.0)
-        x_pixel = (image * height + row) * width + column
-        x_ptrs = x_ptr + x_pixel[:, None] * in_channels + channel_k[None, :]
+        grad_offs = (image * out_pixels + pixel) * out_channels
+        grad_source = open_source(grad_pointers, grad_offs, channel_n, in_tile_n, count, GRAD_PROLOGUE)
+        grad = load_source(grad_source, 0, mask_m[:, None], in_tile_n[None, :], GRAD_PROLOGUE)
+        x_offs = ((image * height + row) * width + column) * in_channels
+        x_source = open_source(x_pointers, x_offs, channel_k, in_tile_k, count, X_PROLOGUE)
         mask_row = mask_m & (row >= 0) & (row < height)
-        x = load_columns(x_ptrs, column, width, in_channels, mask_row, mask_k, 3)
+        x = load_columns(x_source, 0, column, width, in_channels, mask_row, in_tile_k[None, :], 3, X_PROLOGUE)
         accs = _accumulate_taps(accs, (grad,), x, 0, 1, PRECISION)
 
     _store_partials(
