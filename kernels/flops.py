@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from . import ops  # noqa: F401  defines the operators
+from . import fused_ops, ops  # noqa: F401  they define the operators
 
 # The import looks for Triton and logs a warning where a CUDA build of torch comes without it.
 _logger = logging.getLogger("torch.utils.flop_counter")
@@ -37,3 +37,20 @@ def _backward_flops(grad_shape, x_shape, weight_shape, mask, out_shapes) -> int:
     unused = (None,) * 4
     count = flop_counter.flop_registry[torch.ops.aten.convolution_backward]
     return count(grad_shape, x_shape, weight_shape, *unused, False, None, None, mask, out_val=out_shapes)
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._conv_stats)
+def _conv_stats_flops(x_shape, center, scale, shift, weight_shape, *_, out_shape, **__) -> int:
+    return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape[0])
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._conv_affine)
+def _conv_affine_flops(x_shape, weight_shape, *_, out_shape, **__) -> int:
+    return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape)
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._conv_stats_bwd)
+def _conv_stats_bwd_flops(dz_shape, z, mean, dmean, dvar, x_shape, center, scale, shift, weight_shape, *rest, **_):
+    wants_dx, wants_dw = rest[-1]
+    out_shapes = (x_shape if wants_dx else None, weight_shape if wants_dw else None, None)
+    return _backward_flops(dz_shape, x_shape, weight_shape, (wants_dx, wants_dw, False), out_shapes)
