@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import checks, composed
-from .config import ConvProblem
+from .config import ConvProblem, pointwise_by_triton
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 _MODULES = {"triton": "grouped_conv", "cuda": "extension", "cpu": "extension", "torch": "reference"}
@@ -149,29 +149,36 @@ def _launchers(forced: str | None, *problem) -> ModuleType:
 
 # --- the fused operators ---
 
-_ELEMENTWISE = {"triton": "reference", "cuda": "reference", "cpu": "reference", "torch": "reference"}
-_FUSED_3X3 = {"triton": None, "cuda": None, "cpu": None, "torch": None}
+_ELEMENTWISE = {"triton": "batch_norm", "cuda": "reference", "cpu": "reference", "torch": "reference"}
+_POOLING = _ELEMENTWISE | {"triton": "max_pool"}
 
 
 def elementwise(dtype: torch.dtype, device: torch.device) -> ModuleType:
-    """The module of the launchers ``statistics``, ``affine_add_relu`` and so on for tensors of ``dtype`` on ``device``.
+    """The module of ``statistics``, ``affine_add_relu`` and their backward, for tensors of ``dtype`` on ``device``.
 
     Raises:
         BackendError: If a forced backend cannot serve them.
     """
-    return _elementwise(forced_backend(), dtype, device)
+    return _module(_ELEMENTWISE[_backend_for(forced_backend(), dtype, device)])
+
+
+def pooling(dtype: torch.dtype, device: torch.device) -> ModuleType:
+    """The module of ``affine_relu_max_pool`` and its backward; as `elementwise`."""
+    return _module(_POOLING[_backend_for(forced_backend(), dtype, device)])
 
 
 @functools.lru_cache(maxsize=64)
-def _elementwise(forced: str | None, dtype: torch.dtype, device: torch.device) -> ModuleType:
-    if forced is not None and (reason := unsupported(forced, dtype, device)):
+def _backend_for(forced: str | None, dtype: torch.dtype, device: torch.device) -> str:
+    """The backend of operators that any backend has for all tensors it takes."""
+    if forced is None:
+        names = BACKENDS if device.type == "cuda" else BACKENDS[1:]  # the interpreter only if asked for by name
+        return next(name for name in names if not unsupported(name, dtype, device))
+    if reason := unsupported(forced, dtype, device):
         raise BackendError(
             f"batch norm: the {forced} backend was asked for and cannot serve this call: {reason}; "
             "leave use_backend/RESNEXT_BACKEND at auto, or choose another backend"
         )
-    on_cpu = device.type == "cpu"
-    free = (b for b in BACKENDS if not (unsupported(b, dtype, device) or (b == "triton" and on_cpu)))
-    return _module(_ELEMENTWISE[forced or next(free)])
+    return forced
 
 
 def fused_launchers(*problem) -> Any:
@@ -191,8 +198,11 @@ def _fused_launchers(forced: str | None, *problem) -> Any:
     described = problem_of(*problem)
     name = choose(described, device)
     kernel_size = tuple(weight_shape[2:])
-    if kernel_size == checks.KERNEL_SIZE and (groups > 1 or forced) and (module := _FUSED_3X3[name]):
-        return _module(module)
+    # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
+    if kernel_size == checks.KERNEL_SIZE and name == "triton" and (groups > 1 or forced):
+        return _module(_MODULES[name])
+    if kernel_size == (1, 1) and groups == 1 and name == "triton" and (forced or pointwise_by_triton(described)):
+        return _module("pointwise_conv")
     return composed.Composed(_module("reference"), elementwise(dtype, device))
 
 

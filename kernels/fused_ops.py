@@ -171,14 +171,14 @@ def _affine_add_relu_bwd(
 
 
 def _affine_relu_max_pool(z, center, scale, shift, channels_last, taps):
-    out, picked = dispatch.elementwise(z.dtype, z.device).affine_relu_max_pool(
+    out, picked = dispatch.pooling(z.dtype, z.device).affine_relu_max_pool(
         dense(z, channels_last), _affine_of(center, scale, shift), channels_last, taps
     )
     return out, z.new_empty(0, dtype=torch.uint8) if picked is None else picked
 
 
 def _affine_relu_max_pool_bwd(dout, taps, z, center, scale, shift, channels_last, wanted):
-    results = dispatch.elementwise(z.dtype, z.device).affine_relu_max_pool_bwd(
+    results = dispatch.pooling(z.dtype, z.device).affine_relu_max_pool_bwd(
         dense(dout, channels_last),
         taps,
         dense(z, channels_last),
