@@ -9,9 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Affine = tuple[Tensor | None, Tensor, Tensor]  # center, scale, shift
+_NO_AFFINE = (None, None, None)
+_NO_STATISTICS = (None, None, None, None)
 
 
 @functools.cache
@@ -46,8 +51,7 @@ def fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], groups: int, channels_last: bool
 ) -> Tensor:
     """Forward pass: y (N, C_out, H_out, W_out) of x (N, C_in, H, W), dense in the given layout."""
-    size = (x.shape[0], weight.shape[0], (x.shape[2] - 1) // stride[0] + 1, (x.shape[3] - 1) // stride[1] + 1)
-    out = _empty(size, x, channels_last)
+    out = _empty(_output_size(x, weight, stride), x, channels_last)
     torch.ops.resnext_C.grouped_conv2d_fwd(x, weight, bias, out, stride[0], stride[1], groups, channels_last)
     return out
 
@@ -73,6 +77,147 @@ def wgrad(grad: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channel
     return out
 
 
-def _empty(size: tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
+def conv_stats_fwd(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
+    z = _empty(_output_size(x, weight, stride), x, channels_last)
+    mean, var = (_vector(z), _vector(z)) if stats else (None, None)
+    torch.ops.resnext_C.conv_stats_fwd(
+        x, *(prologue or _NO_AFFINE), weight, z, mean, var, stride[0], stride[1], groups, channels_last
+    )
+    return z, mean, var
+
+
+def conv_stats_bwd(
+    dz: Tensor,
+    grad_prologue: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
+    dx = dscale = dshift = dw = None
+    statistics_of_z = grad_prologue or _NO_STATISTICS
+    geometry = (stride[0], stride[1], groups, channels_last)
+    if wanted[0]:
+        dx = _empty(x.shape, x, channels_last)
+        dscale, dshift = (_vector(x), _vector(x)) if prologue else (None, None)
+        masked = (x, *prologue) if prologue else (None, *_NO_AFFINE)
+        torch.ops.resnext_C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, dx, dscale, dshift, *geometry)
+    if wanted[1]:
+        dw = _empty(weight.shape, x, channels_last)
+        torch.ops.resnext_C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), dw, *geometry)
+    return dx, dscale, dshift, dw
+
+
+def conv_affine(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
+    y = _empty(_output_size(x, weight, stride), x, channels_last)
+    torch.ops.resnext_C.conv_affine(
+        x, weight, scale, shift, residual, relu, y, stride[0], stride[1], groups, channels_last
+    )
+    return y
+
+
+def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel."""
+    mean, var = _vector(z), _vector(z)
+    torch.ops.resnext_C.statistics(z, mean, var, channels_last)
+    return mean, var
+
+
+def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
+    """Gradient of ``z`` from its own, ``dz``, and those of its statistics."""
+    g = _empty(z.shape, z, channels_last)
+    torch.ops.resnext_C.statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last)
+    return g
+
+
+def affine_add_relu(
+    z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
+) -> Tensor:
+    """relu(affine(z) + residual), the residual through an affine of its own if there is one."""
+    out = _empty(z.shape, z, channels_last)
+    torch.ops.resnext_C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), out, channels_last)
+    return out
+
+
+def affine_add_relu_bwd(
+    dout: Tensor,
+    out: Tensor | None,
+    z: Tensor,
+    affine: Affine,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    channels_last: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z, the residual, scale, shift and the residual's scale; ``wanted``: z, residual, the vectors.
+
+    ``out`` None, where there is no residual, stands for what `affine_add_relu` makes of ``z``. ``residual`` is there
+    only with an affine of its own. The residual's shift has the gradient of the shift.
+    """
+    dz = _empty(z.shape, z, channels_last) if wanted[0] else None
+    dresidual = _empty(z.shape, z, channels_last) if wanted[1] else None
+    dscale, dshift = (_vector(z), _vector(z)) if wanted[2] else (None, None)
+    dresidual_scale = _vector(z) if wanted[2] and residual_affine else None
+    residual_center, residual_scale, _ = residual_affine or _NO_AFFINE
+    results = (dz, dresidual, dscale, dshift, dresidual_scale)
+    torch.ops.resnext_C.affine_add_relu_bwd(
+        dout, out, z, *affine, residual, residual_center, residual_scale, *results, channels_last
+    )
+    return results
+
+
+def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: bool) -> tuple[Tensor, Tensor | None]:
+    """Pool relu(affine(z)) (3x3, stride 2, padding 1), with the place 3*kh + kw of each maximum in its window."""
+    size = (z.shape[0], z.shape[1], (z.shape[2] - 1) // 2 + 1, (z.shape[3] - 1) // 2 + 1)
+    out = _empty(size, z, channels_last)
+    places = _empty(size, z, channels_last, torch.uint8) if taps else None
+    torch.ops.resnext_C.affine_relu_max_pool(z, *affine, out, places, channels_last)
+    return out, places
+
+
+def affine_relu_max_pool_bwd(
+    dout: Tensor, taps: Tensor, z: Tensor, affine: Affine, channels_last: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z, scale and shift; ``wanted``: z, the vectors."""
+    dz = _empty(z.shape, z, channels_last) if wanted[0] else None
+    dscale, dshift = (_vector(z), _vector(z)) if wanted[1] else (None, None)
+    torch.ops.resnext_C.affine_relu_max_pool_bwd(dout, taps, z, *affine, dz, dscale, dshift, channels_last)
+    return dz, dscale, dshift
+
+
+def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int, int, int]:
+    return x.shape[0], weight.shape[0], (x.shape[2] - 1) // stride[0] + 1, (x.shape[3] - 1) // stride[1] + 1
+
+
+def _vector(image: Tensor) -> Tensor:
+    """One float32 value per channel."""
+    return torch.empty(image.shape[1], dtype=torch.float32, device=image.device)
+
+
+def _empty(size: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=layout)

@@ -213,7 +213,17 @@ int row_sources(const Correlation& c, int64_t h, const float* ring, const float*
   return count;
 }
 
-// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory, everything else by the buffer.
+// Rounds a row to what its image can store, as the moments are of stored values.
+void round_row(Dtype dtype, float* row, int64_t count) {
+  if (dtype == Dtype::kFloat32) return;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec value = load(row + i);
+    store(row + i, dtype == Dtype::kFloat16 ? round_to<Half>(value) : round_to<BFloat16>(value));
+  }
+}
+
+// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory, unless they are mapped;
+// everything else by the buffer.
 void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, int64_t tile, const float* ring,
                    float* buffer) {
   const Layout& layout = c.layout;
@@ -223,7 +233,8 @@ void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, i
   const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
 
   RowKernel kernels[2];
-  bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes;
+  bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes &&
+                (c.write.kind == WriteMap::kNone || c.write.kind == WriteMap::kMoments);
   for (int f = 0; f < c.cols.phases; ++f) {
     kernels[f] = row_kernel(layout, c.cols, c.cols.phase[f], phase_pixels(c, f));
     direct = direct && phase_pixels(c, f) >= kernels[f].block_pixels;
@@ -253,7 +264,15 @@ void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, i
     args.next_row = direct ? row_stride : 0;
     kernels[f].run(args);
   }
-  if (!direct) write_row(c.dst, n, h, channel, channels, lanes, buffer);
+  const WriteMap write = map_of_row(c.write, c.cuts, c.dst, n, h);
+  if (write.kind == WriteMap::kMoments) {
+    if (!direct) round_row(c.dst.dtype, buffer, c.dst.width * lanes);
+    for (int64_t lane = 0; lane < channels; lane += kLanes) {
+      add_moments(out + lane, pixel_stride, c.dst.width, {channel + lane, min_of(kLanes, channels - lane)},
+                  h % c.cuts.part_rows * c.dst.width, write.partial, c.dst.channels);
+    }
+  }
+  if (!direct) write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
 }
 
 void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {
@@ -263,26 +282,24 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
   float* buffer = scratch + ring_size(c);
   __builtin_memset(ring, 0, ring_size(c) * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task % blocks;
-    const int64_t band = task / blocks % c.bands;
-    const int64_t n = task / blocks / c.bands;
-    const int64_t first_bundle = block * c.block;
+    const BandTask t = band_task(c.cuts, c.dst, blocks, task);
+    const int64_t first_bundle = t.block * c.block;
     const int64_t bundles = min_of(c.block, layout.bundles - first_bundle);
     int64_t next_row = 0;
-    for (int64_t h = c.dst.height * band / c.bands; h < c.dst.height * (band + 1) / c.bands; ++h) {
+    for (int64_t h = t.first_row; h < t.last_row; ++h) {
       const Phase& phase = c.rows.phase[h % c.rows.phases];
       const int64_t first_row = h / c.rows.phases * c.rows.in_step + phase.first;
       if (next_row < first_row) next_row = first_row;
       for (; next_row < min_of(first_row + phase.count, c.src.height); ++next_row) {
         for (int64_t b = 0; b < bundles; ++b) {
           float* panel = ring + (next_row % kRingRows * c.block + b) * panel_size(c);
-          read_row(c.src, n, next_row, (first_bundle + b) * layout.src_channels,
+          read_row(c.src, c.read, t.n, next_row, (first_bundle + b) * layout.src_channels,
                    bundle_src_channels(layout, first_bundle + b), layout.src_lanes, panel + layout.src_lanes);
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
         for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-          correlate_row(c, n, h, first_bundle + b, tile, ring + b * panel_size(c), buffer);
+          correlate_row(c, t.n, h, first_bundle + b, tile, ring + b * panel_size(c), buffer);
         }
       }
     }

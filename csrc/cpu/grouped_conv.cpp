@@ -4,44 +4,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "capability.h"
-#include "kernels.h"
+#include "driver.h"
 
 namespace resnext::cpu {
 namespace {
-
-struct Free {
-  void operator()(float* data) const { std::free(data); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-
-Buffer allocate(int64_t count) {
-  constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
-  void* data = nullptr;
-  if (posix_memalign(&data, kAlignment, std::max(bytes, kAlignment)) != 0) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(data));
-}
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      return Dtype::kFloat32;  // check_dtype lets nothing else through
-  }
-}
-
-Image image_of(const Tensor& tensor, bool channels_last) {
-  return {tensor.data_ptr(), dtype_of(tensor), channels_last,  tensor.size(0),
-          tensor.size(1),    tensor.size(2),   tensor.size(3)};
-}
 
 FilterStrides filter_strides(const Tensor& weight) {
   const bool inputs_inside = weight.size(1) > 1 && weight.stride(1) == 1;  // channels_last
@@ -64,8 +32,9 @@ int64_t bundle_block(const Layout& layout, bool channels_last) {
   return std::clamp<int64_t>(channels / layout.src_lanes, 1, layout.bundles);
 }
 
-void run_correlation(Correlation& c, const Tensor& weight, const std::optional<Tensor>& bias, bool transposed,
-                     int64_t groups) {
+// `results`: mean and variance, or dshift and dscale, where the write map makes them.
+void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed, int64_t groups,
+                     std::array<float*, 2> results = {}) {
   const Kernels& kernels = active_kernels();
   c.layout = kernels.make_layout(groups, c.src.channels / groups, c.dst.channels / groups);
   const Buffer packed_weight = allocate(kernels.packed_weight_size(c.layout));
@@ -90,47 +59,48 @@ void run_correlation(Correlation& c, const Tensor& weight, const std::optional<T
   c.bias = packed_bias.get();
   c.block = bundle_block(c.layout, c.src.channels_last);
   const int64_t blocks = (c.layout.bundles + c.block - 1) / c.block;
-  const int64_t wanted_tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  c.bands = std::clamp<int64_t>((wanted_tasks + c.dst.batch * blocks - 1) / (c.dst.batch * blocks), 1, c.dst.height);
-  torch::stable::parallel_for(0, c.dst.batch * c.bands * blocks, 1, [&](int64_t begin, int64_t end) {
+  const bool sums = c.write.kind == WriteMap::kMoments || c.write.kind == WriteMap::kReluGradient;
+  c.cuts = cut_rows(c.dst, blocks, sums);
+  const Parts parts = parts_of(c.cuts, c.dst);
+  const Buffer partial = sums ? allocate_partial(parts, c.dst.channels) : nullptr;
+  c.write.partial = partial.get();
+  c.write.channels = c.dst.channels;
+  torch::stable::parallel_for(0, c.dst.batch * c.cuts.bands * blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernels.correlate_scratch(c));
     kernels.correlate(c, scratch.get(), begin, end);
   });
+  if (c.write.kind == WriteMap::kMoments) {
+    merge_moments(partial.get(), parts, c.dst.channels, results[0], results[1]);
+  } else if (c.write.kind == WriteMap::kReluGradient) {
+    for (int i = 0; i < 2; ++i) merge_sums(partial.get(), parts, c.dst.channels, i, results[i]);
+  }
 }
 
-void grouped_conv2d_fwd(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, Tensor out,
-                        int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
-  check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
+Correlation forward(const Tensor& x, const Tensor& out, int64_t stride_h, int64_t stride_w, bool channels_last) {
   Correlation c{};
   c.src = image_of(x, channels_last);
   c.dst = image_of(out, channels_last);
   c.rows = forward_axis(stride_h);
   c.cols = forward_axis(stride_w);
-  run_correlation(c, weight, bias, /*transposed=*/false, groups);
+  return c;
 }
 
-void grouped_conv2d_dgrad(const Tensor grad, const Tensor weight, Tensor out, int64_t stride_h, int64_t stride_w,
-                          int64_t groups, bool channels_last) {
-  check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
+Correlation input_gradient(const Tensor& grad, const Tensor& out, int64_t stride_h, int64_t stride_w,
+                           bool channels_last) {
   Correlation c{};
   c.src = image_of(grad, channels_last);
   c.dst = image_of(out, channels_last);
   c.rows = gradient_axis(stride_h);
   c.cols = gradient_axis(stride_w);
-  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups);
+  return c;
 }
 
-void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t stride_h, int64_t stride_w,
-                          int64_t groups, bool channels_last) {
-  const GroupedConvShape shape = check_wgrad(grad, x, out, stride_h, stride_w, groups, channels_last);
+void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& shape) {
   const Kernels& kernels = active_kernels();
-  WeightGradient g{};
-  g.grad = image_of(grad, channels_last);
-  g.x = image_of(x, channels_last);
-  g.stride_h = stride_h;
-  g.stride_w = stride_w;
-  g.layout = kernels.make_layout(groups, shape.group_in(), shape.group_out());
-  g.block = bundle_block(g.layout, channels_last);
+  g.stride_h = shape.stride_h;
+  g.stride_w = shape.stride_w;
+  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out());
+  g.block = bundle_block(g.layout, shape.channels_last);
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
@@ -159,6 +129,109 @@ void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t
                               });
 }
 
+void grouped_conv2d_fwd(const Tensor x, const Tensor weight, const OptionalTensor bias, Tensor out, int64_t stride_h,
+                        int64_t stride_w, int64_t groups, bool channels_last) {
+  check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
+  Correlation c = forward(x, out, stride_h, stride_w, channels_last);
+  run_correlation(c, weight, bias, /*transposed=*/false, groups);
+}
+
+void grouped_conv2d_dgrad(const Tensor grad, const Tensor weight, Tensor out, int64_t stride_h, int64_t stride_w,
+                          int64_t groups, bool channels_last) {
+  check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
+  Correlation c = input_gradient(grad, out, stride_h, stride_w, channels_last);
+  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups);
+}
+
+void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t stride_h, int64_t stride_w,
+                          int64_t groups, bool channels_last) {
+  const GroupedConvShape shape = check_wgrad(grad, x, out, stride_h, stride_w, groups, channels_last);
+  WeightGradient g{};
+  g.grad = image_of(grad, channels_last);
+  g.x = image_of(x, channels_last);
+  run_wgrad(g, out, shape);
+}
+
+// The batch norm and ReLU before a convolution, applied as its input is read.
+struct InputPrologue {
+  OwnedAffine affine;
+  ReadMap read;
+  InputPrologue(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift)
+      : affine(affine_of(x.size(1), center, scale, shift)),
+        read{scale.has_value() ? ReadMap::kAffineRelu : ReadMap::kNone, affine.affine, nullptr} {}
+};
+
+// What the statistics of z add to its gradient, added as the gradient is read.
+struct GradPrologue {
+  OwnedAffine affine{};
+  ReadMap read{};
+  GradPrologue(const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& dmean,
+               const OptionalTensor& dvar) {
+    if (!z.has_value()) return;
+    affine = statistics_gradient(*mean, *dmean, *dvar, z->numel() / z->size(1));
+    read = {ReadMap::kAddAffine, affine.affine, z->data_ptr()};
+  }
+};
+
+void conv_stats_fwd(const Tensor x, const OptionalTensor center, const OptionalTensor scale, const OptionalTensor shift,
+                    const Tensor weight, Tensor z, const OptionalTensor mean, const OptionalTensor var,
+                    int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+  check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last);
+  const InputPrologue prologue(x, center, scale, shift);
+  Correlation c = forward(x, z, stride_h, stride_w, channels_last);
+  c.read = prologue.read;
+  c.write.kind = mean.has_value() ? WriteMap::kMoments : WriteMap::kNone;
+  run_correlation(c, weight, std::nullopt, /*transposed=*/false, groups, {floats_of(mean), floats_of(var)});
+}
+
+void conv_stats_dgrad(const Tensor dz, const OptionalTensor z, const OptionalTensor mean, const OptionalTensor dmean,
+                      const OptionalTensor dvar, const Tensor weight, const OptionalTensor x,
+                      const OptionalTensor center, const OptionalTensor scale, const OptionalTensor shift, Tensor dx,
+                      const OptionalTensor dscale, const OptionalTensor dshift, int64_t stride_h, int64_t stride_w,
+                      int64_t groups, bool channels_last) {
+  check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
+                         stride_w, groups, channels_last);
+  const GradPrologue prologue(z, mean, dmean, dvar);
+  const OwnedAffine affine = affine_of(dx.size(1), center, scale, shift);
+  Correlation c = input_gradient(dz, dx, stride_h, stride_w, channels_last);
+  c.read = prologue.read;
+  if (x.has_value()) {
+    c.write.kind = WriteMap::kReluGradient;
+    c.write.affine = affine.affine;
+    c.write.other = x->data_ptr();
+  }
+  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups, {floats_of(dshift), floats_of(dscale)});
+}
+
+void conv_stats_wgrad(const Tensor dz, const OptionalTensor z, const OptionalTensor mean, const OptionalTensor dmean,
+                      const OptionalTensor dvar, const Tensor x, const OptionalTensor center,
+                      const OptionalTensor scale, const OptionalTensor shift, Tensor dw, int64_t stride_h,
+                      int64_t stride_w, int64_t groups, bool channels_last) {
+  const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw,
+                                                        stride_h, stride_w, groups, channels_last);
+  const GradPrologue grad_prologue(z, mean, dmean, dvar);
+  const InputPrologue prologue(x, center, scale, shift);
+  WeightGradient g{};
+  g.grad = image_of(dz, channels_last);
+  g.x = image_of(x, channels_last);
+  g.read_grad = grad_prologue.read;
+  g.read_x = prologue.read;
+  run_wgrad(g, dw, shape);
+}
+
+void conv_affine(const Tensor x, const Tensor weight, const OptionalTensor scale, const OptionalTensor shift,
+                 const OptionalTensor residual, bool relu, Tensor y, int64_t stride_h, int64_t stride_w, int64_t groups,
+                 bool channels_last) {
+  check_conv_affine(x, weight, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
+  const OwnedAffine affine = affine_of(y.size(1), std::nullopt, scale, shift);
+  Correlation c = forward(x, y, stride_h, stride_w, channels_last);
+  c.write.kind = residual.has_value() ? WriteMap::kAffineAdd : WriteMap::kAffine;
+  c.write.affine = affine.affine;
+  c.write.other = residual.has_value() ? residual->data_ptr() : nullptr;
+  c.write.relu = relu;
+  run_correlation(c, weight, std::nullopt, /*transposed=*/false, groups);
+}
+
 std::string cpu_capability() { return active_kernels().name; }
 
 void set_cpu_capability(std::string name) { force_capability(name); }
@@ -170,6 +243,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnext_C, CPU, m) {
   m.impl("grouped_conv2d_fwd", TORCH_BOX(&resnext::cpu::grouped_conv2d_fwd));
   m.impl("grouped_conv2d_dgrad", TORCH_BOX(&resnext::cpu::grouped_conv2d_dgrad));
   m.impl("grouped_conv2d_wgrad", TORCH_BOX(&resnext::cpu::grouped_conv2d_wgrad));
+  m.impl("conv_stats_fwd", TORCH_BOX(&resnext::cpu::conv_stats_fwd));
+  m.impl("conv_stats_dgrad", TORCH_BOX(&resnext::cpu::conv_stats_dgrad));
+  m.impl("conv_stats_wgrad", TORCH_BOX(&resnext::cpu::conv_stats_wgrad));
+  m.impl("conv_affine", TORCH_BOX(&resnext::cpu::conv_affine));
 }
 
 // No tensor argument to dispatch on.

@@ -1,4 +1,5 @@
-// What the driver (grouped_conv.cpp) and the kernels compiled for each instruction set say to each other.
+// What the drivers (grouped_conv.cpp, batch_norm.cpp) and the kernels compiled for each instruction set say to each
+// other.
 //
 // Both the forward pass and the input gradient are one operation here, a *correlation*: every destination row is a sum
 // over up to three source rows, and along a row every destination pixel is a sum over one to three neighbouring source
@@ -10,7 +11,7 @@
 
 namespace resnext::cpu {
 
-enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+enum class Dtype { kFloat32, kFloat16, kBFloat16, kUint8 };  // uint8: the max pool's taps, small whole numbers
 
 // A dense activation tensor, in NHWC or NCHW order.
 struct Image {
@@ -18,6 +19,48 @@ struct Image {
   Dtype dtype;
   bool channels_last;
   int64_t batch, channels, height, width;
+};
+
+// What is summed over an image or batch goes to partial sums first, [part][kPartialSums][channel], added up in order by
+// the driver; it zeroes them before.
+constexpr int64_t kPartialSums = 3;
+
+// scale * (v - center) + shift, with one float of each per channel.
+struct Affine {
+  const float *center, *scale, *shift;
+};
+
+// What becomes of an image's values v as its rows are read. Zero padding comes after it.
+struct ReadMap {
+  enum Kind {
+    kNone,
+    kAffineRelu,  // relu(affine(v)), rounded to the image's dtype
+    kAddAffine,   // v + affine(other), rounded to the image's dtype
+  } kind;
+  Affine affine;
+  const void* other;  // laid out as the image
+};
+
+// What becomes of float32 sums v as they are written to an image.
+struct WriteMap {
+  enum Kind {
+    kNone,
+    kMoments,       // v; partial: shift, mean, m2 of what is written (moments.inl.h)
+    kAffine,        // scale * v + shift
+    kAffineAdd,     // scale * v + shift + other
+    kReluGradient,  // scale * t, t = v where relu(affine(other)) is not zero; partial: sums of t, t * (other - center)
+  } kind;
+  Affine affine;
+  const void* other;  // laid out as the image
+  bool relu;         // after kAffine and kAffineAdd
+  float* partial;    // null if there are no sums
+  int64_t channels;  // of the image
+};
+
+// How an image's rows are cut: parts by the problem alone, as what is summed over a part must not depend on threads;
+// bands, which tasks take, are whole numbers of parts.
+struct RowCuts {
+  int64_t part_rows, parts, bands;
 };
 
 // The destination positions out = phases * q + f, for phase f, take
@@ -51,12 +94,14 @@ struct Layout {
 // [bundle][tile][tile lane].
 struct Correlation {
   Image src, dst;
+  ReadMap read;
+  WriteMap write;
   Axis rows, cols;
   Layout layout;
   const float* weight;
   const float* bias;
   int64_t block;  // bundles worked on together: their source rows share the ring buffer
-  int64_t bands;  // parts a destination image's rows are cut into
+  RowCuts cuts;   // of a destination image
 };
 
 // Where a filter keeps its weights: (C_in / groups, 3, 3) in memory, or (3, 3, C_in / groups) in channels_last.
@@ -79,6 +124,7 @@ struct WeightPacking {
 // dw partials: one slice of `slice_size` floats per (chunk, bundle); chunks cut the batch * out_height rows of grad.
 struct WeightGradient {
   Image grad, x;
+  ReadMap read_grad, read_x;
   int64_t stride_h, stride_w;
   Layout layout;  // source: x, destination: grad
   int64_t block, chunks;
@@ -86,6 +132,35 @@ struct WeightGradient {
   void* dw;  // (C_out, C_in / groups, 3, 3)
   FilterStrides strides;
   Dtype dtype;
+};
+
+// Operations without a convolution, element by element; images that an operation does not use, or that are not wanted,
+// are null. Parts: of part_pixels pixels of the whole batch (NHWC) or of a plane (NCHW).
+struct Elementwise {
+  enum Kind {
+    kMoments,                // partial: shift, mean, m2 of z
+    kAddAffine,              // result = dout + affine(z)
+    kAffineAddRelu,          // result = relu(affine(z) + residual_affine(residual))
+    kAffineAddReluGradient,  // t = dout where out is not zero; result = scale * t, dresidual = residual's scale * t;
+                             // partial: sums of t, t * (z - center), t * (residual - its center)
+  } kind;
+  Dtype dtype;
+  bool channels_last;
+  int64_t batch, channels, pixels;  // pixels of one plane
+  int64_t part_pixels;
+  const void *dout, *out, *z, *residual;
+  Affine affine, residual_affine;
+  void *result, *dresidual;
+  float* partial;
+};
+
+// The 3x3 max pool, stride 2, padding 1, of relu(affine(z)); lanes: channels worked on together.
+struct MaxPool {
+  Image z, pooled, taps;  // z: read in the forward pass, and by `write` in the backward pass
+  ReadMap read;
+  WriteMap write;
+  RowCuts cuts;  // of the rows that are written
+  int64_t lanes;
 };
 
 // Entry points of one instruction set. The driver's parallel_for gives out ranges of tasks; each range gets scratch
@@ -106,6 +181,13 @@ struct Kernels {
   int64_t (*wgrad_scratch)(const WeightGradient&);
   void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
   void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
+
+  void (*elementwise)(const Elementwise&, int64_t begin, int64_t end);  // over parts (NHWC), batch * channels (NCHW)
+
+  int64_t (*max_pool_scratch)(const MaxPool&);
+  void (*max_pool)(const MaxPool&, float* scratch, int64_t begin, int64_t end);  // over batch * bands * blocks
+  int64_t (*max_pool_gradient_scratch)(const MaxPool&);
+  void (*max_pool_gradient)(const MaxPool&, float* scratch, int64_t begin, int64_t end);  // likewise
 };
 
 const Kernels* avx512_kernels();  // null where the binary does not hold them

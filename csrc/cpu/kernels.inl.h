@@ -2,13 +2,18 @@
 // has opened a namespace of its own.
 #include "simd.inl.h"
 // (the order matters: each part uses those before it)
+#include "maps.inl.h"
+#include "moments.inl.h"
 #include "rows.inl.h"
 #include "layout.inl.h"
 #include "correlate.inl.h"
 #include "wgrad.inl.h"
+#include "elementwise.inl.h"
+#include "max_pool.inl.h"
 
 #define RESNEXT_KERNELS(name)                                                                                \
   {                                                                                                          \
     name, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
-        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad                                      \
+        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad, elementwise, max_pool_scratch,      \
+        max_pool, max_pool_gradient_scratch, max_pool_gradient                                               \
   }

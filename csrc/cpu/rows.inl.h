@@ -1,5 +1,5 @@
 // Moves one row of an image, for some of its channels, between memory (any dtype, NHWC or NCHW) and a panel: floats,
-// [pixel][lane], with the lanes a whole number of vectors. Kernels only see panels.
+// [pixel][lane], with the lanes a whole number of vectors, mapping the values on the way. Kernels only see panels.
 //
 // Rows are read in order, but in pieces that hardware prefetchers do not follow: the same piece of the next row is
 // asked for while one is read. (A prefetch past the end of the tensor is harmless.)
@@ -8,147 +8,246 @@ constexpr int kForReading = 0;
 constexpr int kForWriting = 1;
 constexpr int kKeepInL2 = 2;
 
+// A piece of a row: channels [c, c + channels) of an image; `data` is its first element, and `other` that of an image
+// laid out alike. `stride`: elements from one pixel (NHWC) or one channel (NCHW) to the next.
 template <class T>
-void read_row_nhwc(const T* from, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t lanes, float* panel) {
-  const int64_t next_row = pixels * pixel_stride;
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const T* source = from + pixel * pixel_stride;
-    float* target = panel + pixel * lanes;
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      __builtin_prefetch(source + next_row + c, kForReading, kKeepInL2);
-      store(target + c, load(source + c));
-    }
-    if (c < channels) store(target + c, load_first(source + c, channels - c));
-  }
-}
+struct Piece {
+  T* data;
+  const T* other;
+  int64_t stride, pixels;
+  int64_t c, channels;
+};
 
 template <class T>
-void write_row_nhwc(T* to, int64_t pixel_stride, int64_t pixels, int64_t channels, int64_t lanes, const float* panel) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    T* target = to + pixel * pixel_stride;
-    const float* source = panel + pixel * lanes;
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) store(target + c, load(source + c));
-    if (c < channels) store_first(target + c, load(source + c), channels - c);
-  }
+RESNEXT_INLINE Piece<T> piece_of(const Image& image, const void* other, int64_t n, int64_t h, int64_t c,
+                                 int64_t channels) {
+  const int64_t offset = image.channels_last ? (n * image.height + h) * image.width * image.channels + c
+                                             : ((n * image.channels + c) * image.height + h) * image.width;
+  return {static_cast<T*>(image.data) + offset,
+          other == nullptr ? nullptr : static_cast<const T*>(other) + offset,
+          image.channels_last ? image.channels : image.height * image.width,
+          image.width,
+          c,
+          channels};
 }
 
-template <class T>
-void read_row_nchw(const T* from, int64_t channel_stride, int64_t pixels, int64_t channels, int64_t lanes,
-                   float* panel) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t count = min_of(kLanes, channels - c);
-    for (int64_t pixel = 0; pixel < pixels; pixel += kLanes) {
-      const int64_t width = min_of(kLanes, pixels - pixel);
-      Vec square[kLanes];
-      RESNEXT_UNROLL
-      for (int i = 0; i < kLanes; ++i) {
-        const T* source = from + (c + i) * channel_stride + pixel;
-        __builtin_prefetch(source + pixels, kForReading, kKeepInL2);
-        square[i] = i < count ? load_first(source, width) : Vec{};
+template <class T, class Map>
+void read_row_nhwc(const Piece<T>& from, const ReadMap& read, int64_t lanes, float* panel) {
+  const int64_t next_row = from.pixels * from.stride;
+  for (int64_t c = 0; c < from.channels; c += kLanes) {
+    const int64_t count = min_of(kLanes, from.channels - c);
+    const Map map(read, ChannelLanes{from.c + c, count});
+    for (int64_t pixel = 0; pixel < from.pixels; ++pixel) {
+      const int64_t offset = pixel * from.stride + c;
+      __builtin_prefetch(from.data + offset + next_row, kForReading, kKeepInL2);
+      Vec other{};
+      if (Map::kOther) {
+        __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
+        other = load_first(from.other + offset, count);
       }
-      transpose(square);
-      RESNEXT_UNROLL
-      for (int i = 0; i < kLanes; ++i) {
-        if (i < width) store(panel + (pixel + i) * lanes + c, square[i]);
-      }
+      store(panel + pixel * lanes + c, map(load_first(from.data + offset, count), other));
     }
   }
 }
 
+template <class T, class Map>
+void write_row_nhwc(const Piece<T>& to, const WriteMap& write, int64_t lanes, const float* panel) {
+  const int64_t next_row = to.pixels * to.stride;
+  for (int64_t c = 0; c < to.channels; c += kLanes) {
+    const int64_t count = min_of(kLanes, to.channels - c);
+    Map map(write, ChannelLanes{to.c + c, count});
+    for (int64_t pixel = 0; pixel < to.pixels; ++pixel) {
+      const int64_t offset = pixel * to.stride + c;
+      Vec other{};
+      if (Map::kOther) {
+        __builtin_prefetch(to.other + offset + next_row, kForReading, kKeepInL2);
+        other = load_first(to.other + offset, count);
+      }
+      store_first(to.data + offset, map(load(panel + pixel * lanes + c), other), count);
+    }
+    map.finish();
+  }
+}
+
+// The same `width` pixels of `count` channels, as one vector per pixel; those of the next row are asked for.
 template <class T>
-void write_row_nchw(T* to, int64_t channel_stride, int64_t pixels, int64_t channels, int64_t lanes,
-                    const float* panel) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t count = min_of(kLanes, channels - c);
-    for (int64_t pixel = 0; pixel < pixels; pixel += kLanes) {
-      const int64_t width = min_of(kLanes, pixels - pixel);
-      Vec square[kLanes];
+RESNEXT_INLINE void load_square(const T* from, int64_t stride, int64_t count, int64_t width, int64_t next_row,
+                                Vec (&square)[kLanes]) {
+  RESNEXT_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    __builtin_prefetch(from + i * stride + next_row, kForReading, kKeepInL2);
+    square[i] = i < count ? load_first(from + i * stride, width) : Vec{};
+  }
+  transpose(square);
+}
+
+template <class T, class Map>
+void read_row_nchw(const Piece<T>& from, const ReadMap& read, int64_t lanes, float* panel) {
+  for (int64_t c = 0; c < from.channels; c += kLanes) {
+    const int64_t count = min_of(kLanes, from.channels - c);
+    const Map map(read, ChannelLanes{from.c + c, count});
+    for (int64_t pixel = 0; pixel < from.pixels; pixel += kLanes) {
+      const int64_t width = min_of(kLanes, from.pixels - pixel);
+      const int64_t offset = c * from.stride + pixel;
+      Vec square[kLanes], other[kLanes] = {};
+      load_square(from.data + offset, from.stride, count, width, from.pixels, square);
+      if (Map::kOther) load_square(from.other + offset, from.stride, count, width, from.pixels, other);
       RESNEXT_UNROLL
-      for (int i = 0; i < kLanes; ++i) square[i] = i < width ? load(panel + (pixel + i) * lanes + c) : Vec{};
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < width) store(panel + (pixel + i) * lanes + c, map(square[i], other[i]));
+      }
+    }
+  }
+}
+
+template <class T, class Map>
+void write_row_nchw(const Piece<T>& to, const WriteMap& write, int64_t lanes, const float* panel) {
+  for (int64_t c = 0; c < to.channels; c += kLanes) {
+    const int64_t count = min_of(kLanes, to.channels - c);
+    Map map(write, ChannelLanes{to.c + c, count});
+    for (int64_t pixel = 0; pixel < to.pixels; pixel += kLanes) {
+      const int64_t width = min_of(kLanes, to.pixels - pixel);
+      const int64_t offset = c * to.stride + pixel;
+      Vec square[kLanes], other[kLanes] = {};
+      if (Map::kOther) load_square(to.other + offset, to.stride, count, width, to.pixels, other);
+      RESNEXT_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        square[i] = i < width ? map(load(panel + (pixel + i) * lanes + c), other[i]) : Vec{};
+      }
       transpose(square);
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        T* target = to + (c + i) * channel_stride + pixel;
-        __builtin_prefetch(target + pixels, kForWriting, kKeepInL2);
+        T* target = to.data + offset + i * to.stride;
+        __builtin_prefetch(target + to.pixels, kForWriting, kKeepInL2);
         if (i < count) store_first(target, square[i], width);
       }
     }
+    map.finish();
+  }
+}
+
+template <class Map, class T>
+void read_piece(const Image& image, const Piece<T>& piece, const ReadMap& read, int64_t lanes, float* panel) {
+  (image.channels_last ? read_row_nhwc<T, Map> : read_row_nchw<T, Map>)(piece, read, lanes, panel);
+}
+
+template <class Map, class T>
+void write_piece(const Image& image, const Piece<T>& piece, const WriteMap& write, int64_t lanes, const float* panel) {
+  (image.channels_last ? write_row_nhwc<T, Map> : write_row_nchw<T, Map>)(piece, write, lanes, panel);
+}
+
+template <class T>
+void read_row_as(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
+                 int64_t lanes, float* panel) {
+  const auto piece = piece_of<T>(image, read.other, n, h, c, channels);
+  switch (read.kind) {
+    case ReadMap::kNone:
+      return read_piece<KeepValue>(image, piece, read, lanes, panel);
+    case ReadMap::kAffineRelu:
+      return read_piece<AffineRelu<T>>(image, piece, read, lanes, panel);
+    case ReadMap::kAddAffine:
+      return read_piece<AddAffine<T>>(image, piece, read, lanes, panel);
   }
 }
 
 template <class T>
-void read_row_as(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes, float* panel) {
-  const T* data = static_cast<const T*>(image.data);
-  if (image.channels_last) {
-    data += (n * image.height + h) * image.width * image.channels + c;
-    read_row_nhwc(data, image.channels, image.width, channels, lanes, panel);
-  } else {
-    data += ((n * image.channels + c) * image.height + h) * image.width;
-    read_row_nchw(data, image.height * image.width, image.width, channels, lanes, panel);
-  }
-}
-
-template <class T>
-void write_row_as(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes,
-                  const float* panel) {
-  T* data = static_cast<T*>(image.data);
-  if (image.channels_last) {
-    data += (n * image.height + h) * image.width * image.channels + c;
-    write_row_nhwc(data, image.channels, image.width, channels, lanes, panel);
-  } else {
-    data += ((n * image.channels + c) * image.height + h) * image.width;
-    write_row_nchw(data, image.height * image.width, image.width, channels, lanes, panel);
+void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t h, int64_t c, int64_t channels,
+                  int64_t lanes, const float* panel) {
+  const auto piece = piece_of<T>(image, write.other, n, h, c, channels);
+  switch (write.kind) {
+    case WriteMap::kNone:
+    case WriteMap::kMoments:
+      return write_piece<KeepValue>(image, piece, write, lanes, panel);
+    case WriteMap::kAffine:
+      return write_piece<ScaleShift<false>>(image, piece, write, lanes, panel);
+    case WriteMap::kAffineAdd:
+      return write_piece<ScaleShift<true>>(image, piece, write, lanes, panel);
+    case WriteMap::kReluGradient:
+      return write_piece<ReluGradient<T>>(image, piece, write, lanes, panel);
   }
 }
 
 // Row h of image n, channels [c, c + channels): the panel's further lanes become zero.
-void read_row(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes, float* panel) {
+void read_row(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
+              int64_t lanes, float* panel) {
   switch (image.dtype) {
     case Dtype::kFloat32:
-      return read_row_as<float>(image, n, h, c, channels, lanes, panel);
+      return read_row_as<float>(image, read, n, h, c, channels, lanes, panel);
     case Dtype::kFloat16:
-      return read_row_as<Half>(image, n, h, c, channels, lanes, panel);
+      return read_row_as<Half>(image, read, n, h, c, channels, lanes, panel);
     case Dtype::kBFloat16:
-      return read_row_as<BFloat16>(image, n, h, c, channels, lanes, panel);
+      return read_row_as<BFloat16>(image, read, n, h, c, channels, lanes, panel);
+    case Dtype::kUint8:  // never through a map
+      return read_piece<KeepValue>(image, piece_of<uint8_t>(image, nullptr, n, h, c, channels), read, lanes, panel);
   }
 }
 
-void write_row(const Image& image, int64_t n, int64_t h, int64_t c, int64_t channels, int64_t lanes,
-               const float* panel) {
+void write_row(const Image& image, const WriteMap& write, int64_t n, int64_t h, int64_t c, int64_t channels,
+               int64_t lanes, const float* panel) {
   switch (image.dtype) {
     case Dtype::kFloat32:
-      return write_row_as<float>(image, n, h, c, channels, lanes, panel);
+      return write_row_as<float>(image, write, n, h, c, channels, lanes, panel);
     case Dtype::kFloat16:
-      return write_row_as<Half>(image, n, h, c, channels, lanes, panel);
+      return write_row_as<Half>(image, write, n, h, c, channels, lanes, panel);
     case Dtype::kBFloat16:
-      return write_row_as<BFloat16>(image, n, h, c, channels, lanes, panel);
+      return write_row_as<BFloat16>(image, write, n, h, c, channels, lanes, panel);
+    case Dtype::kUint8:
+      return write_piece<KeepValue>(image, piece_of<uint8_t>(image, nullptr, n, h, c, channels), write, lanes, panel);
   }
 }
 
-// Elements [begin, begin + count) of a tensor as floats: in place, or converted to `scratch` (whole vectors).
+RESNEXT_INLINE int64_t first_row_of_band(const RowCuts& cuts, const Image& image, int64_t band) {
+  return min_of(cuts.parts * band / cuts.bands * cuts.part_rows, image.height);
+}
+
+// Task number `task` of batch * bands * blocks: rows [first_row, last_row) of image n, for a block of channels.
+struct BandTask {
+  int64_t n, first_row, last_row, block;
+};
+RESNEXT_INLINE BandTask band_task(const RowCuts& cuts, const Image& image, int64_t blocks, int64_t task) {
+  const int64_t band = task / blocks % cuts.bands;
+  return {task / blocks / cuts.bands, first_row_of_band(cuts, image, band), first_row_of_band(cuts, image, band + 1),
+          task % blocks};
+}
+
+// The map of row h of image n: its sums go to the row's part.
+RESNEXT_INLINE WriteMap map_of_row(WriteMap write, const RowCuts& cuts, const Image& image, int64_t n, int64_t h) {
+  if (write.partial != nullptr) {
+    write.partial += (n * cuts.parts + h / cuts.part_rows) * kPartialSums * image.channels;
+  }
+  return write;
+}
+
+template <class T>
+const float* widen(const T* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, load_first(from + i, min_of(kLanes, count - i)));
+  return to;
+}
+
+template <class T>
+void narrow(T* to, int64_t count, const float* from) {
+  for (int64_t i = 0; i < count; i += kLanes) store_first(to + i, load(from + i), min_of(kLanes, count - i));
+}
+
+// Elements [begin, begin + count) of a weight or bias as floats: in place, or converted to `scratch` (whole vectors).
 const float* read_floats(const void* data, Dtype dtype, int64_t begin, int64_t count, float* scratch) {
   switch (dtype) {
-    case Dtype::kFloat32:
-      return static_cast<const float*>(data) + begin;
     case Dtype::kFloat16:
-      read_row_nhwc(static_cast<const Half*>(data) + begin, 0, 1, count, 0, scratch);
-      return scratch;
+      return widen(static_cast<const Half*>(data) + begin, count, scratch);
     case Dtype::kBFloat16:
-      read_row_nhwc(static_cast<const BFloat16*>(data) + begin, 0, 1, count, 0, scratch);
-      return scratch;
+      return widen(static_cast<const BFloat16*>(data) + begin, count, scratch);
+    default:
+      return static_cast<const float*>(data) + begin;
   }
-  return nullptr;
 }
 
 void write_floats(void* data, Dtype dtype, int64_t begin, int64_t count, const float* from) {
   switch (dtype) {
-    case Dtype::kFloat32:
-      return write_row_nhwc(static_cast<float*>(data) + begin, 0, 1, count, 0, from);
     case Dtype::kFloat16:
-      return write_row_nhwc(static_cast<Half*>(data) + begin, 0, 1, count, 0, from);
+      return narrow(static_cast<Half*>(data) + begin, count, from);
     case Dtype::kBFloat16:
-      return write_row_nhwc(static_cast<BFloat16*>(data) + begin, 0, 1, count, 0, from);
+      return narrow(static_cast<BFloat16*>(data) + begin, count, from);
+    default:
+      return narrow(static_cast<float*>(data) + begin, count, from);
   }
 }

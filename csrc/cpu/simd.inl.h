@@ -10,6 +10,7 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
 #define RESNEXT_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -102,6 +103,12 @@ RESNEXT_INLINE Vec load(const BFloat16* from) {
   return widen_bfloat16(value);
 }
 
+RESNEXT_INLINE Vec load(const uint8_t* from) {
+  ByteVec value;
+  __builtin_memcpy(&value, from, sizeof(ByteVec));
+  return __builtin_convertvector(value, Vec);
+}
+
 RESNEXT_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(Vec)); }
 RESNEXT_INLINE void store(Half* to, Vec value) {
   const ShortVec half = narrow_half(value);
@@ -110,6 +117,37 @@ RESNEXT_INLINE void store(Half* to, Vec value) {
 RESNEXT_INLINE void store(BFloat16* to, Vec value) {
   const ShortVec half = narrow_bfloat16(value);
   __builtin_memcpy(to, &half, sizeof(ShortVec));
+}
+
+RESNEXT_INLINE void store(uint8_t* to, Vec value) {  // whole numbers from 0 to 255
+  const ByteVec bytes = __builtin_convertvector(__builtin_convertvector(value, IntVec), ByteVec);
+  __builtin_memcpy(to, &bytes, sizeof(ByteVec));
+}
+
+// The value as a T in memory has it.
+template <class T>
+RESNEXT_INLINE Vec round_to(Vec value) {
+  return value;
+}
+template <>
+RESNEXT_INLINE Vec round_to<Half>(Vec value) {
+  return widen_half(narrow_half(value));
+}
+template <>
+RESNEXT_INLINE Vec round_to<BFloat16>(Vec value) {
+  return widen_bfloat16(narrow_bfloat16(value));
+}
+
+// Zero where the value is not positive; NaN stays.
+RESNEXT_INLINE Vec relu(Vec value) { return value <= 0.0f ? Vec{} : value; }
+
+RESNEXT_INLINE float sum_of_lanes(Vec value) {
+  float sum[kLanes];
+  store(sum, value);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+  }
+  return sum[0];
 }
 
 // The first `count` lanes; the others are zero, or are left alone.
@@ -198,6 +236,16 @@ RESNEXT_INLINE Vec rotate(Vec value) {
   } else {
     return rotate<kWidth, kBy>(value, LaneIndices{});
   }
+}
+
+template <int... L>
+RESNEXT_INLINE IntVec lane_numbers(Indices<L...>) {
+  return IntVec{L...};
+}
+
+// The first `count` lanes; zero in the others.
+RESNEXT_INLINE Vec keep_first(Vec value, int64_t count) {
+  return lane_numbers(LaneIndices{}) < static_cast<int32_t>(count) ? value : Vec{};
 }
 
 template <int... L>

@@ -207,14 +207,14 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
       for (; next_row < min_of((p_end - 1) * g.stride_h + 2, g.x.height); ++next_row) {
         for (int64_t b = 0; b < bundles; ++b) {
           float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
-          read_row(g.x, n, next_row, (first_bundle + b) * layout.src_channels,
+          read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
                    bundle_src_channels(layout, first_bundle + b), layout.src_lanes, panel + layout.src_lanes);
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
         const int64_t bundle = first_bundle + b;
         for (int64_t row = p; row < p_end; ++row) {
-          read_row(g.grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
+          read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
                    grad_lanes(layout), grad + (row - p) * g.grad.width * grad_lanes(layout));
         }
         wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);

@@ -1,0 +1,177 @@
+// The CPU operators around the convolutions: batch norm's statistics, affine-add-relu, and the stem's max pool.
+#include "../batch_norm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "capability.h"
+#include "driver.h"
+
+namespace resnext::cpu {
+namespace {
+
+void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
+
+constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+
+Elementwise elementwise_of(Elementwise::Kind kind, const Tensor& z, bool channels_last) {
+  Elementwise e{};
+  e.kind = kind;
+  e.dtype = dtype_of(z);
+  e.channels_last = channels_last;
+  e.batch = z.size(0);
+  e.channels = z.size(1);
+  e.pixels = z.size(2) * z.size(3);
+  e.z = z.data_ptr();
+  // By the problem alone, as results must not depend on threads: parts of a plane fit the L1 cache, parts of the batch
+  // are enough for every thread and have enough pixels for their partial sums to be small beside them.
+  e.part_pixels = channels_last ? std::clamp<int64_t>(e.batch * e.pixels / 64, 64, 512) : 4096;
+  return e;
+}
+
+Parts parts_of(const Elementwise& e) {
+  if (e.channels_last) {
+    const int64_t pixels = e.batch * e.pixels;
+    return {1, (pixels + e.part_pixels - 1) / e.part_pixels, pixels, e.part_pixels};
+  }
+  return {e.batch, (e.pixels + e.part_pixels - 1) / e.part_pixels, e.pixels, e.part_pixels};
+}
+
+void run_elementwise(const Elementwise& e) {
+  const int64_t tasks = e.channels_last ? parts_of(e).count() : e.batch * e.channels;
+  const int64_t elements = e.channels_last ? e.part_pixels * e.channels : e.pixels;
+  const Kernels& kernels = active_kernels();
+  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kGrain / elements),
+                              [&](int64_t begin, int64_t end) { kernels.elementwise(e, begin, end); });
+}
+
+void statistics(const Tensor z, Tensor mean, Tensor var, bool channels_last) {
+  check_statistics(z, mean, var, channels_last);
+  Elementwise e = elementwise_of(Elementwise::kMoments, z, channels_last);
+  const Parts parts = parts_of(e);
+  const Buffer partial = allocate_partial(parts, e.channels);
+  e.partial = partial.get();
+  run_elementwise(e);
+  merge_moments(e.partial, parts, e.channels, floats_of(mean), floats_of(var));
+}
+
+void statistics_bwd(const Tensor dz, const Tensor z, const Tensor mean, const Tensor dmean, const Tensor dvar, Tensor g,
+                    bool channels_last) {
+  check_statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last);
+  const OwnedAffine affine = statistics_gradient(mean, dmean, dvar, z.numel() / z.size(1));
+  Elementwise e = elementwise_of(Elementwise::kAddAffine, z, channels_last);
+  e.affine = affine.affine;
+  e.dout = dz.data_ptr();
+  e.result = g.data_ptr();
+  run_elementwise(e);
+}
+
+void affine_add_relu(const Tensor z, const OptionalTensor center, const Tensor scale, const Tensor shift,
+                     const OptionalTensor residual, const OptionalTensor residual_center,
+                     const OptionalTensor residual_scale, const OptionalTensor residual_shift, Tensor out,
+                     bool channels_last) {
+  check_affine_add_relu(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, out,
+                        channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  const OwnedAffine residual_affine = affine_of(z.size(1), residual_center, residual_scale, residual_shift);
+  Elementwise e = elementwise_of(Elementwise::kAffineAddRelu, z, channels_last);
+  e.affine = affine.affine;
+  e.residual_affine = residual_affine.affine;
+  e.residual = data_of(residual);
+  e.result = out.data_ptr();
+  run_elementwise(e);
+}
+
+void affine_add_relu_bwd(const Tensor dout, const OptionalTensor out, const Tensor z, const OptionalTensor center,
+                         const Tensor scale, const Tensor shift, const OptionalTensor residual,
+                         const OptionalTensor residual_center, const OptionalTensor residual_scale,
+                         const OptionalTensor dz, const OptionalTensor dresidual, const OptionalTensor dscale,
+                         const OptionalTensor dshift, const OptionalTensor dresidual_scale, bool channels_last) {
+  check_affine_add_relu_bwd(dout, out, z, center, scale, shift, residual, residual_center, residual_scale, dz,
+                            dresidual, dscale, dshift, dresidual_scale, channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  const OwnedAffine residual_affine = affine_of(z.size(1), residual_center, residual_scale, std::nullopt);
+  Elementwise e = elementwise_of(Elementwise::kAffineAddReluGradient, z, channels_last);
+  const bool sums = dshift.has_value();
+  const Parts parts = parts_of(e);
+  const Buffer partial = sums ? allocate_partial(parts, e.channels) : nullptr;
+  e.affine = affine.affine;
+  e.residual_affine = residual_affine.affine;
+  e.dout = dout.data_ptr();
+  e.out = data_of(out);
+  if (out.has_value() && !sums) e.z = nullptr;  // not needed
+  if (dresidual_scale.has_value()) e.residual = data_of(residual);
+  e.result = data_of(dz);
+  e.dresidual = data_of(dresidual);
+  e.partial = partial.get();
+  run_elementwise(e);
+  if (!sums) return;
+  merge_sums(e.partial, parts, e.channels, 0, floats_of(dshift));
+  merge_sums(e.partial, parts, e.channels, 1, floats_of(dscale));
+  if (dresidual_scale.has_value()) merge_sums(e.partial, parts, e.channels, 2, floats_of(dresidual_scale));
+}
+
+// Channels worked on together: as for the convolution's blocks of bundles.
+MaxPool max_pool_of(const Tensor& z, const Tensor& pooled, const OptionalTensor& taps, bool channels_last) {
+  MaxPool p{};
+  p.z = image_of(z, channels_last);
+  p.pooled = image_of(pooled, channels_last);
+  if (taps.has_value()) p.taps = image_of(*taps, channels_last);
+  p.lanes = channels_last ? 32 : 16;
+  return p;
+}
+
+int64_t blocks_of(const MaxPool& p) { return (p.z.channels + p.lanes - 1) / p.lanes; }
+
+void affine_relu_max_pool(const Tensor z, const OptionalTensor center, const Tensor scale, const Tensor shift,
+                          Tensor out, const OptionalTensor taps, bool channels_last) {
+  check_affine_relu_max_pool(z, center, scale, shift, out, taps, channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  MaxPool p = max_pool_of(z, out, taps, channels_last);
+  p.read = {ReadMap::kAffineRelu, affine.affine, nullptr};
+  p.cuts = cut_rows(p.pooled, blocks_of(p), /*sums=*/false);
+  const Kernels& kernels = active_kernels();
+  torch::stable::parallel_for(0, p.z.batch * p.cuts.bands * blocks_of(p), 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate(kernels.max_pool_scratch(p));
+    kernels.max_pool(p, scratch.get(), begin, end);
+  });
+}
+
+void affine_relu_max_pool_bwd(const Tensor dout, const Tensor taps, const Tensor z, const OptionalTensor center,
+                              const Tensor scale, const Tensor shift, const OptionalTensor dz,
+                              const OptionalTensor dscale, const OptionalTensor dshift, bool channels_last) {
+  check_affine_relu_max_pool_bwd(dout, taps, z, center, scale, shift, dz, dscale, dshift, channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  MaxPool p = max_pool_of(z, dout, taps, channels_last);
+  const Buffer unwanted = dz.has_value() ? nullptr : allocate(z.numel());
+  p.z.data = dz.has_value() ? dz->data_ptr() : unwanted.get();
+  p.write.kind = WriteMap::kReluGradient;
+  p.write.affine = affine.affine;
+  p.write.other = z.data_ptr();
+  p.write.channels = p.z.channels;
+  p.cuts = cut_rows(p.z, blocks_of(p), /*sums=*/true);
+  const Parts parts = parts_of(p.cuts, p.z);
+  const Buffer partial = allocate_partial(parts, p.z.channels);
+  p.write.partial = partial.get();
+  const Kernels& kernels = active_kernels();
+  torch::stable::parallel_for(0, p.z.batch * p.cuts.bands * blocks_of(p), 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate(kernels.max_pool_gradient_scratch(p));
+    kernels.max_pool_gradient(p, scratch.get(), begin, end);
+  });
+  if (!dshift.has_value()) return;
+  merge_sums(partial.get(), parts, p.z.channels, 0, floats_of(dshift));
+  merge_sums(partial.get(), parts, p.z.channels, 1, floats_of(dscale));
+}
+
+}  // namespace
+}  // namespace resnext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resnext_C, CPU, m) {
+  m.impl("statistics", TORCH_BOX(&resnext::cpu::statistics));
+  m.impl("statistics_bwd", TORCH_BOX(&resnext::cpu::statistics_bwd));
+  m.impl("affine_add_relu", TORCH_BOX(&resnext::cpu::affine_add_relu));
+  m.impl("affine_add_relu_bwd", TORCH_BOX(&resnext::cpu::affine_add_relu_bwd));
+  m.impl("affine_relu_max_pool", TORCH_BOX(&resnext::cpu::affine_relu_max_pool));
+  m.impl("affine_relu_max_pool_bwd", TORCH_BOX(&resnext::cpu::affine_relu_max_pool_bwd));
+}

@@ -1,0 +1,149 @@
+#include "driver.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace resnext::cpu {
+
+void Free::operator()(float* data) const { std::free(data); }
+
+Buffer allocate(int64_t count) {
+  constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+  void* data = nullptr;
+  if (posix_memalign(&data, kAlignment, std::max(bytes, kAlignment)) != 0) throw std::bad_alloc();
+  return Buffer(static_cast<float*>(data));
+}
+
+Buffer allocate_zeros(int64_t count) {
+  Buffer buffer = allocate(count);
+  std::memset(buffer.get(), 0, static_cast<size_t>(count) * sizeof(float));
+  return buffer;
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Byte:
+      return Dtype::kUint8;
+    default:
+      return Dtype::kFloat32;  // the checks let nothing else through
+  }
+}
+
+Image image_of(const Tensor& tensor, bool channels_last) {
+  return {tensor.data_ptr(), dtype_of(tensor), channels_last,  tensor.size(0),
+          tensor.size(1),    tensor.size(2),   tensor.size(3)};
+}
+
+float* floats_of(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<float*>(tensor->data_ptr()) : nullptr;
+}
+
+OwnedAffine affine_of(int64_t channels, const OptionalTensor& center, const OptionalTensor& scale,
+                      const OptionalTensor& shift) {
+  Buffer storage = allocate_zeros(2 * channels);
+  const float* zeros = storage.get();
+  float* ones = storage.get() + channels;
+  std::fill_n(ones, channels, 1.0f);
+  const Affine affine = {center.has_value() ? floats_of(center) : zeros, scale.has_value() ? floats_of(scale) : ones,
+                         shift.has_value() ? floats_of(shift) : zeros};
+  return {affine, std::move(storage)};
+}
+
+OwnedAffine statistics_gradient(const Tensor& mean, const Tensor& dmean, const Tensor& dvar, int64_t count) {
+  const int64_t channels = mean.size(0);
+  const float* dmeans = floats_of(dmean);
+  const float* dvars = floats_of(dvar);
+  Buffer storage = allocate(2 * channels);
+  float* scale = storage.get();
+  float* shift = storage.get() + channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    scale[c] = 2.0f * dvars[c] / static_cast<float>(count);
+    shift[c] = dmeans[c] / static_cast<float>(count);
+  }
+  return {{floats_of(mean), scale, shift}, std::move(storage)};
+}
+
+RowCuts cut_rows(const Image& written, int64_t blocks, bool sums) {
+  constexpr int64_t kPartPixels = 256;
+  const int64_t part_rows = sums ? std::clamp<int64_t>(kPartPixels / written.width, 1, written.height) : 1;
+  const int64_t parts = (written.height + part_rows - 1) / part_rows;
+  const int64_t wanted_tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t tasks = written.batch * blocks;
+  return {part_rows, parts, std::clamp<int64_t>((wanted_tasks + tasks - 1) / tasks, 1, parts)};
+}
+
+Parts parts_of(const RowCuts& cuts, const Image& image) {
+  return {image.batch, cuts.parts, image.height * image.width, cuts.part_rows * image.width};
+}
+
+Buffer allocate_partial(const Parts& parts, int64_t channels) {
+  return allocate_zeros(parts.count() * kPartialSums * channels);
+}
+
+namespace {
+
+constexpr int64_t kBlock = 64;  // channels added up together
+
+// Calls merge(c, channels of the block) for blocks of channels, in parallel if there is much to add up.
+template <class Merge>
+void for_channel_blocks(const Parts& parts, int64_t channels, Merge merge) {
+  constexpr int64_t kAdditions = 32768;
+  torch::stable::parallel_for(0, (channels + kBlock - 1) / kBlock,
+                              std::max<int64_t>(1, kAdditions / (parts.count() * kBlock)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t block = begin; block < end; ++block) {
+                                  merge(block * kBlock, std::min(kBlock, channels - block * kBlock));
+                                }
+                              });
+}
+
+}  // namespace
+
+void merge_moments(const float* partial, const Parts& parts, int64_t channels, float* mean, float* var) {
+  for_channel_blocks(parts, channels, [&](int64_t first, int64_t count) {
+    double means[kBlock] = {};
+    double m2s[kBlock] = {};
+    int64_t pixels = 0;
+    for (int64_t part = 0; part < parts.count(); ++part) {
+      const float* shifts = partial + part * kPartialSums * channels + first;
+      const float* part_means = shifts + channels;
+      const float* part_m2s = part_means + channels;
+      const int64_t before = part % parts.per_image * parts.part_pixels;
+      const int64_t added = std::min(parts.part_pixels, parts.image_pixels - before);
+      const double share = static_cast<double>(added) / static_cast<double>(pixels + added);
+      const double weight = share * static_cast<double>(pixels);
+      for (int64_t c = 0; c < count; ++c) {
+        const double delta = static_cast<double>(shifts[c]) + static_cast<double>(part_means[c]) - means[c];
+        means[c] += delta * share;
+        m2s[c] += static_cast<double>(part_m2s[c]) + delta * delta * weight;
+      }
+      pixels += added;
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      mean[first + c] = static_cast<float>(means[c]);
+      var[first + c] = static_cast<float>(m2s[c] / static_cast<double>(pixels));
+    }
+  });
+}
+
+void merge_sums(const float* partial, const Parts& parts, int64_t channels, int index, float* sum) {
+  for_channel_blocks(parts, channels, [&](int64_t first, int64_t count) {
+    double sums[kBlock] = {};
+    for (int64_t part = 0; part < parts.count(); ++part) {
+      const float* added = partial + (part * kPartialSums + index) * channels + first;
+      for (int64_t c = 0; c < count; ++c) sums[c] += static_cast<double>(added[c]);
+    }
+    for (int64_t c = 0; c < count; ++c) sum[first + c] = static_cast<float>(sums[c]);
+  });
+}
+
+}  // namespace resnext::cpu

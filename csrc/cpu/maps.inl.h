@@ -1,0 +1,89 @@
+// What becomes of values on their way between memory and the kernels: ReadMap and WriteMap of kernels.h, as classes for
+// the loops of rows.inl.h. An object serves some channels: it keeps their vectors in registers, and their sums until
+// finish().
+
+// The channels c, c + 1, ... of a vector whose lanes are channels; lanes past the last one count as zero.
+struct ChannelLanes {
+  int64_t c, count;
+  RESNEXT_INLINE Vec get(const float* values) const { return load_first(values + c, count); }
+  RESNEXT_INLINE void set(float* values, Vec value) const { store_first(values + c, value, count); }
+  RESNEXT_INLINE void add(float* sums, Vec value) const { set(sums, get(sums) + value); }
+};
+
+// The channel of a vector whose lanes are pixels.
+struct OneChannel {
+  int64_t c;
+  RESNEXT_INLINE Vec get(const float* values) const { return broadcast(values[c]); }
+  RESNEXT_INLINE void add(float* sums, Vec value) const { sums[c] += sum_of_lanes(value); }
+};
+
+template <class Channels>
+struct AffineVectors {
+  Vec center, scale, shift;
+  RESNEXT_INLINE AffineVectors(const Affine& affine, const Channels& channels)
+      : center(channels.get(affine.center)), scale(channels.get(affine.scale)), shift(channels.get(affine.shift)) {}
+  RESNEXT_INLINE Vec operator()(Vec value) const { return (value - center) * scale + shift; }
+};
+
+struct KeepValue {
+  static constexpr bool kOther = false;
+  template <class Map>
+  RESNEXT_INLINE KeepValue(const Map&, const ChannelLanes&) {}
+  RESNEXT_INLINE Vec operator()(Vec value, Vec) const { return value; }
+  RESNEXT_INLINE void finish() const {}
+};
+
+template <class T>
+struct AffineRelu {
+  static constexpr bool kOther = false;
+  AffineVectors<ChannelLanes> affine;
+  RESNEXT_INLINE AffineRelu(const ReadMap& map, const ChannelLanes& channels) : affine(map.affine, channels) {}
+  RESNEXT_INLINE Vec operator()(Vec value, Vec) const { return round_to<T>(relu(affine(value))); }
+};
+
+template <class T>
+struct AddAffine {
+  static constexpr bool kOther = true;
+  AffineVectors<ChannelLanes> affine;
+  RESNEXT_INLINE AddAffine(const ReadMap& map, const ChannelLanes& channels) : affine(map.affine, channels) {}
+  RESNEXT_INLINE Vec operator()(Vec value, Vec other) const { return round_to<T>(value + affine(other)); }
+};
+
+template <bool kAdd>
+struct ScaleShift {
+  static constexpr bool kOther = kAdd;
+  Vec scale, shift;
+  bool with_relu;
+  RESNEXT_INLINE ScaleShift(const WriteMap& map, const ChannelLanes& channels)
+      : scale(channels.get(map.affine.scale)), shift(channels.get(map.affine.shift)), with_relu(map.relu) {}
+  RESNEXT_INLINE Vec operator()(Vec value, Vec other) const {
+    value = value * scale + shift;
+    if (kAdd) value += other;
+    return with_relu ? relu(value) : value;
+  }
+  RESNEXT_INLINE void finish() const {}
+};
+
+template <class T>
+struct ReluGradient {
+  static constexpr bool kOther = true;
+  const ChannelLanes channels;
+  float *dshift_sums, *dscale_sums;
+  const AffineVectors<ChannelLanes> affine;
+  Vec dshift{}, dscale{};
+  RESNEXT_INLINE ReluGradient(const WriteMap& map, const ChannelLanes& lanes)
+      : channels(lanes),
+        dshift_sums(map.partial),
+        dscale_sums(map.partial + map.channels),
+        affine(map.affine, lanes) {}
+  RESNEXT_INLINE Vec operator()(Vec value, Vec x) {
+    const Vec t = round_to<T>(affine(x)) <= 0.0f ? Vec{} : value;
+    dshift += t;
+    dscale += t * (x - affine.center);
+    return affine.scale * t;
+  }
+  RESNEXT_INLINE void finish() const {
+    channels.add(dshift_sums, dshift);
+    channels.add(dscale_sums, dscale);
+  }
+};
