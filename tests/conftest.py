@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -81,3 +82,30 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def built() -> None:
+    """The compiled extension."""
+    from resnext.kernels import extension
+
+    if reason := extension.load():
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def capability(built: None, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Force one instruction set of the extension for the length of a test."""
+    try:
+        torch.ops.resnext_C.set_cpu_capability(request.param)
+    except RuntimeError:
+        pytest.skip(f"this machine lacks {request.param}")
+    yield request.param
+    torch.ops.resnext_C.set_cpu_capability("")
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
