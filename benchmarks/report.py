@@ -8,11 +8,19 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from shapes import NETWORKS, PASSES, Layer
 from timing import Timing
 
 OURS = "ours"
+
+
+class Printable(Protocol):
+    """A line of a table."""
+
+    def cells(self) -> dict[str, str]:
+        """Column -> text."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Row:
         bytes: Fewest bytes it can move.
         bound: Seconds it takes at least by the roofline measured in the same run.
         timings: ``"ours"`` and the names of the baselines -> times.
-        peak_bytes: The same names -> device memory one call allocates, result included; None where it is unknown (CPU).
+        peak_bytes: The same names -> memory one call allocates, result included.
     """
 
     layer: Layer
@@ -37,7 +45,7 @@ class Row:
     bytes: int
     bound: float
     timings: Mapping[str, Timing]
-    peak_bytes: Mapping[str, int | None]
+    peak_bytes: Mapping[str, int]
 
     @property
     def seconds(self) -> float:
@@ -56,7 +64,7 @@ class Row:
 
     def cells(self) -> dict[str, str]:
         """Column -> text."""
-        ours, peak = self.timings[OURS], self.peak_bytes[OURS]
+        ours = self.timings[OURS]
         cells = {
             "layer": self.layer.name,
             "pass": self.pass_,
@@ -67,7 +75,7 @@ class Row:
             "TFLOP/s": f"{self.flops / self.seconds * 1e-12:.3f}",
             "GB/s": f"{self.bytes / self.seconds * 1e-9:.1f}",
             "% roofline": f"{100 * self.bound / self.seconds:.0f}",
-            "peak MB": "-" if peak is None else f"{peak * 1e-6:.1f}",
+            "peak MB": f"{self.peak_bytes[OURS] * 1e-6:.1f}",
         }
         for name, timing in self.timings.items():
             if name != OURS:
@@ -91,7 +99,7 @@ class Row:
         }
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Printable]) -> str:
     """An aligned table, text to the left and numbers to the right."""
     if not rows:
         return "nothing was timed"
@@ -156,7 +164,7 @@ def to_json(rows: Sequence[Row], **about: object) -> str:
     return json.dumps(results, indent=1) + "\n"
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def to_csv(rows: Sequence[Printable]) -> str:
     """The table's columns, a line per row."""
     text = io.StringIO()
     if rows:

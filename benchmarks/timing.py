@@ -85,20 +85,6 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Device memory that one call allocates at its peak, result and workspace; None on the CPU: nobody counts there."""
-    if device.type != "cuda":
-        return None
-    call()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = call()
-    torch.cuda.synchronize(device)
-    del result
-    return torch.cuda.max_memory_allocated(device) - before
-
-
 def _summary(samples: list[float], replayed: bool = False) -> Timing:
     # "inclusive" treats the samples as the whole population, so that a handful already has percentiles.
     fifths = statistics.quantiles(samples, n=5, method="inclusive")

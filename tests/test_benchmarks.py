@@ -24,10 +24,11 @@ import grouped_conv  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from contenders import Operands  # noqa: E402
+from peak_memory import peak_bytes  # noqa: E402
 from report import Row  # noqa: E402
 from roofline import Roofline  # noqa: E402
 from shapes import NETWORKS, PASSES, Layer  # noqa: E402
-from timing import Budget, Timing, interleave, peak_bytes  # noqa: E402
+from timing import Budget, Timing, interleave  # noqa: E402
 from verify import mismatch  # noqa: E402
 
 from resnext.kernels import reference  # noqa: E402
@@ -180,7 +181,7 @@ def test_gate_catches_a_wrong_dtype(monkeypatch):
 
 def _row(layer: Layer, pass_: str, **seconds: float) -> Row:
     timings = {name: Timing(value, value, value, 5) for name, value in seconds.items()}
-    return Row(layer, pass_, "cpu", 10, 20, 1e-3, timings, dict.fromkeys(timings))
+    return Row(layer, pass_, "cpu", 10, 20, 1e-3, timings, dict.fromkeys(timings, 4))
 
 
 def test_ratio_is_against_the_fastest_baseline():
