@@ -149,7 +149,7 @@ def _launchers(forced: str | None, *problem) -> ModuleType:
 
 # --- the fused operators ---
 
-_ELEMENTWISE = {"triton": "batch_norm", "cuda": "reference", "cpu": "reference", "torch": "reference"}
+_ELEMENTWISE = {"triton": "batch_norm", "cuda": "extension", "cpu": "extension", "torch": "reference"}
 _POOLING = _ELEMENTWISE | {"triton": "max_pool"}
 
 
@@ -199,7 +199,7 @@ def _fused_launchers(forced: str | None, *problem) -> Any:
     name = choose(described, device)
     kernel_size = tuple(weight_shape[2:])
     # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
-    if kernel_size == checks.KERNEL_SIZE and name == "triton" and (groups > 1 or forced):
+    if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
     if kernel_size == (1, 1) and groups == 1 and name == "triton" and (forced or pointwise_by_triton(described)):
         return _module("pointwise_conv")
