@@ -40,8 +40,8 @@ class BlockCase:
     stride: int = 1
 
     def pair(self, norm: Norm = nn.BatchNorm2d, **arguments: Any) -> tuple[ResidualBlock, nn.Module]:
-        """Ours and torchvision's, with the same parameters, none at its initial value."""
-        ours, plain = (self._make(kind, norm, arguments) for kind in (self.kind, PLAIN[self.kind]))
+        """Ours and torchvision's, with the same parameters, none at its initial value; ``arguments`` are for ours."""
+        ours, plain = self._make(self.kind, norm, **arguments), self._make(PLAIN[self.kind], norm)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in plain.parameters():
@@ -49,7 +49,7 @@ class BlockCase:
         ours.load_state_dict(plain.state_dict())
         return ours, plain
 
-    def _make(self, kind: Any, norm: Norm, arguments: dict[str, Any]) -> Any:
+    def _make(self, kind: Any, norm: Norm, **arguments: Any) -> Any:
         out_planes = self.planes * kind.expansion
         downsample = None
         if self.stride != 1 or self.inplanes != out_planes:

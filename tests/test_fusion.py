@@ -1,0 +1,449 @@
+"""When a block runs fused and when its children run one by one; what it keeps in inference; copies and compilers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, prune
+
+from resnext import GroupedConv2d, fusion
+from resnext.blocks import ResidualBlock
+
+from .block_cases import CASES, IDENTITY, PROJECTION, forward_and_gradients, resnet, train_and_evaluate
+
+
+def hooked(name: str, register: str):
+    """Register a hook that does nothing; backward hooks make the module's autograd graph another one."""
+    return lambda block: getattr(block.get_submodule(name), f"register_{register}")(lambda *_: None)
+
+
+def replaced(name: str, make):
+    def change(block: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        torch.manual_seed(4)
+        setattr(block.get_submodule(parent), child, make(block.get_submodule(name)))
+
+    return change
+
+
+def with_forward_of_its_own(block: nn.Module) -> None:
+    block.conv1.forward = lambda x: F.conv2d(x, block.conv1.weight * 2)
+
+
+def changed(name: str, **attributes):
+    def change(block: nn.Module) -> None:
+        for attribute, value in attributes.items():
+            setattr(block.get_submodule(name), attribute, value)
+
+    return change
+
+
+def pooled(downsample: nn.Sequential) -> nn.Sequential:
+    conv = nn.Conv2d(24, 32, 1, bias=False)
+    return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), conv, nn.BatchNorm2d(32))
+
+
+CHANGES = {
+    "group norm": (replaced("bn2", lambda _: nn.GroupNorm(4, 16)), "bn2 is GroupNorm, not BatchNorm2d"),
+    "no norm": (replaced("bn1", lambda _: nn.Identity()), "bn1 is Identity, not BatchNorm2d"),
+    "another activation": (replaced("relu", lambda _: nn.SiLU()), "relu is SiLU, not ReLU"),
+    "biased": (replaced("conv1", lambda _: nn.Conv2d(24, 16, 1)), "conv1 has a bias"),
+    "dilated": (changed("conv2", dilation=(2, 2), padding=(2, 2)), "conv2: dilation is (2, 2), not 1"),
+    "circular padding": (
+        replaced("conv2", lambda _: GroupedConv2d(16, 16, 3, 2, 1, groups=4, bias=False, padding_mode="circular")),
+        "conv2.padding_mode is circular, not zeros",
+    ),
+    "pooling shortcut": (
+        replaced("downsample", pooled),
+        "downsample has 3 children, not a convolution and a batch norm",
+    ),
+    "shortcut of another kind": (
+        replaced("downsample", lambda _: nn.Conv2d(24, 32, 1, 2)),
+        "downsample is Conv2d, not Sequential",
+    ),
+    "eps 0": (changed("bn3", eps=0.0), "bn3.eps is 0.0, not positive"),
+    "one running statistic": (
+        changed("bn1", running_mean=None, track_running_stats=False),
+        "bn1 has only one of running_mean and running_var",
+    ),
+    "bias without weight": (changed("bn3", weight=None), "bn3 has a bias without a weight"),
+    "forward hook": (hooked("conv2", "forward_hook"), "conv2 has a forward hook"),
+    "forward pre-hook": (hooked("bn1", "forward_pre_hook"), "bn1 has a forward pre-hook"),
+    "backward hook": (hooked("relu", "full_backward_hook"), "relu has a backward hook"),
+    "backward pre-hook": (hooked("downsample.1", "full_backward_pre_hook"), "downsample.1 has a backward pre-hook"),
+    "hook on the container": (hooked("downsample", "forward_hook"), "downsample has a forward hook"),
+    "pruned": (
+        lambda block: prune.l1_unstructured(block.conv3, "weight", 0.5),
+        "conv3 has a forward pre-hook",
+    ),
+    "forward of its own": (with_forward_of_its_own, "conv1 has a forward of its own"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES.keys())
+def test_children_run_one_by_one(change, reason):
+    """The same operations in the same order as in torchvision's block, so the same bits in float64."""
+    ours, plain = (block.double() for block in PROJECTION.pair())
+    for block in (ours, plain):
+        change(block)
+        block.double()
+    if "eps 0" in reason or "eps is 0" in reason:
+        ours.bn3.eval()
+        plain.bn3.eval()
+    x = PROJECTION.images().double()
+    assert ours.why_not_fused() == ours.why_not_fused(x) == reason
+    got, expected = forward_and_gradients(ours, x), forward_and_gradients(plain, x)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+
+
+def test_parametrized():
+    ours, _ = IDENTITY.pair()
+    parametrizations.weight_norm(ours.conv2)
+    assert ours.why_not_fused() == "conv2 is ParametrizedGroupedConv2d, not Conv2d"
+    x = IDENTITY.images()
+    ours(x).sum().backward()
+    assert ours.conv2.parametrizations.weight.original1.grad is not None
+
+
+def test_hooks_fire_once_and_change_outputs():
+    ours, plain = PROJECTION.pair()
+    fired = []
+    for block in (ours, plain):
+        block.conv2.register_forward_hook(lambda _, inputs, output: fired.append(1) or output * 2)
+    x = PROJECTION.images()
+    torch.testing.assert_close(ours(x), plain(x))
+    assert len(fired) == 2
+
+
+def test_global_hooks_see_the_children():
+    ours, _ = PROJECTION.pair()
+    names = {id(module): name for name, module in ours.named_modules()}
+    seen = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(names[id(module)]))
+    try:
+        assert ours.why_not_fused() == "a hook is registered for all modules"
+        ours(PROJECTION.images())
+    finally:
+        handle.remove()
+    assert set(seen) == set(names.values())
+    assert ours.why_not_fused() is None
+
+
+INPUTS = {
+    "without images": (lambda x: x[:0], "the input has shape (0, 24, 7, 6), not (N, C, H, W) with something in it"),
+    "without a batch": (lambda x: x[0], "the input has shape (24, 7, 6), not (N, C, H, W) with something in it"),
+    "another dtype": (lambda x: x.double(), "the input is torch.float64, and conv1 torch.float32"),
+    "integers": (
+        lambda x: x.int(),
+        "the input is torch.int32, not float32, float16, bfloat16 or float64",
+    ),
+    "another device": (
+        lambda x: x.to("meta"),
+        "the input is torch.strided on meta, not strided on a CPU or a CUDA GPU",
+    ),
+}
+
+
+@pytest.mark.parametrize(("view", "reason"), INPUTS.values(), ids=INPUTS.keys())
+def test_inputs_left_to_the_children(view, reason):
+    """What PyTorch computes, counts or raises."""
+    ours, plain = PROJECTION.pair()
+    x = view(PROJECTION.images())
+    assert ours.why_not_fused(x) == reason
+    outcomes = []
+    for block in (ours, plain):
+        try:
+            outcomes.append(block(x).shape)
+        except (RuntimeError, ValueError) as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]
+    for got, expected in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+ERRORS = {
+    "one value per channel": (lambda block: None, (1, 1, 2), "Expected more than 1 value per channel when training"),
+    "eps 0": (changed("bn2", eps=0.0), (2, 4, 4), "eps must be positive"),
+}
+
+
+@pytest.mark.parametrize(("change", "size", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_are_pytorchs(change, size, message):
+    ours, plain = PROJECTION.pair()
+    x = torch.randn(size[0], 24, *size[1:])
+    errors = []
+    for block in (ours, plain):
+        change(block)
+        with pytest.raises(ValueError, match=message) as error:
+            block(x)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+# --- who else calls ---
+
+
+def test_functional_transforms():
+    ours, plain = (block.double().eval() for block in PROJECTION.pair())
+    x = PROJECTION.images().double()
+    for transformed in (
+        lambda block: torch.func.grad(lambda x: block(x).square().sum())(x),
+        lambda block: torch.func.vmap(lambda x: block(x[None])[0])(x),
+        lambda block: torch.func.jvp(block, (x,), (x,))[1],
+    ):
+        torch.testing.assert_close(transformed(ours), transformed(plain))
+
+
+def test_functional_call():
+    """Other tensors in the modules' place for one call."""
+    ours, plain = (block.double().eval() for block in PROJECTION.pair())
+    x = PROJECTION.images().double()
+    state = {name: value.detach() + 1 for name, value in plain.state_dict().items()}
+    with torch.no_grad():
+        before = ours(x)
+        torch.testing.assert_close(
+            torch.func.functional_call(ours, state, x), torch.func.functional_call(plain, state, x)
+        )
+        assert torch.equal(ours(x), before)
+
+
+def test_forward_mode_differentiation():
+    ours, plain = (block.double().eval() for block in PROJECTION.pair())
+    x = PROJECTION.images().double()
+    tangents = []
+    for block in (ours, plain):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(block(dual)).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_double_backward():
+    ours, plain = (block.double() for block in PROJECTION.pair())
+    x = PROJECTION.images().double()
+    results = []
+    for block in (ours, plain):
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), [leaf, *block.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+def test_symbolic_tracing_records_the_children():
+    ours, _ = PROJECTION.pair()
+    traced = fx.symbolic_trace(ours)
+    called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    assert {"conv1", "bn1", "relu", "bn3", "downsample.0", "downsample.1"} <= called
+    x = PROJECTION.images()
+    torch.testing.assert_close(traced(x), ours(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_jit_tracing():
+    ours, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    with torch.no_grad():
+        traced = torch.jit.trace(ours.eval(), x)
+        torch.testing.assert_close(traced(x), ours(x))
+
+
+# --- what inference keeps ---
+
+
+def replace_parameter(block: ResidualBlock) -> None:
+    block.bn2.weight = nn.Parameter(block.bn2.weight.detach() + 1)
+
+
+def point_elsewhere(block: ResidualBlock) -> None:
+    block.conv1.weight.data = block.conv1.weight.data + 1
+
+
+def write_through_data(block: ResidualBlock) -> None:
+    """Leaves no trace in the tensor, but evaluation is preceded by eval()."""
+    block.conv3.weight.data.add_(1)
+    block.eval()
+
+
+def step(block: ResidualBlock) -> None:
+    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    block.train()(IDENTITY.images()).square().mean().backward()
+    optimizer.step()
+    block.eval()
+
+
+@torch.no_grad()
+def train_without_gradients(block: ResidualBlock) -> None:
+    """With no call of train() or eval(): the batch norm alone changes mode."""
+    block.bn1.train()
+    block(IDENTITY.images())
+    block.bn1.eval()
+
+
+UPDATES = {
+    "a parameter in place": lambda block: nn.init.uniform_(block.bn1.bias),
+    "a 1x1 weight in place": lambda block: nn.init.uniform_(block.conv3.weight),
+    "a 3x3 weight in place": lambda block: nn.init.uniform_(block.conv2.weight),
+    "a buffer in place": lambda block: block.bn2.running_var.mul_(2),
+    "a new parameter": replace_parameter,
+    "a parameter's data": point_elsewhere,
+    "through data": write_through_data,
+    "eps": lambda block: setattr(block.bn3, "eps", 0.1),
+    "a state dict": lambda block: block.load_state_dict({k: v + 1 for k, v in block.state_dict().items()}),
+    "a state dict's tensors": lambda block: block.load_state_dict(
+        {k: v + 1 for k, v in block.state_dict().items()}, assign=True
+    ),
+    "a training step": step,
+    "running statistics": train_without_gradients,
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+def test_inference_follows_what_changes(update):
+    block, _ = IDENTITY.pair()
+    x = IDENTITY.images()
+    block.eval()
+    with torch.no_grad():
+        before = block(x)
+    update(block)
+    with torch.no_grad():
+        after = block(x)
+        assert torch.equal(after, copy.deepcopy(block)(x))  # which has kept nothing
+    assert not torch.allclose(after, before)
+
+
+def test_inference_keeps_what_does_not_change():
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    block.eval()
+    with torch.no_grad():
+        block(x)
+        kept = fusion._KEPT[block]
+        block(x)
+        assert fusion._KEPT[block] is kept
+        # A 1x1 convolution on a CPU has the scale in its weight.
+        assert [folded.scale is None for folded in kept.folded] == [True, False, True, True]
+    block.train()
+    assert block not in fusion._KEPT
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
+def test_copies_leave_behind_what_inference_keeps(copied):
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    keys = list(block.eval().state_dict())
+    with torch.no_grad():
+        expected = block(x)
+        other = copied(block)
+        assert other not in fusion._KEPT
+        assert list(other.state_dict()) == list(block.state_dict()) == keys
+        assert torch.equal(other(x), expected)
+        nn.init.zeros_(other.bn3.bias)
+        assert torch.equal(block(x), expected)
+    assert vars(other).keys() == vars(block).keys()
+
+
+def test_biased_convolutions_fold():
+    """In inference the bias is part of the shift; with running statistics and gradients too."""
+    ours, plain = PROJECTION.pair()
+    for block in (ours, plain):
+        for name in ("conv1", "conv2", "downsample.0"):
+            conv = block.get_submodule(name)
+            torch.manual_seed(5)
+            conv.bias = nn.Parameter(torch.randn(conv.out_channels))
+        block.double().eval()
+    x = PROJECTION.images().double()
+    assert ours.why_not_fused(x) is None
+    got, expected = forward_and_gradients(ours, x), forward_and_gradients(plain, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_inference_mode_leaves_nothing_unusable_behind():
+    block, plain = PROJECTION.pair()
+    x = PROJECTION.images()
+    with torch.inference_mode():
+        first = block.eval()(x)
+    frozen = block.requires_grad_(False)(x.clone().requires_grad_())  # the kept vectors' values, with a graph
+    torch.testing.assert_close(frozen, first)
+    frozen.sum().backward()
+    block.requires_grad_(True)
+    with torch.no_grad():
+        assert torch.equal(block(x), first)
+    block.train()(x).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_model_made_in_inference_mode():
+    """Its parameters have no version to tell a change by."""
+    with torch.inference_mode():
+        block, plain = PROJECTION.pair()
+        x = PROJECTION.images()
+        torch.testing.assert_close(block.eval()(x), plain.eval()(x))
+        nn.init.ones_(block.bn1.bias)
+        nn.init.ones_(plain.bn1.bias)
+        torch.testing.assert_close(block(x), plain(x))
+
+
+# --- compilers ---
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda case: case.id)
+def test_compile_fullgraph(case, recompute):
+    """Training, evaluation with gradients and inference, without a graph break, the same bits."""
+    torch.compiler.reset()
+    block, _ = case.pair(lambda channels: nn.BatchNorm2d(channels, momentum=None), recompute=recompute)
+    other = copy.deepcopy(block)
+    other.compile(fullgraph=True, backend="aot_eager")
+    x = case.images()
+    expected, got = train_and_evaluate(block, x), train_and_evaluate(other, x)
+    # The compiled graph folds batch norm without moving the scale into 1x1 weights.
+    for name in ("inference", "inference again"):
+        torch.testing.assert_close(got.pop(name), expected.pop(name))
+    assert got.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(got[name], value)] == []
+
+
+@torch._inductor.config.patch(force_disable_caches=True)  # what the cache on disk holds may be of another source
+def test_compile_with_inductor():
+    torch.compiler.reset()
+    block, _ = PROJECTION.pair()
+    other = copy.deepcopy(block)
+    other.compile(fullgraph=True)
+    x = PROJECTION.images()
+    for mode in (True, False):
+        got, expected = (forward_and_gradients(each.train(mode), x) for each in (other, block))
+        torch.testing.assert_close(got, expected)
+
+
+def test_compile_with_dynamic_batch_compiles_once():
+    torch.compiler.reset()
+    block, _ = PROJECTION.pair()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 5):
+        x = PROJECTION.images(batch)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert counter.frame_count == 1
+
+
+def test_export_is_for_inference():
+    block, _ = PROJECTION.pair()
+    block.eval()
+    x = PROJECTION.images()
+    program = torch.export.export(block, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("conv_affine" in target for target in targets) == 4
+    assert not any("conv_stats" in target or "batch_norm" in target for target in targets)
+    more = torch.cat([x, x + 1])
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(more), block(more))
