@@ -13,20 +13,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import KERNEL_SIZE, vector_dtype
+from .checks import vector_dtype
 from .reference import Affine, Stride
 
 
 @dataclass(frozen=True)
 class Composed:
-    """Launchers ``conv_stats_fwd``, ``conv_stats_bwd`` and ``conv_affine`` made of other launchers.
+    """Launchers ``conv_stats_fwd``, ``conv_stats_bwd`` and ``conv_affine``, with PyTorch's own convolution.
 
     Attributes:
-        convolution: Its ``fwd``, ``dgrad`` and ``wgrad`` convolve.
         elementwise: Its ``statistics``, ``affine_add_relu`` and their backward passes do the rest.
     """
 
-    convolution: ModuleType
     elementwise: ModuleType
 
     def conv_stats_fwd(
@@ -40,9 +38,7 @@ class Composed:
         stats: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
-        z = self.convolution.fwd(
-            self._activation(x, prologue, channels_last), weight, None, stride, groups, channels_last
-        )
+        z = reference.fwd(self._activation(x, prologue, channels_last), weight, None, stride, groups, channels_last)
         return z, *(self.elementwise.statistics(z, channels_last) if stats else (None, None))
 
     def conv_stats_bwd(
@@ -58,18 +54,15 @@ class Composed:
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
-        dx = dscale = dshift = dw = None
+        dscale = dshift = None
         g = dz if grad_prologue is None else self.elementwise.statistics_bwd(dz, *grad_prologue, channels_last)
-        if wanted[1]:
-            a = self._activation(x, prologue, channels_last)
-            dw = self._wgrad(g, a, weight, stride, groups, channels_last)
-            del a
-        if wanted[0]:
-            dx = self.convolution.dgrad(g, weight, tuple(x.shape[2:]), stride, groups, channels_last)
-            if prologue is not None:
-                dx, _, dscale, dshift, _ = self.elementwise.affine_add_relu_bwd(
-                    dx, None, x, prologue, None, None, channels_last, (True, False, True)
-                )
+        a = self._activation(x, prologue, channels_last) if wanted[1] else x  # else only its shape matters
+        dx, dw = reference.bwd(g, a, weight, stride, groups, channels_last, wanted)
+        del g, a
+        if dx is not None and prologue is not None:
+            dx, _, dscale, dshift, _ = self.elementwise.affine_add_relu_bwd(
+                dx, None, x, prologue, None, None, channels_last, (True, False, True)
+            )
         return dx, dscale, dshift, dw
 
     def conv_affine(
@@ -85,7 +78,7 @@ class Composed:
         channels_last: bool,
     ) -> Tensor:
         """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
-        z = self.convolution.fwd(x, weight, None, stride, groups, channels_last)
+        z = reference.fwd(x, weight, None, stride, groups, channels_last)
         if scale is None:
             scale = z.new_ones(z.shape[1], dtype=vector_dtype(z.dtype))
         if shift is None:
@@ -98,8 +91,3 @@ class Composed:
         if prologue is None:
             return x
         return self.elementwise.affine_add_relu(x, prologue, None, None, channels_last)
-
-    def _wgrad(self, g: Tensor, a: Tensor, weight: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
-        kernel_size = tuple(weight.shape[2:])
-        other = () if kernel_size == KERNEL_SIZE else (kernel_size,)
-        return self.convolution.wgrad(g, a, stride, groups, channels_last, *other)

@@ -203,7 +203,7 @@ def _fused_launchers(forced: str | None, *problem) -> Any:
         return _module(_MODULES[name])
     if kernel_size == (1, 1) and groups == 1 and name == "triton" and (forced or pointwise_by_triton(described)):
         return _module("pointwise_conv")
-    return composed.Composed(_module("reference"), elementwise(dtype, device))
+    return composed.Composed(elementwise(dtype, device))
 
 
 def affine_launchers(*problem) -> Any:

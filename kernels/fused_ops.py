@@ -50,7 +50,7 @@ AFFINE_ADD_RELU_BWD = OPS._affine_add_relu_bwd.default
 POOL = OPS._affine_relu_max_pool.default
 POOL_BWD = OPS._affine_relu_max_pool_bwd.default
 
-FORMULA = composed.Composed(reference, reference)
+FORMULA = composed.Composed(reference)
 
 
 # --- the operators: what runs, what a compiler sees ---

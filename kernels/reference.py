@@ -46,15 +46,31 @@ def dgrad(
     return _laid_out(dx.to(dtype), channels_last)
 
 
-def wgrad(
-    grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool, kernel_size: tuple[int, int] = (3, 3)
-) -> Tensor:
-    """Gradient of the weight, (C_out, C_in/groups, k, k)."""
+def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
+    """Gradient of the 3x3 weight, (C_out, C_in/groups, 3, 3)."""
     dtype = grad.dtype
     grad, x = _wide_on_cpu(grad, x)
-    weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, *kernel_size)
+    weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
     _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
     return _laid_out(dw.to(dtype), channels_last)
+
+
+def bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Stride,
+    groups: int,
+    channels_last: bool,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``x`` and ``weight`` in one call, each None if it is not ``wanted``."""
+    dtype = grad.dtype
+    grad, x, weight = _wide_on_cpu(grad, x, weight)
+    weight = weight.contiguous(memory_format=memory_format(channels_last))
+    gradients = _backward(grad, x, weight, stride, groups, (*wanted, False))[:2]
+    dx, dw = (_laid_out(g.to(dtype), channels_last) if w else None for g, w in zip(gradients, wanted, strict=True))
+    return dx, dw
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:

@@ -279,7 +279,7 @@ def check_conv_stats(
     g = bounded_gradient(dz, grad_prologue, dtype, arithmetic)
 
     def dgrad(left, right):
-        return reference.dgrad(left, right, input_shape[2:], case.stride, case.groups, False)
+        return reference.bwd(left, a.value, right, case.stride, case.groups, False, (True, False))[0]
 
     t = bounded_product(dgrad, g, exact_weight, case.kernel**2 * case.out_channels // case.groups, arithmetic)
     t = Bounded(t.value, t.error + (stores - 1) * (u_d * (t.value.abs() + t.error) + smallest))
@@ -298,7 +298,8 @@ def check_conv_stats(
         _assert_channel_sums(dscale, dshift, masked, masked_error, x, affine[0], pixels, 0.0)
 
     def wgrad(left, right):
-        return reference.wgrad(left, right, case.stride, case.groups, False, weight_shape[2:])
+        exact = (left, right, exact_weight.value, case.stride, case.groups, False)
+        return reference.bwd(*exact, (False, True))[1]
 
     expected = bounded_product(wgrad, g, a, count, arithmetic)
     assert_within("dw", dw, expected.value, expected.error * (1 + u_d) + u_d * expected.value.abs() + smallest)

@@ -27,7 +27,7 @@ from resnext.kernels import (
 from . import fused_numerics
 from .fused_numerics import ELEMENTWISE_SHAPES, GROUPED_CASES, POINTWISE_CASES, make, make_affine
 
-COMPOSED = composed.Composed(reference, reference)
+COMPOSED = composed.Composed(reference)
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
