@@ -129,11 +129,12 @@ def fits_strips(problem: ConvProblem) -> bool:
     return problem.stride in ((1, 1), (2, 2)) and max(problem.group_in, problem.group_out) <= WIDEST_STRIPS
 
 
-def choose_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> Config:
+def choose_config(problem: ConvProblem, *, fused: bool = False, allow_tf32: bool = True, num_sms: int = 132) -> Config:
     """Launch settings for one pass, from sizes alone.
 
     Args:
         problem: What to compute.
+        fused: Whether the kernel computes anything besides (grouped_conv_fusion.py), for which it needs registers.
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
 
@@ -148,7 +149,7 @@ def choose_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int
         wide_wgrad = problem.op == "wgrad" and max(problem.group_in, problem.group_out) > MATRIX_WIDTH
         if not allow_tf32 or wide_wgrad:
             return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
-    return strips_config(problem, num_sms=num_sms)
+    return strips_config(problem, fused=fused, num_sms=num_sms)
 
 
 def candidates(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> list[Config]:
@@ -184,17 +185,19 @@ def _merged_groups(problem: ConvProblem) -> int:
     return max(1, min(problem.groups, MATRIX_WIDTH // max(problem.group_in, problem.group_out)))
 
 
-def strips_config(problem: ConvProblem, *, num_sms: int = 132) -> StripsConfig:
+def strips_config(problem: ConvProblem, *, fused: bool = False, num_sms: int = 132) -> StripsConfig:
     """The heuristic's settings for the strips kernels; arguments as in `choose_config`."""
     merged = _merged_groups(problem)
     block = round_up_to_block(merged * max(problem.group_in, problem.group_out))
     # Accumulators and operands of a strip share 255 registers: wider tiles and wider types leave narrower strips.
-    strip = 4 if problem.stride == (1, 1) and problem.op != "wgrad" else 2
+    strip = 4 if problem.stride == (1, 1) and problem.op != "wgrad" and not fused else 2
     strip = max(1, strip * MATRIX_WIDTH // block * 2 // problem.dtype.itemsize)
     height, width = problem.out_height, problem.out_width
     while strip > 1 and math.ceil(width / strip) * strip * 7 > width * 8:  # at most an eighth of the columns idle
         strip //= 2
     block_m, num_warps = 16, block // MATRIX_WIDTH
+    if fused and problem.op == "wgrad":
+        num_warps *= num_warps  # a warp for every MATRIX_WIDTH x MATRIX_WIDTH of the accumulators
     tiles = math.ceil(problem.groups / merged)
     blocks_m = math.ceil(problem.batch * math.ceil(width / strip) / block_m)
     wanted = _WAVES * num_sms * _STRIPS_PER_SM // num_warps
@@ -206,7 +209,7 @@ def strips_config(problem: ConvProblem, *, num_sms: int = 132) -> StripsConfig:
         work = blocks_m * math.ceil(height / band)
         splits = min(work, math.ceil(wanted / _WAVES / tiles))
     num_stages = 1 if problem.op == "wgrad" else 2
-    if problem.op == "dgrad" and problem.stride == (2, 2) and problem.dtype.itemsize == 2:
+    if problem.op == "dgrad" and problem.stride == (2, 2) and (fused or problem.dtype.itemsize == 2):
         num_stages = 3  # with two, a few registers spill on sm_80
     return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits)
 
@@ -317,39 +320,56 @@ def pointwise_by_triton(problem: ConvProblem) -> bool:
     """Whether the fused kernels should serve a 1x1 convolution, and not a library's between elementwise passes.
 
     True where memory limits: there a pass saved is time saved. Where arithmetic limits, libraries are hard to reach.
-    A prediction, the same for every pass: 2 * C_in * C_out operations a pixel over C_in + C_out elements moved.
+    A prediction, not yet measured: 2 * C_in * C_out operations a pixel over C_in + C_out elements moved, against the
+    ridge in 16 bits; TF32 has half the rate and twice the bytes.
     """
-    channels = problem.in_channels, problem.out_channels
+    channels = (problem.in_channels, problem.out_channels)
     return math.prod(channels) / sum(channels) <= _RIDGE
 
 
-def pointwise_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> PointwiseConfig:
-    """Launch settings for one pass of a 1x1 convolution; arguments as in `choose_config`."""
+def pointwise_config(
+    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132
+) -> PointwiseConfig:
+    """Launch settings for one pass of a 1x1 convolution, from sizes alone.
+
+    Args:
+        problem: What to compute.
+        affine: Whether the forward pass ends in an affine, with or without a residual.
+        allow_tf32: Whether float32 products may be rounded to TF32.
+        num_sms: Streaming multiprocessors of the device.
+    """
     channels_k, channels_n = problem.in_channels, problem.out_channels
     if problem.op == "dgrad":
         channels_k, channels_n = channels_n, channels_k
     single = problem.dtype == torch.float32
-    widest = 64 if single and not allow_tf32 else 128
-    block_n = min(widest, round_up_to_block(channels_n))
     if problem.op == "wgrad":
-        block_m = 32 if single else 64
+        block_m, widest, num_warps = (64, 128, 4) if not single else (32, 128, 8) if allow_tf32 else (32, 64, 8)
+        block_n = min(64, round_up_to_block(channels_n))
         block_k = min(widest, round_up_to_block(channels_k))
         blocks = math.ceil(channels_k / block_k) * math.ceil(channels_n / block_n)
         steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
-        splits = min(math.ceil(steps / 4), math.ceil(2 * num_sms / blocks))
-        return PointwiseConfig(block_m, block_n, block_k, num_warps=8, num_stages=2, splits=splits)
-    block_k = min(32 if single else 64, round_up_to_block(channels_k))
-    return PointwiseConfig(widest, block_n, block_k, num_warps=8, num_stages=3 if problem.op == "fwd" else 2)
+        splits = min(math.ceil(steps / 4), math.ceil(3 * num_sms / blocks))
+        return PointwiseConfig(block_m, block_n, block_k, num_warps, 2, splits=splits)
+    # Epilogues with operands of their own hold many registers: smaller blocks, so that more than one program fits.
+    operands = affine or problem.op == "dgrad"
+    if single and not allow_tf32:
+        return PointwiseConfig(64, min(64, round_up_to_block(channels_n)), 16, num_warps=4, num_stages=2)
+    block_n = min(64 if single and operands else 128, round_up_to_block(channels_n))
+    block_k = min(32, round_up_to_block(channels_k))
+    num_stages = 3 if single else 4
+    if operands:
+        return PointwiseConfig(64, block_n, block_k, num_warps=4, num_stages=num_stages)
+    return PointwiseConfig(128, block_n, block_k, num_warps=8, num_stages=num_stages)
 
 
 def pointwise_candidates(
-    problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132
+    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132
 ) -> list[PointwiseConfig]:
     """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first."""
-    chosen = pointwise_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms)
     configs = [chosen]
     for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
-        (64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
+        (32, 64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
     ):
         blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
         configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
