@@ -31,39 +31,62 @@ RESNEXT_INLINE Piece<T> piece_of(const Image& image, const void* other, int64_t 
           channels};
 }
 
+// kWhole: the `count` lanes are a whole vector; that is worth loops of its own.
+template <bool kWhole, class T, class Map>
+RESNEXT_INLINE void read_column(const Piece<T>& from, int64_t c, int64_t count, const Map& map, int64_t lanes,
+                                float* panel) {
+  const int64_t next_row = from.pixels * from.stride;
+  for (int64_t pixel = 0; pixel < from.pixels; ++pixel) {
+    const int64_t offset = pixel * from.stride + c;
+    __builtin_prefetch(from.data + offset + next_row, kForReading, kKeepInL2);
+    Vec other{};
+    if (Map::kOther) {
+      __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
+      other = kWhole ? load(from.other + offset) : load_first(from.other + offset, count);
+    }
+    const Vec value = kWhole ? load(from.data + offset) : load_first(from.data + offset, count);
+    store(panel + pixel * lanes + c, map(value, other));
+  }
+}
+
 template <class T, class Map>
 void read_row_nhwc(const Piece<T>& from, const ReadMap& read, int64_t lanes, float* panel) {
-  const int64_t next_row = from.pixels * from.stride;
   for (int64_t c = 0; c < from.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, from.channels - c);
     const Map map(read, ChannelLanes{from.c + c, count});
-    for (int64_t pixel = 0; pixel < from.pixels; ++pixel) {
-      const int64_t offset = pixel * from.stride + c;
-      __builtin_prefetch(from.data + offset + next_row, kForReading, kKeepInL2);
-      Vec other{};
-      if (Map::kOther) {
-        __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
-        other = load_first(from.other + offset, count);
-      }
-      store(panel + pixel * lanes + c, map(load_first(from.data + offset, count), other));
+    if (count == kLanes) {
+      read_column<true>(from, c, count, map, lanes, panel);
+    } else {
+      read_column<false>(from, c, count, map, lanes, panel);
     }
+  }
+}
+
+template <bool kWhole, class T, class Map>
+RESNEXT_INLINE void write_column(const Piece<T>& to, int64_t c, int64_t count, Map& map, int64_t lanes,
+                                 const float* panel) {
+  const int64_t next_row = to.pixels * to.stride;
+  for (int64_t pixel = 0; pixel < to.pixels; ++pixel) {
+    const int64_t offset = pixel * to.stride + c;
+    Vec other{};
+    if (Map::kOther) {
+      __builtin_prefetch(to.other + offset + next_row, kForReading, kKeepInL2);
+      other = kWhole ? load(to.other + offset) : load_first(to.other + offset, count);
+    }
+    const Vec value = map(load(panel + pixel * lanes + c), other);
+    kWhole ? store(to.data + offset, value) : store_first(to.data + offset, value, count);
   }
 }
 
 template <class T, class Map>
 void write_row_nhwc(const Piece<T>& to, const WriteMap& write, int64_t lanes, const float* panel) {
-  const int64_t next_row = to.pixels * to.stride;
   for (int64_t c = 0; c < to.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, to.channels - c);
     Map map(write, ChannelLanes{to.c + c, count});
-    for (int64_t pixel = 0; pixel < to.pixels; ++pixel) {
-      const int64_t offset = pixel * to.stride + c;
-      Vec other{};
-      if (Map::kOther) {
-        __builtin_prefetch(to.other + offset + next_row, kForReading, kKeepInL2);
-        other = load_first(to.other + offset, count);
-      }
-      store_first(to.data + offset, map(load(panel + pixel * lanes + c), other), count);
+    if (count == kLanes) {
+      write_column<true>(to, c, count, map, lanes, panel);
+    } else {
+      write_column<false>(to, c, count, map, lanes, panel);
     }
     map.finish();
   }
