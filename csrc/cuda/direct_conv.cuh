@@ -1,8 +1,8 @@
 // Forward and input gradient of any grouped 3x3 convolution on the CUDA cores: float32, and every 16-bit shape that
 // tensor_core_conv.cuh does not take.
 //
-// Both passes are one gather: out[p, o] = bias[o] + sum over taps (r, s) and k of source[q(p, r, s), k] * weight,
-// with k over the source channels of o's group. Forward: q = p*stride + (r, s) - 1. Input gradient: q = (p + 1 - (r,
+// Both passes are one gather: out[p, o] = epilogue(sum over taps (r, s) and k of source[q(p, r, s), k] * weight), with
+// k over the source channels of o's group. Forward: q = p*stride + (r, s) - 1. Input gradient: q = (p + 1 - (r,
 // s)) / stride where that divides. A block computes 32 pixels x 32 channels: lane = channel, so that loads and stores
 // of NHWC rows coalesce; each warp owns 4 pixels, so that a weight read from shared memory serves 4 products. Weights
 // pass through shared memory 8 source channels at a time.
@@ -11,8 +11,7 @@
 // the image are skipped, not multiplied by zero, and groups never mix: NaN and Inf stay where they belong.
 #pragma once
 
-#include "../shape.h"
-#include "device.cuh"
+#include "conv_fusion.cuh"
 
 namespace resnext::cuda {
 
@@ -46,10 +45,10 @@ __device__ __forceinline__ int source_coordinate(int out, int tap, int stride, i
   }
 }
 
-template <typename T, bool kDgrad>
+template <typename T, bool kDgrad, typename Out, typename Fusion>
 __global__ void __launch_bounds__(kDirectThreads, 2)
-    direct_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, const T* __restrict__ bias,
-                       T* __restrict__ out, GatherShape shape) {
+    direct_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, Out* __restrict__ out,
+                       Fusion fusion, GatherShape shape) {
   constexpr int kDepth = 8;  // source channels per pass through shared memory
   constexpr int kTaps = 9;
   constexpr int kWarps = kDirectThreads / kWarpSize;
@@ -120,12 +119,16 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
   if (!channel_valid) {
     return;
   }
-  const float shift = bias != nullptr ? static_cast<float>(bias[channel]) : 0.0f;
+  const typename Fusion::template Epilogue<1> epilogue(fusion, channel);
+  NoTotals none;
 #pragma unroll
   for (int u = 0; u < kPixelsPerWarp; ++u) {
     const int64_t pixel = first_pixel + u * kWarps;
     if (pixel < shape.pixels) {
-      out[pixel * shape.out_channels + channel] = static_cast<T>(acc[u] + shift);
+      const int64_t element = pixel * shape.out_channels + channel;
+      float value[1] = {acc[u]};
+      epilogue(value, element, none);
+      out[element] = static_cast<Out>(value[0]);
     }
   }
 }

@@ -1,12 +1,11 @@
-// Weight gradient of any grouped 3x3 convolution on the CUDA cores, and the ordered sum that ends every weight
-// gradient.
+// Weight gradient of any grouped 3x3 convolution on the CUDA cores.
 //
 // dw[o, i, r, s] = sum over pixels p of grad[p, o] * x[p*stride + (r, s) - 1, i]. A block computes the 9 taps of 32
 // output channels (lane = channel) x 1 input channel of their groups over its split of the output rows; its 8 warps
 // take rows in turn and their sums are added in warp order. Bytes: grad is read once per input channel of a group, x
 // once per output channel, mostly from L2.
 //
-// Splits are summed by a second kernel in a fixed order: the result is the same bit for bit on every call.
+// reduce.cuh sums the splits in a fixed order: the result is the same bit for bit on every call.
 #pragma once
 
 #include "../shape.h"
@@ -15,7 +14,6 @@
 namespace resnext::cuda {
 
 constexpr int kDirectWgradWarps = 8;
-constexpr int kReduceRows = 8;
 
 // partial (splits, C_out, C_in/groups, 3, 3)
 template <typename T>
@@ -81,30 +79,6 @@ __global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize, 2)
       sum += sums[w][tap][lane];
     }
     partial[((split * shape.out_channels + out_channel) * group_in + in_local) * kTaps + tap] = sum;
-  }
-}
-
-// out[e] = sum over splits of partial[split, e]: thread row y adds splits y, y + 8, ..., then the rows are added in
-// order.
-template <typename T>
-__global__ void __launch_bounds__(kReduceRows* kWarpSize)
-    wgrad_reduce_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t elements, int splits) {
-  __shared__ float sums[kReduceRows][kWarpSize];
-  const int lane = threadIdx.x % kWarpSize;
-  const int row = threadIdx.x / kWarpSize;
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
-  float sum = 0.0f;
-  for (int split = row; split < splits && element < elements; split += kReduceRows) {
-    sum += partial[split * elements + element];
-  }
-  sums[row][lane] = sum;
-  __syncthreads();
-  if (row == 0 && element < elements) {
-    sum = 0.0f;
-    for (int r = 0; r < kReduceRows; ++r) {
-      sum += sums[r][lane];
-    }
-    out[element] = static_cast<T>(sum);
   }
 }
 

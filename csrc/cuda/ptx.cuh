@@ -91,6 +91,11 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 
 __device__ __forceinline__ bool any_in_warp(bool predicate) { return __any_sync(0xffffffffu, predicate); }
 
+// The value of the lane whose number differs by the bits of `mask`.
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
 // A kernel's limit must be the same at every launch: it belongs to the kernel, and two threads may launch at once.
 struct DynamicShared {
   int64_t bytes, limit;

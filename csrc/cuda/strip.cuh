@@ -8,7 +8,7 @@
 // next step are copied while the present one is computed. DRAM sees every element once, plus the overlap of bands.
 #pragma once
 
-#include "device.cuh"
+#include "batch_norm.cuh"
 
 namespace resnext::cuda {
 
@@ -120,19 +120,21 @@ __host__ __device__ constexpr int pixel_pitch(int channels) { return channels * 
 template <typename T>
 struct RowStager {
   const T* base;  // at this thread's 8 channels
+  int channel;    // the first of them
   int row_stride, height, pitch, granule_bytes;
   int first_pixel, pixel_step;
   bool channels_valid;
 
-  // Stages channels [channel, channel + count) of a tensor of `channels` channels; those beyond the end become zeros.
-  // Where count / 8 does not divide the number of threads, those left over repeat a few copies.
-  __device__ RowStager(const T* tensor, int rows, int width, int channels, int channel, int count) {
+  // Stages channels [first, first + count) of a tensor of `channels` channels; those beyond the end become zeros.
+  // Where count / 8 does not divide the number of threads, those left over copy nothing.
+  __device__ RowStager(const T* tensor, int rows, int width, int channels, int first, int count) {
     const int granules = count / 8;
     const int granule = threadIdx.x % granules;
     pixel_step = blockDim.x / granules;
-    first_pixel = threadIdx.x / granules;
-    base = tensor + channel + granule * 8;
-    channels_valid = channel + granule * 8 < channels;
+    first_pixel = static_cast<int>(threadIdx.x) < pixel_step * granules ? threadIdx.x / granules : kMaxStripPixels;
+    channel = first + granule * 8;
+    base = tensor + channel;
+    channels_valid = channel < channels;
     row_stride = width * channels;
     height = rows;
     pitch = pixel_pitch(count);
@@ -150,7 +152,25 @@ struct RowStager {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const bool valid = channels_valid && offset >= 0 && row + i >= 0 && row + i < height;
-        cp_async_16(shared_rows[i] + p * pitch + granule_bytes, valid ? pixel + static_cast<int64_t>(i) * row_stride : base, valid);
+        cp_async_16(shared_rows[i] + p * pitch + granule_bytes,
+                    valid ? pixel + static_cast<int64_t>(i) * row_stride : base, valid);
+      }
+    }
+  }
+
+  // Applies a prologue (conv_fusion.cuh) to what this thread has staged of a row, once its copies have landed: each
+  // piece is its own, so no barrier is needed in between. What lies outside the image stays zero.
+  template <typename Prologue>
+  __device__ __forceinline__ void transform(unsigned char* shared_row, const int64_t* offsets, int pixels, int row,
+                                            const Prologue& prologue) const {
+    if (row < 0 || row >= height) {
+      return;
+    }
+    const int64_t row_element = static_cast<int64_t>(row) * row_stride + channel;
+    for (int p = first_pixel; p < pixels; p += pixel_step) {
+      if (offsets[p] >= 0) {
+        auto* const granule = reinterpret_cast<Vector<T, 8>*>(shared_row + p * pitch + granule_bytes);
+        *granule = prologue(*granule, row_element + offsets[p]);
       }
     }
   }

@@ -32,8 +32,6 @@ inline DynamicShared dynamic_shared(const Device& device, int64_t bytes) {
   return {bytes, device.shared_memory - kStaticSharedBytes};
 }
 
-inline bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 // Blocks a multiprocessor holds at once, where registers allow `most`; 0 if not even one fits.
 inline int64_t resident_blocks(const Device& device, int64_t dynamic_shared_bytes, int64_t most) {
   return std::min<int64_t>(device.shared_memory / (dynamic_shared_bytes + kStaticSharedBytes), most);

@@ -15,6 +15,9 @@
 // Bytes per output element (16-bit, stride 1): DRAM 2 read + 2 written; shared memory 2 written by cp.async, 12 read;
 // nothing is ever stored twice. Blocks of neighbouring channels are neighbours in the grid and meet in L2.
 //
+// A fusion (conv_fusion.cuh) may change the source, in shared memory, once per staged piece, and the results before
+// they are stored; the totals of a lane's 4 channels stay in its registers until the block has done its share.
+//
 // Packing multiplies other groups' values by zero, which keeps them out unless they are NaN or Inf. Every such leak
 // makes an accumulator NaN; the warp then recomputes its tile group by group. Positions outside the image are zeros,
 // so a weight of Inf turns border results into NaN, as in every implicit-GEMM convolution.
@@ -22,6 +25,7 @@
 
 #include <type_traits>
 
+#include "conv_fusion.cuh"
 #include "strip.cuh"
 
 namespace resnext::cuda {
@@ -91,7 +95,9 @@ __device__ __forceinline__ WeightTile weight_tile(const T* staged, int tap, int 
   return tile;
 }
 
-struct alignas(8) PackedChannels {  // 4 neighbouring 16-bit channels
+constexpr int kLaneChannels = 4;  // neighbours, of each result that a lane holds
+
+struct alignas(8) PackedChannels {
   uint32_t pairs[2];
 };
 
@@ -109,14 +115,17 @@ __device__ __forceinline__ bool any_nan(const Values& values) {
   }
 }
 
-// Blocks resident at once, by registers: the input gradient at stride 2 has four results per position.
-template <Pass kPass, int kStride>
-constexpr int kConvBlocksPerMultiprocessor = RowAxis<kPass, kStride>::kParity ? 3 : 4;
+// Blocks resident at once, by registers: the input gradient at stride 2 has four results per position, and totals
+// stay in registers.
+template <Pass kPass, int kStride, typename Fusion>
+constexpr int kConvBlocksPerMultiprocessor = (RowAxis<kPass, kStride>::kParity ? 3 : 4) -
+                                             !std::is_empty_v<typename Fusion::template Totals<kLaneChannels>>;
 
-template <typename T, Pass kPass, int kStride, bool kPacked>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiprocessor<kPass, kStride>)
-    tensor_core_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, const T* __restrict__ bias,
-                            T* __restrict__ out, TensorCoreConvShape shape) {
+template <typename T, Pass kPass, int kStride, bool kPacked, typename Fusion>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiprocessor<kPass, kStride, Fusion>)
+    tensor_core_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, T* __restrict__ out,
+                            Fusion fusion, TensorCoreConvShape shape) {
+  using Totals = typename Fusion::template Totals<kLaneChannels>;
   using Rows = RowAxis<kPass, kStride>;
   using Cols = ColAxis<kPass, kStride>;
   constexpr int kTiles = kStripPositions / kTile;
@@ -163,7 +172,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
                             shape.slab_channels);
   const int pitch = stager.pitch;
   const uint32_t row_bytes = grid.pixels * pitch;
-  const int lane_channel = channel + lane % 4 * 4;
+  const int lane_channel = channel + lane % 4 * kLaneChannels;
+  Totals totals = {};
 
   const int last_unit = static_cast<int>(grid.units * (split + 1) / shape.splits);
   for (int index = static_cast<int>(grid.units * split / shape.splits); index < last_unit; ++index) {
@@ -187,9 +197,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     }
     int head = 0;  // ring slot of the step's first source row
     for (int step = 0; step < unit.steps; ++step) {
-      cp_async_wait_all();
-      __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
       const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
+      cp_async_wait_all();
+      if constexpr (!std::is_void_v<typename Fusion::Prologue>) {
+        if (fusion.prologue.given() && stager.channels_valid) {
+          const typename Fusion::Prologue prologue(fusion.prologue, stager.channel);
+          for (int i = step == 0 ? 0 : Rows::inputs - Rows::advance; i < Rows::inputs; ++i) {
+            stager.transform(shared + weights_bytes + slot(i) * row_bytes, tables.source, grid.pixels,
+                             first_row + step * Rows::advance + i, prologue);
+          }
+        }
+      }
+      __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
       if (step + 1 < unit.steps) {
         uint32_t next_rows[Rows::advance];
 #pragma unroll
@@ -243,22 +262,21 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
 
         const int first_output = (unit.first_step + step) * Rows::outputs;
         const int row_stride = grid.out_width * shape.channels;
-        T* const out_row = out + static_cast<int64_t>(first_output) * row_stride + lane_channel;
+        const int64_t out_row = static_cast<int64_t>(first_output) * row_stride + lane_channel;
+        const typename Fusion::template Epilogue<kLaneChannels> epilogue(fusion, lane_channel);
+        const auto finish = [&](float (&values)[kLaneChannels], int64_t element) {
+          epilogue(values, element, totals);
+          *reinterpret_cast<PackedChannels*>(out + element) = {pack2<T>(values[0], values[1]),
+                                                              pack2<T>(values[2], values[3])};
+        };
         if (!mixed) {
-          float shift[4] = {};
-          if (bias != nullptr) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              shift[c] = static_cast<float>(bias[lane_channel + c]);
-            }
-          }
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int position = m * kTile + half * 8 + lane / 4;
               const int64_t offset = tables.output[position];
-              T* const first = out_row + offset;
+              const int64_t first = out_row + offset;
 #pragma unroll
               for (int v = 0; v < Rows::outputs; ++v) {
 #pragma unroll
@@ -267,10 +285,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
                                       (h == 0 || h < tables.output_cols[position]);
                   const float* const low = acc[m][v][h][0] + half * 2;
                   const float* const high = acc[m][v][h][1] + half * 2;
-                  const PackedChannels packed = {pack2<T>(low[0] + shift[0], low[1] + shift[1]),
-                                                 pack2<T>(high[0] + shift[2], high[1] + shift[3])};
                   if (inside) {
-                    *reinterpret_cast<PackedChannels*>(first + v * row_stride + h * shape.channels) = packed;
+                    float values[kLaneChannels] = {low[0], low[1], high[0], high[1]};
+                    finish(values, first + v * row_stride + h * shape.channels);
                   }
                 }
               }
@@ -283,29 +300,41 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
             const int position = e % kStripPositions;
             const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
             const int64_t offset = tables.output[position];
-            const bool inside = offset >= 0 && first_output + v < grid.out_height && h < tables.output_cols[position];
-#pragma unroll 1
-            for (int c = 0; c < 4 && inside; ++c) {
+            if (offset < 0 || first_output + v >= grid.out_height || h >= tables.output_cols[position]) {
+              continue;
+            }
+            float values[kLaneChannels] = {};
+#pragma unroll
+            for (int c = 0; c < kLaneChannels; ++c) {
               const int o = lane_channel + c;
               const int group_channel = o / shape.group_width * shape.group_width;
-              float sum = bias != nullptr ? static_cast<float>(bias[o]) : 0.0f;
 #pragma unroll 1
               for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
                 const int i = ij / Cols::inputs, j = ij % Cols::inputs;
                 const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-                const T* const values = reinterpret_cast<const T*>(
+                const T* const pixel = reinterpret_cast<const T*>(
                     shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
                 for (int k = group_channel; r >= 0 && s >= 0 && k < group_channel + shape.group_width; ++k) {
-                  sum += static_cast<float>(values[k - slab_channel]) *
-                         static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
+                  values[c] += static_cast<float>(pixel[k - slab_channel]) *
+                               static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
                 }
               }
-              out_row[offset + v * row_stride + h * shape.channels + c] = static_cast<T>(sum);
             }
+            finish(values, out_row + offset + v * row_stride + h * shape.channels);
           }
         }
       }
       head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
+    }
+  }
+
+  if constexpr (!std::is_empty_v<Totals>) {
+    if (active && fusion.partial != nullptr) {
+      merge_lanes(totals, 4);
+      if (lane < 4) {
+        totals.store(fusion.partial, static_cast<int64_t>(shape.splits) * shape.channels,
+                     split * shape.channels + lane_channel);
+      }
     }
   }
 }

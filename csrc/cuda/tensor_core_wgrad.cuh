@@ -7,6 +7,8 @@
 // which only the entries inside groups are stored (nothing leaks between groups). Wider: 32 x 32 channels of one
 // group per block, four pairs, so that grad and x are staged width / 32 times.
 //
+// Fused, grad and x are changed in shared memory once per staged piece (conv_fusion.cuh).
+//
 // Bytes per element of grad (16-bit, stride 1): DRAM 2 of grad + 2 of x; shared memory 4 written, 14 read; plus one
 // fp32 copy of dw per split, written and read once. Results that do not exist (idle positions, a last odd row) are
 // not multiplied, or multiply zeros; the zero border of x turns a grad of Inf there into NaN, as in every implicit
@@ -15,6 +17,7 @@
 
 #include <type_traits>
 
+#include "conv_fusion.cuh"
 #include "strip.cuh"
 
 namespace resnext::cuda {
@@ -33,11 +36,16 @@ struct TensorCoreWgradShape {
   int splits;
 };
 
+struct WgradPrologues {
+  StatisticsGradients grad;
+  Affine x;
+};
+
 // partial (splits, C_out, C_in/groups, 3, 3)
-template <typename T, int kStride>
+template <typename T, int kStride, bool kFused>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiprocessor)
     tensor_core_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
-                             TensorCoreWgradShape shape) {
+                             WgradPrologues prologues, TensorCoreWgradShape shape) {
   using Rows = RowAxis<Pass::kForward, kStride>;
   using Cols = ColAxis<Pass::kForward, kStride>;
   constexpr int kRing = Rows::inputs + Rows::advance;
@@ -96,6 +104,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
     int head = 0;  // ring slot of the step's first row of x
     for (int step = 0; step < unit.steps; ++step) {
       cp_async_wait_all();
+      if constexpr (kFused) {
+        if (prologues.x.given() && x_stager.channels_valid) {
+          const ActivationPrologue<T> prologue(prologues.x, x_stager.channel);
+          for (int i = step == 0 ? 0 : Rows::inputs - Rows::advance; i < Rows::inputs; ++i) {
+            const int slot = head + i < kRing ? head + i : head + i - kRing;
+            x_stager.transform(shared + slot * x_row_bytes, tables.source, grid.pixels,
+                               first_row + step * Rows::advance + i, prologue);
+          }
+        }
+        if (prologues.grad.given() && grad_stager.channels_valid) {
+          const StatisticsPrologue<T> prologue(prologues.grad, grad_stager.channel);
+          for (int v = 0; v < Rows::outputs; ++v) {
+            grad_stager.transform(
+                shared + kRing * x_row_bytes + (step % 2 * Rows::outputs + v) * grad_row_bytes, tables.output,
+                kStripPositions, first_output + step * Rows::outputs + v, prologue);
+          }
+        }
+      }
       __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
       uint32_t x_rows[kRing], grad_rows[2][Rows::outputs];  // this step's, then the next one's
 #pragma unroll

@@ -1,11 +1,14 @@
-// Launcher of the weight gradient: the tensor-core kernel where it fits, else the direct one; then the ordered sum.
+// Launchers of the weight gradient, plain and in training between batch norms: the tensor-core kernel where it fits,
+// else the direct one (for training, of a gradient and an activation in scratch memory); then the ordered sum.
 #include "direct_wgrad.cuh"
-#include "launch.h"
+#include "reduce.cuh"
 #include "strip_plan.h"
 #include "tensor_core_wgrad.cuh"
 
 namespace resnext::cuda {
 namespace {
+
+int64_t weight_elements(const GroupedConvShape& shape) { return shape.out_channels * shape.group_in() * 9; }
 
 template <int kStride>
 int64_t shared_bytes(const TensorCoreWgradShape& problem) {
@@ -35,77 +38,118 @@ TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, const De
   return problem;
 }
 
-template <typename T, int kStride>
-cudaError_t launch_tensor_cores(const GroupedConvShape& shape, const Device& device, const T* grad, const T* x,
-                                float* workspace, cudaStream_t stream) {
-  const TensorCoreWgradShape problem = tensor_core_problem<kStride>(shape, device);
-  const int64_t blocks = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles * problem.splits;
-  return launch(tensor_core_wgrad_kernel<T, kStride>, blocks, kMaxWarps * kWarpSize,
-                dynamic_shared(device, shared_bytes<kStride>(problem)), stream, grad, x, workspace, problem);
+Partial allocate_partial(const GroupedConvShape& shape, const Context& context, int splits) {
+  return {context.scratch.allocate_array<float>(splits * weight_elements(shape)), splits};
 }
 
-template <typename T>
-cudaError_t launch_partials(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const T* grad,
-                            const T* x, float* workspace, cudaStream_t stream) {
+template <typename T, int kStride, bool kFused>
+std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context,
+                                               const void* grad, const void* x, const WgradPrologues& prologues,
+                                               Partial* partial) {
+  const TensorCoreWgradShape problem = tensor_core_problem<kStride>(shape, context.device);
+  if (problem.splits == 0) {
+    return std::nullopt;
+  }
+  *partial = allocate_partial(shape, context, problem.splits);
+  const int64_t blocks = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles * problem.splits;
+  return launch(tensor_core_wgrad_kernel<T, kStride, kFused>, blocks, kMaxWarps * kWarpSize,
+                dynamic_shared(context.device, shared_bytes<kStride>(problem)), context.stream,
+                static_cast<const T*>(grad), static_cast<const T*>(x), partial->values, prologues, problem);
+}
+
+template <typename T, bool kFused>
+std::optional<cudaError_t> try_tensor_cores(const GroupedConvShape& shape, Dtype dtype, const Context& context,
+                                            const void* grad, const void* x, const WgradPrologues& prologues,
+                                            Partial* partial) {
   if constexpr (!std::is_same_v<T, float>) {
-    if (plan.tensor_cores) {
-      return shape.stride_h == 1 ? launch_tensor_cores<T, 1>(shape, device, grad, x, workspace, stream)
-                                 : launch_tensor_cores<T, 2>(shape, device, grad, x, workspace, stream);
+    if (tensor_cores_serve(shape, dtype, context.device) && aligned(grad, 16) && aligned(x, 16) &&
+        aligned(prologues.grad.z, 16)) {
+      return shape.stride_h == 1
+                 ? launch_tensor_cores<T, 1, kFused>(shape, context, grad, x, prologues, partial)
+                 : launch_tensor_cores<T, 2, kFused>(shape, context, grad, x, prologues, partial);
     }
   }
-  const int64_t blocks = ceil_div(shape.out_channels, kWarpSize) * shape.group_in() * plan.splits;
-  return launch(direct_wgrad_kernel<T>, blocks, kDirectWgradWarps * kWarpSize, DynamicShared{}, stream, grad, x,
-                workspace, shape, plan.splits);
+  return std::nullopt;
 }
 
 template <typename T>
-cudaError_t launch_typed(const GroupedConvShape& shape, const Device& device, const WgradPlan& plan, const void* grad,
-                         const void* x, float* workspace, void* out, cudaStream_t stream) {
-  const cudaError_t error = launch_partials(shape, device, plan, static_cast<const T*>(grad), static_cast<const T*>(x),
-                                            workspace, stream);
-  if (error != cudaSuccess) {
-    return error;
+cudaError_t launch_direct(const GroupedConvShape& shape, const Context& context, const void* grad, const void* x,
+                          Partial* partial) {
+  constexpr int64_t kBlocksPerMultiprocessor = 4;
+  constexpr int64_t kMinRowsPerSplit = 4 * kDirectWgradWarps;
+  const int64_t blocks_per_split = ceil_div(shape.out_channels, kWarpSize) * shape.group_in();
+  const int64_t wave = context.device.multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t most = std::max<int64_t>(1, shape.batch * shape.out_height / kMinRowsPerSplit);
+  *partial = allocate_partial(
+      shape, context, static_cast<int>(std::clamp<int64_t>(ceil_div(wave, blocks_per_split), 1, most)));
+  return launch(direct_wgrad_kernel<T>, blocks_per_split * partial->splits, kDirectWgradWarps * kWarpSize,
+                DynamicShared{}, context.stream, static_cast<const T*>(grad), static_cast<const T*>(x),
+                partial->values, shape, partial->splits);
+}
+
+template <typename T>
+cudaError_t launch_sum(const GroupedConvShape& shape, const Context& context, const Partial& partial, void* out) {
+  return launch_sum_splits(partial.values, static_cast<T*>(out), weight_elements(shape), partial.splits,
+                           context.stream);
+}
+
+template <typename T>
+cudaError_t launch_composed(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
+                            const StatisticsGradients& statistics, const void* x, const Affine& prologue, void* dw) {
+  if (statistics.given()) {
+    const ImageShape image = output_image(shape);
+    T* const gradient = context.scratch.allocate_array<T>(image.elements());
+    const cudaError_t error = launch_statistics_bwd(image, dtype, context, dz, statistics, gradient);
+    if (error != cudaSuccess) {
+      return error;
+    }
+    dz = gradient;
   }
-  const int64_t elements = plan.workspace_elements / plan.splits;
-  return launch(wgrad_reduce_kernel<T>, ceil_div(elements, kWarpSize), kReduceRows * kWarpSize, DynamicShared{},
-                stream, static_cast<const float*>(workspace), static_cast<T*>(out), elements, plan.splits);
+  if (prologue.given()) {
+    const ImageShape image = input_image(shape);
+    T* const activation = context.scratch.allocate_array<T>(image.elements());
+    const cudaError_t error =
+        launch_affine_add_relu(image, dtype, context, x, prologue, nullptr, Affine{}, activation);
+    if (error != cudaSuccess) {
+      return error;
+    }
+    x = activation;
+  }
+  return launch_wgrad(shape, dtype, context, dz, x, dw);
 }
 
 }  // namespace
 
-WgradPlan plan_wgrad(const GroupedConvShape& shape, Dtype dtype, const Device& device, const void* grad,
-                     const void* x) {
-  WgradPlan plan{};
-  if (tensor_cores_serve(shape, dtype, device) && aligned(grad, 16) && aligned(x, 16)) {
-    plan.splits = shape.stride_h == 1 ? tensor_core_problem<1>(shape, device).splits
-                                      : tensor_core_problem<2>(shape, device).splits;
-  }
-  plan.tensor_cores = plan.splits > 0;
-  if (!plan.tensor_cores) {
-    constexpr int64_t kBlocksPerMultiprocessor = 4;
-    constexpr int64_t kMinRowsPerSplit = 4 * kDirectWgradWarps;
-    const int64_t blocks_per_split = ceil_div(shape.out_channels, kWarpSize) * shape.group_in();
-    const int64_t wave = device.multiprocessors * kBlocksPerMultiprocessor;
-    const int64_t most = std::max<int64_t>(1, shape.batch * shape.out_height / kMinRowsPerSplit);
-    plan.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(wave, blocks_per_split), 1, most));
-  }
-  plan.workspace_elements = plan.splits * shape.out_channels * shape.group_in() * 9;
-  return plan;
-}
-
-cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Device& device, const WgradPlan& plan,
-                         const void* grad, const void* x, float* workspace, void* out, cudaStream_t stream) {
+cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
+                         const void* x, void* out) {
   if (!axes_fit_int(shape)) {
     return cudaErrorInvalidValue;
   }
-  switch (dtype) {
-    case Dtype::kHalf:
-      return launch_typed<Half>(shape, device, plan, grad, x, workspace, out, stream);
-    case Dtype::kBFloat16:
-      return launch_typed<BFloat16>(shape, device, plan, grad, x, workspace, out, stream);
-    default:
-      return launch_typed<float>(shape, device, plan, grad, x, workspace, out, stream);
+  return with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    Partial partial;
+    const auto status = try_tensor_cores<T, false>(shape, dtype, context, grad, x, WgradPrologues{}, &partial);
+    const cudaError_t error =
+        status.has_value() ? *status : launch_direct<T>(shape, context, grad, x, &partial);
+    return error != cudaSuccess ? error : launch_sum<T>(shape, context, partial, out);
+  });
+}
+
+cudaError_t launch_conv_stats_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
+                                    const StatisticsGradients& statistics, const void* x, const Affine& prologue,
+                                    void* dw) {
+  if (!axes_fit_int(shape)) {
+    return cudaErrorInvalidValue;
   }
+  return with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    Partial partial;
+    const auto status = try_tensor_cores<T, true>(shape, dtype, context, dz, x, {statistics, prologue}, &partial);
+    if (!status.has_value()) {
+      return launch_composed<T>(shape, dtype, context, dz, statistics, x, prologue, dw);
+    }
+    return *status != cudaSuccess ? *status : launch_sum<T>(shape, context, partial, dw);
+  });
 }
 
 }  // namespace resnext::cuda

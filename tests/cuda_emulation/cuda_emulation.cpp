@@ -45,6 +45,7 @@ Barrier block;
 jmp_buf scheduler;
 int current;
 bool descending_order = false;
+int64_t launches = 0;
 bool progress;  // whether a fiber arrived somewhere or ended since this was last cleared
 size_t shared_bytes;
 alignas(16) unsigned char shared_memory[kSharedLimit];
@@ -152,6 +153,7 @@ void run_grid(int64_t blocks, int threads, size_t bytes, const std::function<voi
   }
   shared_bytes = bytes;
   body = &thread;
+  ++launches;
   start_fibers(threads);
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = threads;
@@ -160,6 +162,8 @@ void run_grid(int64_t blocks, int threads, size_t bytes, const std::function<voi
     run_block(threads);
   }
 }
+
+int64_t launch_count() { return launches; }
 
 void set_descending_order(bool descending) { descending_order = descending; }
 

@@ -41,6 +41,7 @@ constexpr int kLanes = 32;
 
 // Runs `thread` once per thread of every block.
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& thread);
+int64_t launch_count();  // since the start of the process
 void set_descending_order(bool descending);
 
 unsigned char* dynamic_shared();
@@ -128,6 +129,18 @@ inline void combine_any(void* const* operands) {
   }
 }
 
+struct ShuffleOperand {
+  float value, result;
+  int mask;
+};
+
+inline void combine_shuffle_xor(void* const* operands) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    auto* operand = static_cast<ShuffleOperand*>(operands[lane]);
+    operand->result = static_cast<const ShuffleOperand*>(operands[lane ^ operand->mask])->value;
+  }
+}
+
 }  // namespace emulation
 
 inline uint32_t shared_address(const void* pointer) {
@@ -160,6 +173,12 @@ uint32_t pack2(float low, float high) {
 inline bool any_in_warp(bool predicate) {
   emulation::VoteOperand operand{predicate, false};
   emulation::warp_collective(&operand, emulation::combine_any);
+  return operand.result;
+}
+
+inline float shuffle_xor(float value, int mask) {
+  emulation::ShuffleOperand operand{value, 0.0f, mask};
+  emulation::warp_collective(&operand, emulation::combine_shuffle_xor);
   return operand.result;
 }
 

@@ -1,64 +1,151 @@
-// C entry points of the emulated launchers, for ctypes (tests/test_cuda_sources.py).
-#include <limits>
+// C entry point of the emulated launchers, for ctypes (tests/emulation.py).
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
 #include <vector>
 
-#include "../../csrc/cuda/conv_launch.cu"
-#include "../../csrc/cuda/wgrad_launch.cu"
+#include "../../csrc/cuda/strip_plan.h"
 
 using resnext::GroupedConvShape;
 using namespace resnext::cuda;
 
 namespace {
 
-// One multiprocessor: small problems already give a block several units, bands and splits.
-Device emulated_device(int shared_memory, bool tensor_cores) { return {1, shared_memory, tensor_cores}; }
+class PoisonedScratch final : public Scratch {
+ public:
+  ~PoisonedScratch() {
+    for (void* block : blocks_) {
+      std::free(block);
+    }
+  }
+
+  void* allocate(int64_t bytes) override {
+    constexpr int64_t kAlignment = 256;
+    const size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    blocks_.push_back(std::aligned_alloc(kAlignment, size));
+    return std::memset(blocks_.back(), 0xff, size);  // NaN in float, half and bfloat16
+  }
+
+ private:
+  std::vector<void*> blocks_;
+};
+
+// A call of an operator of csrc/bindings.cpp, past what PyTorch does for it: its tensors in the order of the schema,
+// null where one is absent, and its other arguments likewise.
+struct Call {
+  const int64_t *x_sizes, *out_sizes;  // of the images (N, C, H, W) before and after
+  Dtype dtype;
+  const Context& context;
+  void* const* tensors;
+  const int64_t* options;
+
+  template <typename T = void>
+  T* get(int index) const {
+    return static_cast<T*>(tensors[index]);
+  }
+
+  Affine affine(int center, int scale, int shift) const {
+    return {center < 0 ? nullptr : get<float>(center), get<float>(scale), shift < 0 ? nullptr : get<float>(shift)};
+  }
+
+  StatisticsGradients statistics(int z) const {
+    const auto count = static_cast<float>(out_sizes[0] * out_sizes[2] * out_sizes[3]);
+    return {get(z), get<float>(z + 1), get<float>(z + 2), get<float>(z + 3), count};
+  }
+
+  // first_option: that of stride_h, stride_w, groups, channels_last.
+  GroupedConvShape conv(int first_option = 0) const {
+    const int64_t* const option = options + first_option;
+    return {x_sizes[0],   x_sizes[1], out_sizes[1], x_sizes[2], x_sizes[3],    out_sizes[2],
+            out_sizes[3], option[2],  option[0],    option[1],  option[3] != 0};
+  }
+
+  ImageShape image() const { return {x_sizes[0], x_sizes[1], x_sizes[2], x_sizes[3], options[0] != 0}; }
+};
+
+const std::map<std::string, std::function<cudaError_t(const Call&)>> kOperators = {
+    {"grouped_conv2d_fwd",
+     [](const Call& c) {
+       return launch_fwd(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.get(2), c.get(3));
+     }},
+    {"grouped_conv2d_dgrad",
+     [](const Call& c) { return launch_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.get(2)); }},
+    {"grouped_conv2d_wgrad",
+     [](const Call& c) { return launch_wgrad(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.get(2)); }},
+    {"conv_stats_fwd",
+     [](const Call& c) {
+       return launch_conv_stats_fwd(c.conv(), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.get(4), c.get(5),
+                                    c.get<float>(6), c.get<float>(7));
+     }},
+    {"conv_stats_dgrad",
+     [](const Call& c) {
+       return launch_conv_stats_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.statistics(1), c.get(5), c.get(6),
+                                      c.affine(7, 8, 9), c.get(10), c.get<float>(11), c.get<float>(12));
+     }},
+    {"conv_stats_wgrad",
+     [](const Call& c) {
+       return launch_conv_stats_wgrad(c.conv(), c.dtype, c.context, c.get(0), c.statistics(1), c.get(5),
+                                      c.affine(6, 7, 8), c.get(9));
+     }},
+    {"conv_affine",
+     [](const Call& c) {
+       return launch_conv_affine(c.conv(1), c.dtype, c.context, c.get(0), c.get(1), c.affine(-1, 2, 3), c.get(4),
+                                 c.options[0] != 0, c.get(5));
+     }},
+    {"statistics",
+     [](const Call& c) {
+       return launch_statistics(c.image(), c.dtype, c.context, c.get(0), c.get<float>(1), c.get<float>(2));
+     }},
+    {"statistics_bwd",
+     [](const Call& c) {
+       return launch_statistics_bwd(c.image(), c.dtype, c.context, c.get(0), c.statistics(1), c.get(5));
+     }},
+    {"affine_add_relu",
+     [](const Call& c) {
+       return launch_affine_add_relu(c.image(), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.get(4),
+                                     c.affine(5, 6, 7), c.get(8));
+     }},
+    {"affine_add_relu_bwd",
+     [](const Call& c) {
+       const AffineAddReluGrads grads{c.get(9), c.get(10), c.get<float>(12), c.get<float>(11), c.get<float>(13)};
+       return launch_affine_add_relu_bwd(c.image(), c.dtype, c.context, c.get(0), false, c.get(1), c.get(2),
+                                         c.affine(3, 4, 5), c.get(6), c.affine(7, 8, -1), grads);
+     }},
+    {"affine_relu_max_pool",
+     [](const Call& c) {
+       return launch_affine_relu_max_pool(c.image(), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.get(4),
+                                          c.get<uint8_t>(5));
+     }},
+    {"affine_relu_max_pool_bwd",
+     [](const Call& c) {
+       return launch_affine_relu_max_pool_bwd(c.image(), c.dtype, c.context, c.get(0), c.get<uint8_t>(1), c.get(2),
+                                              c.affine(3, 4, 5), c.get(6), c.get<float>(7), c.get<float>(8));
+     }},
+};
 
 }  // namespace
 
-// sizes: batch, in_channels, out_channels, height, width, groups, stride_h, stride_w. dtype: the values of Dtype.
 extern "C" {
 
-GroupedConvShape* make_shape(const int64_t* sizes) {
-  auto* shape = new GroupedConvShape{};
-  shape->batch = sizes[0];
-  shape->in_channels = sizes[1];
-  shape->out_channels = sizes[2];
-  shape->height = sizes[3];
-  shape->width = sizes[4];
-  shape->groups = sizes[5];
-  shape->stride_h = sizes[6];
-  shape->stride_w = sizes[7];
-  shape->out_height = (shape->height - 1) / shape->stride_h + 1;
-  shape->out_width = (shape->width - 1) / shape->stride_w + 1;
-  shape->channels_last = true;
-  return shape;
+// Returns the number of kernels it launched, or a CUDA error, negative. dtype: a value of Dtype.
+int run_operator(const char* name, const int64_t* x_sizes, const int64_t* out_sizes, int dtype, void* const* tensors,
+                 const int64_t* options, int multiprocessors, int shared_memory, int tensor_cores, int descending) {
+  emulation::set_descending_order(descending != 0);
+  PoisonedScratch scratch;
+  const Context context{{multiprocessors, shared_memory, tensor_cores != 0}, scratch, nullptr};
+  const int64_t launches = emulation::launch_count();
+  const cudaError_t error =
+      kOperators.at(name)({x_sizes, out_sizes, static_cast<Dtype>(dtype), context, tensors, options});
+  return error != cudaSuccess ? -error : static_cast<int>(emulation::launch_count() - launches);
 }
 
-void free_shape(GroupedConvShape* shape) { delete shape; }
-
-void set_descending_order(int descending) { emulation::set_descending_order(descending != 0); }
-
-int uses_tensor_cores(const GroupedConvShape* shape, int dtype) {
-  return tensor_cores_serve(*shape, static_cast<Dtype>(dtype), emulated_device(227 * 1024, true));
-}
-
-int emulated_fwd(const GroupedConvShape* shape, int dtype, int shared_memory, int tensor_cores, const void* x,
-                 const void* weight, const void* bias, void* out) {
-  return launch_fwd(*shape, static_cast<Dtype>(dtype), emulated_device(shared_memory, tensor_cores), x, weight, bias,
-                    out, nullptr);
-}
-
-int emulated_dgrad(const GroupedConvShape* shape, int dtype, int shared_memory, int tensor_cores, const void* grad,
-                   const void* weight, void* out) {
-  return launch_dgrad(*shape, static_cast<Dtype>(dtype), emulated_device(shared_memory, tensor_cores), grad, weight,
-                      out, nullptr);
-}
-
-int emulated_wgrad(const GroupedConvShape* shape, int dtype, int shared_memory, int tensor_cores, const void* grad,
-                   const void* x, void* out) {
-  const Device device = emulated_device(shared_memory, tensor_cores);
-  const WgradPlan plan = plan_wgrad(*shape, static_cast<Dtype>(dtype), device, grad, x);
-  std::vector<float> workspace(plan.workspace_elements, std::numeric_limits<float>::quiet_NaN());
-  return launch_wgrad(*shape, static_cast<Dtype>(dtype), device, plan, grad, x, workspace.data(), out, nullptr);
+// Whether the tensor-core kernels take a convolution with these images and options, given the shared memory.
+int serves_tensor_cores(const int64_t* x_sizes, const int64_t* out_sizes, int dtype, const int64_t* options) {
+  PoisonedScratch scratch;
+  const Context context{{1, 0, true}, scratch, nullptr};
+  const Call call{x_sizes, out_sizes, static_cast<Dtype>(dtype), context, nullptr, options};
+  return tensor_cores_serve(call.conv(), call.dtype, context.device);
 }
 }

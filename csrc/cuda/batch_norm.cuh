@@ -1,0 +1,200 @@
+// The formulas of batch norm, as every fused kernel applies them: to a vector of neighbouring elements whose channels
+// the thread keeps in registers.
+//
+// All arithmetic is float32. affine() is one subtraction and one fused multiply-add wherever it stands: backward
+// recomputes the mask of forward bit for bit.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "launch.h"
+
+namespace resnext::cuda {
+
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T values[kWidth];
+};
+
+template <int kWidth, typename T>
+__device__ __forceinline__ Vector<T, kWidth> load(const T* elements) {
+  return *reinterpret_cast<const Vector<T, kWidth>*>(elements);
+}
+
+template <int kWidth, typename T>
+__device__ __forceinline__ void store(T* elements, const Vector<T, kWidth>& vector) {
+  *reinterpret_cast<Vector<T, kWidth>*>(elements) = vector;
+}
+
+// NaN stays, as in PyTorch.
+__device__ __forceinline__ float relu(float value) { return value <= 0.0f ? 0.0f : value; }
+
+// Affine of the channels [channel, channel + kChannels).
+template <int kChannels>
+struct AffineChannels {
+  float center[kChannels], scale[kChannels], shift[kChannels];
+
+  __device__ __forceinline__ AffineChannels(const Affine& affine, int64_t channel) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      center[c] = affine.center != nullptr ? affine.center[channel + c] : 0.0f;
+      scale[c] = affine.scale != nullptr ? affine.scale[channel + c] : 1.0f;
+      shift[c] = affine.shift != nullptr ? affine.shift[channel + c] : 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ float operator()(float value, int c) const {
+    return fmaf(scale[c], value - center[c], shift[c]);
+  }
+};
+
+// round(relu(affine(x))): a convolution's input, and the mask of its gradient.
+template <typename T, int kChannels>
+struct Activation {
+  AffineChannels<kChannels> affine;
+
+  __device__ __forceinline__ Activation(const Affine& vectors, int64_t channel) : affine(vectors, channel) {}
+
+  __device__ __forceinline__ T operator()(T value, int c) const {
+    return static_cast<T>(relu(affine(static_cast<float>(value), c)));
+  }
+
+  // A gradient that reaches the activation goes on to where this is not zero: NaN passes.
+  __device__ __forceinline__ bool passes(T value, int c) const {
+    return !(static_cast<float>((*this)(value, c)) <= 0.0f);
+  }
+};
+
+// round(dz + dmean / count + 2 * dvar / count * (z - mean)): a gradient with what comes through the statistics.
+template <typename T, int kChannels>
+struct StatisticsGradient {
+  float mean[kChannels], offset[kChannels], slope[kChannels];
+
+  __device__ __forceinline__ StatisticsGradient(const StatisticsGradients& vectors, int64_t channel) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      mean[c] = vectors.mean[channel + c];
+      offset[c] = vectors.dmean[channel + c] / vectors.count;
+      slope[c] = vectors.dvar[channel + c] * (2.0f / vectors.count);
+    }
+  }
+
+  __device__ __forceinline__ T operator()(T dz, T z, int c) const {
+    return static_cast<T>(fmaf(slope[c], static_cast<float>(z) - mean[c], static_cast<float>(dz) + offset[c]));
+  }
+};
+
+// Running totals of a thread, per channel. merge() adds those of a later part of the data, in a fixed order; store()
+// writes one split's totals, as planes (split, channel) of the partial results that reduce.cuh brings together.
+struct NoTotals {};
+
+template <int kChannels>
+struct Moments {
+  static constexpr int kPlanes = 3;
+
+  float count, mean[kChannels], squares[kChannels];  // squares: sum of (value - mean)^2
+
+  // Welford's update with one value of every channel.
+  __device__ __forceinline__ void add(const float (&values)[kChannels]) {
+    count += 1.0f;
+    const float weight = 1.0f / count;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const float delta = values[c] - mean[c];
+      mean[c] = fmaf(delta, weight, mean[c]);
+      squares[c] = fmaf(delta, values[c] - mean[c], squares[c]);
+    }
+  }
+
+  // Chan's formula.
+  __device__ __forceinline__ void merge(const Moments& other) {
+    if (count == 0.0f) {
+      *this = other;
+    } else if (other.count != 0.0f) {
+      const float total = count + other.count;
+      const float weight = other.count / total;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const float delta = other.mean[c] - mean[c];
+        mean[c] = fmaf(delta, weight, mean[c]);
+        squares[c] += other.squares[c] + delta * delta * (count * weight);
+      }
+      count = total;
+    }
+  }
+
+  __device__ __forceinline__ void store(float* partial, int64_t plane, int64_t index) const {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      partial[index + c] = count;
+      partial[plane + index + c] = mean[c];
+      partial[2 * plane + index + c] = squares[c];
+    }
+  }
+};
+
+template <int kChannels, int kSums>
+struct Sums {
+  static constexpr int kPlanes = kSums;
+
+  float sums[kSums][kChannels];
+
+  __device__ __forceinline__ void merge(const Sums& other) {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        sums[s][c] += other.sums[s][c];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* partial, int64_t plane, int64_t index) const {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        partial[s * plane + index + c] = sums[s][c];
+      }
+    }
+  }
+};
+
+// Merges the totals of the warp's lanes that are equal modulo `lanes` (a power of two) into those of lanes 0 ..
+// lanes - 1, always in the same order.
+template <typename Totals>
+__device__ __forceinline__ void merge_lanes(Totals& totals, int lanes) {
+  constexpr int kWords = sizeof(Totals) / sizeof(float);
+  for (int distance = lanes; distance < kWarpSize; distance *= 2) {
+    float words[kWords];
+    memcpy(words, &totals, sizeof(Totals));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = shuffle_xor(words[i], distance);
+    }
+    Totals other;
+    memcpy(&other, words, sizeof(Totals));
+    totals.merge(other);
+  }
+}
+
+// Merges the totals of `rows` (a power of two) threads per lane, thread = row * lanes + lane, into those of row 0: by
+// halves, so always in the same order. All threads of the block call it.
+template <int kThreads, typename Totals>
+__device__ __forceinline__ void merge_rows(Totals& totals, int row, int rows, int lanes) {
+  __shared__ Totals slots[kThreads / 2];
+  const int lane = threadIdx.x - row * lanes;
+  for (int half = rows / 2; half > 0; half /= 2) {
+    if (row >= half && row < 2 * half) {
+      slots[(row - half) * lanes + lane] = totals;
+    }
+    __syncthreads();
+    if (row < half) {
+      totals.merge(slots[row * lanes + lane]);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace resnext::cuda

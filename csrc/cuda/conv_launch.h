@@ -1,0 +1,128 @@
+// Host side of the forward and of the input gradient, plain or fused: the tensor-core kernel where it fits, and the
+// direct one.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+#include "direct_conv.cuh"
+#include "strip_plan.h"
+#include "tensor_core_conv.cuh"
+
+namespace resnext::cuda {
+
+template <typename T, Pass kPass, typename Out, typename Fusion>
+cudaError_t launch_direct_conv(const GroupedConvShape& shape, const Context& context, const void* source,
+                               const void* weight, Out* out, const Fusion& fusion) {
+  constexpr bool kDgrad = kPass == Pass::kDgrad;
+  const auto axis = [](int64_t size) { return static_cast<int>(size); };
+  GatherShape gather{};
+  gather.out_height = axis(kDgrad ? shape.height : shape.out_height);
+  gather.out_width = axis(kDgrad ? shape.width : shape.out_width);
+  gather.out_channels = axis(kDgrad ? shape.in_channels : shape.out_channels);
+  gather.out_group = axis(kDgrad ? shape.group_in() : shape.group_out());
+  gather.source_height = axis(kDgrad ? shape.out_height : shape.height);
+  gather.source_width = axis(kDgrad ? shape.out_width : shape.width);
+  gather.source_channels = axis(kDgrad ? shape.out_channels : shape.in_channels);
+  gather.source_group = axis(kDgrad ? shape.group_out() : shape.group_in());
+  gather.pixels = shape.batch * gather.out_height * gather.out_width;
+  gather.stride_h = static_cast<int>(shape.stride_h);
+  gather.stride_w = static_cast<int>(shape.stride_w);
+  const int64_t blocks =
+      ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
+  return launch(direct_conv_kernel<T, kDgrad, Out, Fusion>, blocks, kDirectThreads, DynamicShared{}, context.stream,
+                static_cast<const T*>(source), static_cast<const T*>(weight), out, fusion, gather);
+}
+
+struct TensorCoreConvPlan {
+  TensorCoreConvShape problem;
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+};
+
+// Fewer output tiles per block until weights and source rows fit into shared memory; none if they never do.
+template <Pass kPass, int kStride, typename Fusion>
+std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& shape, const Device& device) {
+  using Rows = RowAxis<kPass, kStride>;
+  using Cols = ColAxis<kPass, kStride>;
+  constexpr int kResident = kConvBlocksPerMultiprocessor<kPass, kStride, Fusion>;
+  const int group_width = static_cast<int>(shape.group_in());
+  TensorCoreConvPlan plan{};
+  TensorCoreConvShape& problem = plan.problem;
+  problem.channels = static_cast<int>(shape.in_channels);
+  problem.group_width = group_width;
+  problem.slab_channels = group_width > kPackedSlabChannels ? group_width
+                                                            : kPackedSlabChannels / group_width * group_width;
+  problem.slabs = static_cast<int>(ceil_div(problem.channels, problem.slab_channels));
+
+  const int slab_tiles = problem.slab_channels / kTile;
+  for (problem.part_tiles = std::min(slab_tiles, kMaxWarps); problem.part_tiles >= 1; problem.part_tiles /= 2) {
+    problem.parts = static_cast<int>(ceil_div(slab_tiles, problem.part_tiles));
+    const int64_t blocks_per_unit = int64_t{problem.slabs} * problem.parts;
+    problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad, blocks_per_unit,
+                                               int64_t{device.multiprocessors} * kResident);
+    const int64_t rows_bytes =
+        int64_t{Rows::inputs + Rows::advance} * problem.grid.pixels * pixel_pitch(problem.slab_channels);
+    const int64_t weights_bytes =
+        group_width <= kTile ? 0
+                             : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize *
+                                   static_cast<int64_t>(sizeof(WeightTile));
+    plan.shared_bytes = weights_bytes + std::max<int64_t>(rows_bytes, problem.part_tiles * kStagedWeightBytes);
+    plan.threads = problem.part_tiles * kWarpSize;
+    const int64_t resident = resident_blocks(device, plan.shared_bytes, kResident);
+    if (resident == 0 || problem.slab_channels / 8 > plan.threads || problem.grid.units > INT32_MAX) {
+      continue;
+    }
+    // One wave of blocks, so that each lays out its weights once.
+    problem.splits = static_cast<int>(
+        std::clamp<int64_t>(device.multiprocessors * resident / blocks_per_unit, 1, problem.grid.units));
+    plan.blocks = blocks_per_unit * problem.splits;
+    return plan;
+  }
+  return std::nullopt;
+}
+
+template <typename T, Pass kPass, int kStride, typename Fusion>
+std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context,
+                                               const void* source, const void* weight, void* out, Fusion fusion,
+                                               Partial* partial) {
+  using Totals = typename Fusion::template Totals<kLaneChannels>;
+  const auto plan = plan_tensor_core_conv<kPass, kStride, Fusion>(shape, context.device);
+  if (!plan.has_value()) {
+    return std::nullopt;
+  }
+  if constexpr (!std::is_empty_v<Totals>) {
+    if (partial != nullptr) {
+      const int64_t plane = plan->problem.splits * int64_t{plan->problem.channels};
+      *partial = {context.scratch.allocate_array<float>(Totals::kPlanes * plane), plan->problem.splits};
+      fusion.partial = partial->values;
+    }
+  }
+  return launch(shape.group_in() <= kTile ? tensor_core_conv_kernel<T, kPass, kStride, true, Fusion>
+                                          : tensor_core_conv_kernel<T, kPass, kStride, false, Fusion>,
+                plan->blocks, plan->threads, dynamic_shared(context.device, plan->shared_bytes), context.stream,
+                static_cast<const T*>(source), static_cast<const T*>(weight), static_cast<T*>(out), fusion,
+                plan->problem);
+}
+
+// Launches the tensor-core kernel where it serves the problem. Its totals go to scratch memory, which partial receives;
+// null: they are not wanted. fused_tensors are those that the fusion reads (or null).
+template <typename T, Pass kPass, typename Fusion>
+std::optional<cudaError_t> try_tensor_cores(const GroupedConvShape& shape, Dtype dtype, const Context& context,
+                                            const void* source, const void* weight, void* out, const Fusion& fusion,
+                                            Partial* partial, std::initializer_list<const void*> fused_tensors) {
+  if constexpr (!std::is_same_v<T, float>) {
+    const auto fits = [](const void* tensor) { return aligned(tensor, 16); };
+    if (tensor_cores_serve(shape, dtype, context.device) && fits(source) && fits(weight) && fits(out) &&
+        std::all_of(fused_tensors.begin(), fused_tensors.end(), fits)) {
+      return shape.stride_h == 1
+                 ? launch_tensor_cores<T, kPass, 1>(shape, context, source, weight, out, fusion, partial)
+                 : launch_tensor_cores<T, kPass, 2>(shape, context, source, weight, out, fusion, partial);
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace resnext::cuda
