@@ -22,23 +22,27 @@ from torch.autograd.function import once_differentiable
 from resnext.kernels import bn_affine
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
-Affine = tuple[Tensor | None, Tensor, Tensor]
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of each channel, (C,), and how many values of a channel they describe.
+    """Mean and biased variance of each channel, (C,), and of how many values they are.
 
-    The count is a number, or a tensor of no dimensions where the ranks of a process group share the statistics.
+    ``number`` is a tensor of no dimensions where the ranks of a process group share their statistics.
     """
 
     mean: Tensor
     var: Tensor
-    count: int | Tensor
+    number: int | Tensor
 
 
 def uses_batch_statistics(bn: BatchNorm) -> bool:
     """Whether ``bn`` normalises with the batch's statistics (in training, or without running ones) or the running."""
     return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def is_shared(bn: BatchNorm) -> bool:
+    """Whether ``bn`` shares its statistics with other processes, all of which then compute them together."""
+    return _process_group(bn) is not None
 
 
 def batch_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, shape: Sequence[int]) -> Statistics:
@@ -54,26 +58,26 @@ def batch_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, shape: Sequence[i
     Raises:
         ValueError: There is one value per channel, as ``torch.nn.BatchNorm2d`` raises.
     """
-    count = shape[0] * shape[2] * shape[3]
+    number = shape[0] * shape[2] * shape[3]
     if (group := _process_group(bn)) is not None:
-        return Statistics(*_MergeRanks.apply(mean, var, count, group))
-    if count == 1:
+        return Statistics(*_MergeRanks.apply(mean, var, number, group))
+    if number == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
-    return Statistics(mean, var, count)
+    return Statistics(mean, var, number)
 
 
-def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> Affine:
-    """The affine that ``bn`` is with these statistics; None: its running ones, which are constants.
+def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The center, scale and shift that ``bn`` is with these statistics; None: its running ones, which are constants.
 
     Differentiable in the statistics and in ``bn``'s parameters. The vectors are float32, or float64 for activations
     of that ``dtype``.
     """
     if statistics is None:
-        vectors = torch.promote_types(dtype, torch.float32)
+        vectors = torch.float64 if dtype == torch.float64 else torch.float32
         mean, var = bn.running_mean.to(vectors), bn.running_var.to(vectors)  # type: ignore[union-attr]
     else:
         mean, var, _ = statistics
-    return bn_affine(mean, var, bn.weight, bn.bias, bn.eps)
+    return bn_affine(mean, var, bn.weight, bn.bias, bn.eps)  # type: ignore[return-value]  # this center is not None
 
 
 @torch.no_grad()
@@ -85,7 +89,7 @@ def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> N
     """
     if statistics is None or not bn.training or not bn.track_running_stats:
         return
-    mean, var, count = statistics
+    mean, var, number = statistics
     factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
@@ -96,7 +100,7 @@ def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> N
     buffers = [bn.running_mean, bn.running_var]
     running = [buffer.to(mean.dtype) for buffer in buffers]
     torch._foreach_mul_(running, 1 - factor)
-    torch._foreach_add_(running, torch._foreach_mul([mean, var * (count / (count - 1))], factor))
+    torch._foreach_add_(running, torch._foreach_mul([mean, var * (number / (number - 1))], factor))
     for buffer, value in zip(buffers, running, strict=True):
         if value is not buffer:
             buffer.copy_(value)
@@ -111,23 +115,23 @@ def _process_group(bn: BatchNorm) -> Any:
 
 
 class _MergeRanks(torch.autograd.Function):
-    """Mean, biased variance and count of the union of all ranks' batches, which may differ in size."""
+    """Mean, biased variance and number of values of the union of all ranks' batches, which may differ in size."""
 
     @staticmethod
-    def forward(ctx, mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, mean: Tensor, var: Tensor, number: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Every rank fills its own row of zeros, so one sum is a gather, which every backend has.
         channels = mean.numel()
         rows = mean.new_zeros(dist.get_world_size(group), 2 * channels + 1)
-        rows[dist.get_rank(group)] = torch.cat((mean, var, mean.new_full((1,), count)))
+        rows[dist.get_rank(group)] = torch.cat((mean, var, mean.new_full((1,), number)))
         dist.all_reduce(rows, group=group)
-        means, variances, counts = rows.split((channels, channels, 1), dim=1)
-        total = counts.sum()
-        shares = counts / total
+        means, variances, numbers = rows.split((channels, channels, 1), dim=1)
+        total = numbers.sum()
+        shares = numbers / total
         # Relative to the first rank's mean: equal means merge without rounding, large ones lose no digits.
         merged_mean = means[0] + (shares * (means - means[0])).sum(0)
         merged_var = (shares * (variances + (means - merged_mean).square())).sum(0)
         ctx.group = group
-        ctx.save_for_backward(mean - merged_mean, count / total)
+        ctx.save_for_backward(mean - merged_mean, number / total)
         ctx.mark_non_differentiable(total)
         return merged_mean, merged_var, total
 

@@ -7,7 +7,7 @@ thousands of checkpoints share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
     """
 
     relu: nn.Module
-    downsample: nn.Module | None
+    downsample: Any  # None, or a module, most often a Sequential of a 1x1 convolution and a batch norm
     recompute: bool
 
     _branch: ClassVar[tuple[tuple[str, str], ...]]
@@ -72,8 +72,8 @@ class ResidualBlock(nn.Module):
         if self.downsample is not None:
             if reason := fusion.why_not_module("downsample", self.downsample, nn.Sequential):
                 return reason
-            if len(self.downsample) != 2:  # type: ignore[arg-type]
-                return f"downsample has {len(self.downsample)} children, not a convolution and a norm"  # type: ignore[arg-type]
+            if len(self.downsample) != 2:
+                return f"downsample has {len(self.downsample)} children, not a convolution and a batch norm"
         branch, shortcut = self._convolutions()
         for pair in [*branch, shortcut]:
             if pair is not None and (reason := fusion.why_not_conv_norm(pair, x)):
@@ -90,8 +90,7 @@ class ResidualBlock(nn.Module):
         branch = [ConvNorm(conv, getattr(self, conv), bn, getattr(self, bn)) for conv, bn in self._branch]
         if self.downsample is None:
             return branch, None
-        conv, bn = self.downsample  # type: ignore[misc]
-        return branch, ConvNorm("downsample.0", conv, "downsample.1", bn)
+        return branch, ConvNorm("downsample.0", self.downsample[0], "downsample.1", self.downsample[1])
 
     def _forward_children(self, x: Tensor) -> Tensor:
         raise NotImplementedError

@@ -19,9 +19,11 @@ from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm
-from resnext.batch_norm import Affine, BatchNorm, Statistics
+from resnext.batch_norm import BatchNorm, Statistics
 from resnext.kernels import affine_add_relu, affine_relu_max_pool, conv_affine, conv_stats, why_not_conv_stats
 from resnext.layers import GroupedConv2d
+
+Affine = tuple[Tensor, Tensor, Tensor]
 
 _HOOKS = {
     "forward_pre_hooks": "forward pre-hook",
@@ -30,10 +32,19 @@ _HOOKS = {
     "backward_hooks": "backward hook",
 }
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Kernel size, stride, padding and dilation of what the blocks are made of, so that most calls need no closer look.
+_USUAL_GEOMETRY = frozenset(
+    ((kernel, kernel), stride, (padding, padding), (1, 1))
+    for kernel, padding in ((1, 0), (3, 1))
+    for stride in ((1, 1), (2, 2))
+)
 
 
 class ConvNorm(NamedTuple):
-    """A convolution and the batch norm behind it, with their names in the block."""
+    """A convolution and the batch norm behind it, with their names in the block.
+
+    What the types promise holds where `why_not_conv_norm` has nothing to say.
+    """
 
     conv_name: str
     conv: nn.Conv2d
@@ -54,13 +65,12 @@ def why_not_now(x: Tensor | fx.Proxy | None) -> str | None:
         return "the call is inside a torch.func transform (vmap, grad, jvp, ...)"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is on"
-    for kind, words in _HOOKS.items():
-        if getattr(nn_module, f"_global_{kind}"):
-            return f"a {words} is registered for all modules"
+    if nn_module._has_any_global_hook():
+        return "a hook is registered for all modules"
     if x is None:
         return None
-    if x.dim() != 4 or 0 in x.shape:
-        return f"the input has shape {tuple(x.shape)}, not (N, C, H, W) with something in it"
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        return f"the input has shape {tuple(x.shape)}, not (N, C, H, W) with C, H and W at least 1"
     if x.dtype not in _DTYPES:
         return f"the input is {x.dtype}, not float32, float16, bfloat16 or float64"
     if x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
@@ -72,15 +82,16 @@ def why_not_module(name: str, module: nn.Module, *types: type[nn.Module]) -> str
     """Why ``module`` is not simply one of ``types`` that nobody listens to, or None."""
     if type(module) not in types:
         return f"{name} is {type(module).__name__}, not {types[0].__name__}"
-    for kind, words in _HOOKS.items():
-        if getattr(module, f"_{kind}"):
-            return f"{name} has a {words}"
+    # One expression, as it stands in torch.nn.Module's own call: this is asked for every child in every call.
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        kinds = [words for kind, words in _HOOKS.items() if getattr(module, f"_{kind}")]
+        return f"{name} has a {kinds[0]}"
     if "forward" in module.__dict__:
         return f"{name} has a forward of its own"
     return None
 
 
-def why_not_batch_norm(name: str, bn: nn.Module) -> str | None:
+def why_not_batch_norm(name: str, bn: BatchNorm) -> str | None:
     """Why the kernels do not compute what ``bn`` computes, or None."""
     if reason := why_not_module(name, bn, nn.BatchNorm2d, nn.SyncBatchNorm):
         return reason
@@ -93,7 +104,7 @@ def why_not_batch_norm(name: str, bn: nn.Module) -> str | None:
     return None
 
 
-def why_not_max_pool(name: str, pool: nn.Module) -> str | None:
+def why_not_max_pool(name: str, pool: nn.MaxPool2d) -> str | None:
     """Why ``pool`` is not the max pooling of ResNet's stem, or None."""
     if reason := why_not_module(name, pool, nn.MaxPool2d):
         return reason
@@ -110,18 +121,23 @@ def why_not_conv_norm(pair: ConvNorm, x: Tensor | None) -> str | None:
         return reason
     if conv.padding_mode != "zeros":
         return f"{name}.padding_mode is {conv.padding_mode}, not zeros"
-    if reason := why_not_conv_stats(conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups):
-        return f"{name}: {reason}"
+    weight = conv.weight
+    if (weight.shape[2:], conv.stride, conv.padding, conv.dilation) not in _USUAL_GEOMETRY:
+        reason = why_not_conv_stats(weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if reason is not None:
+            return f"{name}: {reason}"
     if bn.num_features != conv.out_channels:
         return f"{bn_name} is for {bn.num_features} channels, and {name} has {conv.out_channels}"
     if conv.bias is not None and batch_norm.uses_batch_statistics(bn):
         return f"{name} has a bias"
     if x is None:
         return None
-    if conv.weight.device != x.device:
-        return f"the input is on {x.device}, and {name} on {conv.weight.device}"
-    if conv.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        return f"the input is {x.dtype}, and {name} {conv.weight.dtype}"
+    if x.shape[0] == 0 and not batch_norm.is_shared(bn):
+        return "the input has no images"
+    if weight.device != x.device:
+        return f"the input is on {x.device}, and {name} on {weight.device}"
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"the input is {x.dtype}, and {name} {weight.dtype}"
     return None
 
 
@@ -139,19 +155,21 @@ def train(x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None, reco
         shortcut: The convolution of the shortcut; None: the input itself.
         recompute: Whether backward computes the last convolution's output again instead of keeping it.
     """
+    images = x.shape[0]
+    x = _or_blank(x)
     z, affine = x, None
     for pair in branch[:-1]:
-        z, affine, statistics = _conv_norm(z, affine, pair)
+        z, affine, statistics = _conv_norm(z, affine, pair, images)
         batch_norm.update_running_statistics(pair.bn, statistics)
     residual, residual_affine = x, None
     if shortcut is not None:
-        residual, residual_affine, statistics = _conv_norm(x, None, shortcut)
+        residual, residual_affine, statistics = _conv_norm(x, None, shortcut, images)
         batch_norm.update_running_statistics(shortcut.bn, statistics)
 
     def end(
         z: Tensor, affine: Affine | None, residual: Tensor, residual_affine: Affine | None
     ) -> tuple[Tensor, Statistics | None]:
-        z, affine, statistics = _conv_norm(z, affine, branch[-1])
+        z, affine, statistics = _conv_norm(z, affine, branch[-1], images)
         return affine_add_relu(z, affine, residual, residual_affine), statistics
 
     arguments = (z, affine, residual, residual_affine)
@@ -161,26 +179,40 @@ def train(x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None, reco
         out, statistics = end(*arguments)
     # Not in `end`, which may run twice.
     batch_norm.update_running_statistics(branch[-1].bn, statistics)
-    return out
-
-
-def _conv_norm(x: Tensor, affine: Affine | None, pair: ConvNorm) -> tuple[Tensor, Affine, Statistics | None]:
-    """The raw output, and its batch norm as an affine; with the statistics if they are the batch's."""
-    conv, bn = pair.conv, pair.bn
-    of_batch = batch_norm.uses_batch_statistics(bn)
-    z, mean, var = conv_stats(x, conv.weight, affine, conv.stride, conv.groups, stats=of_batch)
-    statistics = batch_norm.batch_statistics(bn, mean, var, z.shape) if of_batch else None
-    center, scale, shift = batch_norm.affine(bn, statistics, z.dtype)
-    if conv.bias is not None:  # only before running statistics
-        shift = shift + scale * conv.bias
-    return z, (center, scale, shift), statistics
+    return out[:images] if images == 0 else out
 
 
 def stem(x: Tensor, pair: ConvNorm) -> Tensor:
     """Convolution, batch norm, ReLU and 3x3 max pooling with stride 2; differentiable, saves only the raw output."""
-    z, affine, statistics = _conv_norm(x, None, pair)
+    images = x.shape[0]
+    z, affine, statistics = _conv_norm(_or_blank(x), None, pair, images)
     batch_norm.update_running_statistics(pair.bn, statistics)
-    return affine_relu_max_pool(z, affine)
+    out = affine_relu_max_pool(z, affine)
+    return out[:images] if images == 0 else out
+
+
+def _or_blank(x: Tensor) -> Tensor:
+    """``x``, or one blank image for a batch of none, where other processes wait for this one's share.
+
+    It counts for nothing in the statistics, and the result is cut off again.
+    """
+    return x if x.shape[0] else x.new_zeros(1, *x.shape[1:]) + x.sum()
+
+
+def _conv_norm(
+    x: Tensor, affine: Affine | None, pair: ConvNorm, images: int
+) -> tuple[Tensor, Affine, Statistics | None]:
+    """The raw output, and its batch norm as an affine; with the statistics if they are the batch's."""
+    conv, bn = pair.conv, pair.bn
+    of_batch = batch_norm.uses_batch_statistics(bn)
+    z, mean, var = conv_stats(x, conv.weight, affine, conv.stride, conv.groups, stats=of_batch)
+    statistics = None
+    if mean is not None and var is not None:
+        statistics = batch_norm.batch_statistics(bn, mean, var, (images, *z.shape[1:]))
+    center, scale, shift = batch_norm.affine(bn, statistics, z.dtype)
+    if conv.bias is not None:  # only before running statistics
+        shift = shift + scale * conv.bias
+    return z, (center, scale, shift), statistics
 
 
 # --- inference ---
@@ -197,7 +229,7 @@ class Folded(NamedTuple):
 class _Kept(NamedTuple):
     """What `_folded` keeps of a module."""
 
-    state: list[tuple[int, int]]
+    state: list[float]
     folded: list[Folded]
     aliases: list[Tensor]
 
@@ -207,14 +239,11 @@ _KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 def infers(x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None) -> bool:
-    """Whether `infer` will do: no batch statistics, and nothing for a backward pass.
-
-    An exported program is for inference; should it be trained after all, gradients are right, only slower.
-    """
+    """Whether `infer` will do: no batch statistics, and nothing for a backward pass."""
     pairs = [*branch, shortcut] if shortcut is not None else branch
     if any(batch_norm.uses_batch_statistics(pair.bn) for pair in pairs):
         return False
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled():
         return True
     return not x.requires_grad and not any(tensor.requires_grad for tensor in _tensors(pairs))
 
@@ -252,29 +281,30 @@ def _folded(block: nn.Module, pairs: Sequence[ConvNorm], x: Tensor) -> list[Fold
     )
     if passing:
         return [_fold(pair, x.dtype) for pair in pairs]
-    state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    state = [pair.bn.eps for pair in pairs]
+    for tensor in tensors:
+        state += (tensor.data_ptr(), tensor._version)
     kept = _KEPT.get(block)
     if kept is None or kept.state != state:
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
-            folded = [_scaled(_fold(pair, x.dtype)) for pair in pairs]
+            folded = [_fold(pair, x.dtype, into_weight=True) for pair in pairs]
             # The aliases hold the memory, so that no other tensor gets the same address.
             kept = _KEPT[block] = _Kept(state, folded, [tensor.detach() for tensor in tensors])
     return kept.folded
 
 
-def _fold(pair: ConvNorm, dtype: torch.dtype) -> Folded:
-    center, scale, shift = batch_norm.affine(pair.bn, None, dtype)
-    mean = center if pair.conv.bias is None else center - pair.conv.bias
-    return Folded(pair.conv.weight, scale, shift - scale * mean)
+def _fold(pair: ConvNorm, dtype: torch.dtype, into_weight: bool = False) -> Folded:
+    """Fold; ``into_weight``: the scale too, where a library's convolution adds a shift but does not scale.
 
-
-def _scaled(folded: Folded) -> Folded:
-    """Move the scale into the weight where that rounds as finely, and a library's convolution adds only a shift."""
-    weight, scale, shift = folded
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2:] != (1, 1):
-        return folded
-    return Folded(weight * scale[:, None, None, None], None, shift)
+    In float32 that rounds no more coarsely than the sums do.
+    """
+    weight, bias = pair.conv.weight, pair.conv.bias
+    mean, scale, shift = batch_norm.affine(pair.bn, None, dtype)
+    shift = shift - scale * (mean if bias is None else mean - bias)
+    if into_weight and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[2:] == (1, 1):
+        return Folded(weight * scale[:, None, None, None], None, shift)
+    return Folded(weight, scale, shift)
 
 
 def _tensors(pairs: Sequence[ConvNorm]) -> list[Tensor]:

@@ -8,12 +8,13 @@ random seed gives the same initial weights. What differs is the computation: blo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from resnext import fusion
+from resnext.batch_norm import BatchNorm
 from resnext.blocks import BasicBlock, Bottleneck, ResidualBlock, conv1x1
 from resnext.fusion import ConvNorm
 
@@ -186,7 +187,7 @@ class ResNet(nn.Module):
         return [(name, module) for name, module in self.named_modules() if isinstance(module, ResidualBlock)]
 
     def _stem_convolution(self) -> ConvNorm:
-        return ConvNorm("conv1", self.conv1, "bn1", self.bn1)
+        return ConvNorm("conv1", self.conv1, "bn1", cast(BatchNorm, self.bn1))
 
     def _why_stem_not_fused(self, x: Tensor | None = None) -> str | None:
         return (

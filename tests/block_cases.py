@@ -41,11 +41,12 @@ class BlockCase:
 
     def pair(self, norm: Norm = nn.BatchNorm2d, **arguments: Any) -> tuple[ResidualBlock, nn.Module]:
         """Ours and torchvision's, with the same parameters, none at its initial value; ``arguments`` are for ours."""
-        ours, plain = self._make(self.kind, norm, **arguments), self._make(PLAIN[self.kind], norm)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
+        ours = self._make(self.kind, norm, **arguments)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            plain = self._make(PLAIN[self.kind], norm)
             for parameter in plain.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
+                parameter.add_(torch.randn_like(parameter) / 4)
         ours.load_state_dict(plain.state_dict())
         return ours, plain
 
@@ -53,7 +54,9 @@ class BlockCase:
         out_planes = self.planes * kind.expansion
         downsample = None
         if self.stride != 1 or self.inplanes != out_planes:
-            downsample = nn.Sequential(nn.Conv2d(self.inplanes, out_planes, 1, self.stride, bias=False), norm(out_planes))
+            downsample = nn.Sequential(
+                nn.Conv2d(self.inplanes, out_planes, 1, self.stride, bias=False), norm(out_planes)
+            )
         widths = {"groups": 4, "base_width": 32} if self.kind is Bottleneck else {}
         return kind(self.inplanes, self.planes, self.stride, downsample, norm_layer=norm, **widths, **arguments)
 

@@ -1,4 +1,4 @@
-"""The blocks, fused, beside torchvision's: outputs, gradients, running statistics, and what batch norm may be set to."""
+"""The blocks, fused, beside torchvision's: outputs, gradients, running statistics, settings of batch norm."""
 
 import copy
 
@@ -19,7 +19,6 @@ from .block_cases import (
     assert_same_results,
     buffers,
     forward_and_gradients,
-    prefixed,
     relative_errors,
     train_and_evaluate,
 )
