@@ -143,12 +143,12 @@ def choose_config(problem: ConvProblem, *, fused: bool = False, allow_tf32: bool
     """
     if not fits_strips(problem):
         return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
-    if problem.dtype == torch.float32:
-        # Without TF32 there are no matrix units, and the operands of ordinary multiply-adds fill the registers; so do
-        # nine float32 accumulators 32 x 32 with float32 operands.
-        wide_wgrad = problem.op == "wgrad" and max(problem.group_in, problem.group_out) > MATRIX_WIDTH
-        if not allow_tf32 or wide_wgrad:
-            return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    # Without TF32 there are no matrix units, and the operands of ordinary multiply-adds fill the registers; so do nine
+    # accumulators 32 x 32 beside float32 operands, or beside what a prologue needs.
+    single = problem.dtype == torch.float32
+    wide_wgrad = problem.op == "wgrad" and max(problem.group_in, problem.group_out) > MATRIX_WIDTH
+    if (single and not allow_tf32) or (wide_wgrad and (single or fused)):
+        return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
     return strips_config(problem, fused=fused, num_sms=num_sms)
 
 
@@ -196,8 +196,6 @@ def strips_config(problem: ConvProblem, *, fused: bool = False, num_sms: int = 1
     while strip > 1 and math.ceil(width / strip) * strip * 7 > width * 8:  # at most an eighth of the columns idle
         strip //= 2
     block_m, num_warps = 16, block // MATRIX_WIDTH
-    if fused and problem.op == "wgrad":
-        num_warps *= num_warps  # a warp for every MATRIX_WIDTH x MATRIX_WIDTH of the accumulators
     tiles = math.ceil(problem.groups / merged)
     blocks_m = math.ceil(problem.batch * math.ceil(width / strip) / block_m)
     wanted = _WAVES * num_sms * _STRIPS_PER_SM // num_warps

@@ -153,12 +153,16 @@ def machine_code(kernel: triton.compiler.CompiledKernel) -> str:
 
 def measure(build: Build, arch: int) -> Usage:
     """Compile, and read what the machine code uses."""
-    kernel = compile_launch(build.launch, build.problem.dtype, arch)
+    return usage(compile_launch(build.launch, build.problem.dtype, arch))
+
+
+def usage(kernel: triton.compiler.CompiledKernel) -> Usage:
+    """What the machine code uses."""
     text = machine_code(kernel)
     registers = re.search(r"REG:(\d+)", text)
     matrix = re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)[\w.]*", text)
     if registers is None or "EXIT" not in text:
-        raise RuntimeError(f"cuobjdump showed no code for {build.id}, sm_{arch}:\n{text[:2000]}")
+        raise RuntimeError(f"cuobjdump showed no code for {kernel.metadata.name}:\n{text[:2000]}")
     spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
     return Usage(int(registers[1]), kernel.metadata.shared, spills, matrix[0] if matrix else "-")
 

@@ -42,6 +42,8 @@ ALLOWED = {
     "kernels/grouped_conv_wgrad": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles"},
     "kernels/grouped_conv_tiles": TRITON | {".grouped_conv_fusion"},
     "kernels/grouped_conv_fusion": TRITON | {".statistics"},
+    "kernels/pointwise_conv": TRITON | {".launch", ".pointwise_conv_kernels", ".statistics"},
+    "kernels/pointwise_conv_kernels": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".statistics"},
     "resnext/__init__": {"resnext.kernels", "resnext.layers", "resnext.models"},
     "resnext/layers": {"resnext.kernels", "torch"},
     "resnext/batch_norm": {"resnext.kernels", "torch"},

@@ -1,0 +1,303 @@
+"""1x1 convolution in Triton as a matrix product, with batch norm and ReLU on load and on store.
+
+    z[p, o] = sum over i of a[p, i] * weight[o, i]        a = relu(scale * (x - center) + shift), or x itself
+
+Everything is NHWC inside: activations are matrices of pixels by channels. With strides the rows of x are gathered, and
+the input gradient writes zeros between its rows. A program of the forward pass or the input gradient makes BLOCK_M
+pixels x BLOCK_N channels in one walk over the channels it sums over. Programs of the same pixels are neighbours, so
+that these are read from memory once; the weight stays in the L2 cache. The weight gradient splits the pixels among
+programs, which leave float32 partial sums that are added in order.
+
+Bytes moved, each once: x and z forward (the residual too in inference); dz, z, x and dx in the input gradient; dz, z
+and x in the weight gradient; partial sums of a few percent of that. Kernels: pointwise_conv_kernels.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import ConvProblem, PointwiseConfig, pointwise_config
+from .launch import Launch, empty_nhwc, nhwc, num_sms, precision, tf32_allowed, to_layout
+from .pointwise_conv_kernels import (
+    pointwise_conv_dgrad_kernel,
+    pointwise_conv_fwd_kernel,
+    pointwise_conv_wgrad_kernel,
+)
+from .statistics import merge_partials, sum_partials
+
+Affine = tuple[Tensor | None, Tensor, Tensor]
+GradPrologue = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_KERNELS = {
+    "fwd": pointwise_conv_fwd_kernel,
+    "dgrad": pointwise_conv_dgrad_kernel,
+    "wgrad": pointwise_conv_wgrad_kernel,
+}
+_X = ("x_center_ptr", "x_scale_ptr", "x_shift_ptr")
+_Z = ("z_ptr", "z_center_ptr", "z_scale_ptr", "z_shift_ptr")
+# The kernels' pointers that may be None.
+_OPTIONAL = {
+    "fwd": (*_X, "y_scale_ptr", "y_shift_ptr", "residual_ptr", "partials_ptr"),
+    "dgrad": (*_Z, "x_ptr", *_X, "partials_ptr"),
+    "wgrad": (*_Z, *_X),
+}
+_MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    problem: ConvProblem,
+    config: PointwiseConfig,
+    *,
+    allow_tf32: bool,
+    fused: frozenset[str] = frozenset(),
+    relu: bool = False,
+) -> Launch:
+    """The launch that computes one pass with given settings; needs no device and no tensors.
+
+    Args:
+        problem: What to compute; one group.
+        config: Launch settings.
+        allow_tf32: Whether float32 products may be rounded to TF32.
+        fused: The kernel's optional pointers that the launch has tensors for. By default none.
+        relu: Whether the forward pass ends in a ReLU.
+
+    Raises:
+        ValueError: If a count passes what the kernels index with 32 bits.
+    """
+    in_channels, out_channels = problem.in_channels, problem.out_channels
+    pixels = problem.batch * problem.out_height * problem.out_width
+    sizes = {"pixels": pixels, "height": problem.height, "width": problem.width, "in_channels": in_channels}
+    sizes |= {"out_height": problem.out_height, "out_width": problem.out_width, "out_channels": out_channels}
+    constants: dict[str, Any] = {name: None for name in _OPTIONAL[problem.op] if name not in fused}
+    constants |= {"STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1]}
+    constants |= {"ALIGN": math.gcd(in_channels, out_channels, 16), "PRECISION": precision(problem.dtype, allow_tf32)}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    covered = pixels
+    if problem.op == "wgrad":
+        sizes["share"] = triton.cdiv(triton.cdiv(pixels, config.block_m), config.splits) * config.block_m
+        covered = sizes["share"] * config.splits
+        programs = triton.cdiv(out_channels, config.block_n) * triton.cdiv(in_channels, config.block_k) * config.splits
+    else:
+        result_channels = in_channels if problem.op == "dgrad" else out_channels
+        programs = triton.cdiv(result_channels, config.block_n) * triton.cdiv(pixels, config.block_m)
+    if problem.op == "fwd":
+        constants["RELU"] = relu
+    largest = max(programs, covered, problem.batch * problem.height * problem.width)
+    if largest > _MAX_COUNT:
+        raise ValueError(
+            f"conv2d 1x1: expected at most {_MAX_COUNT} pixels and programs for the triton backend, got {largest}; "
+            "split the batch, or use the torch backend"
+        )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return Launch(_KERNELS[problem.op], programs, sizes, constants, options)
+
+
+def conv_stats_fwd(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    stats: bool,
+    *,
+    config: PointwiseConfig | None = None,
+    allow_tf32: bool | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """1x1 convolution of relu(prologue(x)), and the statistics of its result.
+
+    Args:
+        x: (N, C_in, H, W), dense in the layout ``channels_last`` says; float32, float16 or bfloat16.
+        prologue: (center or None, scale, shift), float32 vectors (C_in,), or None: ``x`` as it is.
+        weight: (C_out, C_in, 1, 1), dense, dtype of ``x``.
+        stride: (stride_h, stride_w), each 1 or 2.
+        groups: 1.
+        channels_last: Whether ``x`` and the result are dense in ``torch.channels_last`` (else in NCHW).
+        stats: Whether the statistics are wanted.
+        config: Launch settings; the heuristic's choice by default.
+        allow_tf32: Whether float32 products may be rounded to TF32; PyTorch's flag for convolutions by default.
+
+    Returns:
+        z (N, C_out, Ho, Wo) with Ho = (H - 1) // stride_h + 1, Wo alike; mean and biased variance (C_out,) of z as it
+        is stored, float32, the same bits for the same call, or None.
+    """
+    settings = _settings("fwd", x, weight, stride, channels_last, config, allow_tf32)
+    z = _empty_output(settings, x)
+    partials = _partials(settings, 3, x) if stats else None
+    tensors = {"x_ptr": nhwc(x), **_vectors("x", prologue), "weight_ptr": weight, "y_ptr": z, "partials_ptr": partials}
+    _launch(settings, tensors)
+    mean, var = (None, None) if partials is None else merge_partials(partials)
+    return to_layout(z, channels_last), mean, var
+
+
+def conv_stats_bwd(
+    dz: Tensor,
+    grad_prologue: GradPrologue | None,
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    wanted: tuple[bool, bool],
+    *,
+    dgrad_config: PointwiseConfig | None = None,
+    wgrad_config: PointwiseConfig | None = None,
+    allow_tf32: bool | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `conv_stats_fwd`.
+
+    Args:
+        dz: (N, C_out, Ho, Wo), the gradient of z, laid out like ``x``.
+        grad_prologue: (z, mean, dmean, dvar): z, its mean, and the gradients of its mean and variance, which are added
+            to ``dz`` on load; None if the statistics have no gradient.
+        x: As in `conv_stats_fwd`.
+        prologue: As in `conv_stats_fwd`.
+        weight: As in `conv_stats_fwd`.
+        stride: As in `conv_stats_fwd`.
+        groups: 1.
+        channels_last: As in `conv_stats_fwd`.
+        wanted: Whether the gradients of (x and the prologue, weight) are wanted.
+        dgrad_config: Launch settings of the input gradient; the heuristic's choice by default.
+        wgrad_config: Launch settings of the weight gradient; the heuristic's choice by default.
+        allow_tf32: As in `conv_stats_fwd`.
+
+    Returns:
+        dx like ``x``; dscale and dshift (C_in,), float32, None without a prologue; dw (C_out, C_in, 1, 1), laid out by
+        ``channels_last``, dtype of ``x``. What is not wanted is None. The same bits for the same call.
+    """
+    x = nhwc(x)
+    source = {"grad_ptr": nhwc(dz)}
+    if grad_prologue is not None:
+        z, mean, dmean, dvar = grad_prologue
+        source |= {"z_ptr": nhwc(z), **_vectors("z", (mean, dvar, dmean))}
+    dx = dscale = dshift = dw = None
+    if wanted[0]:
+        settings = _settings("dgrad", x, weight, stride, channels_last, dgrad_config, allow_tf32)
+        dx = empty_nhwc(x, *x.shape)
+        tensors = {**source, "weight_ptr": weight, "dx_ptr": dx}
+        if prologue is None:
+            _launch(settings, tensors)
+        else:
+            partials = _partials(settings, 2, x)
+            _launch(settings, {**tensors, "x_ptr": x, **_vectors("x", prologue), "partials_ptr": partials})
+            dscale, dshift = sum_partials(partials)
+        dx = to_layout(dx, channels_last)
+    if wanted[1]:
+        settings = _settings("wgrad", x, weight, stride, channels_last, wgrad_config, allow_tf32)
+        partials = torch.empty(settings[1].splits, *weight.shape, dtype=torch.float32, device=x.device)
+        _launch(settings, {**source, "x_ptr": x, **_vectors("x", prologue), "partials_ptr": partials})
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        dw = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(partials.sum(0))
+    return dx, dscale, dshift, dw
+
+
+def conv_affine(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    *,
+    config: PointwiseConfig | None = None,
+    allow_tf32: bool | None = None,
+) -> Tensor:
+    """relu(scale * conv(x, weight) + shift + residual), rounded once; for inference.
+
+    Args:
+        x: As in `conv_stats_fwd`.
+        weight: As in `conv_stats_fwd`.
+        scale: (C_out,), float32, or None: 1.
+        shift: (C_out,), float32, or None: 0.
+        residual: Like the result, or None.
+        relu: Whether there is a ReLU at the end.
+        stride: As in `conv_stats_fwd`.
+        groups: 1.
+        channels_last: As in `conv_stats_fwd`, for the residual too.
+        config: As in `conv_stats_fwd`.
+        allow_tf32: As in `conv_stats_fwd`.
+
+    Returns:
+        (N, C_out, Ho, Wo), dtype of ``x``.
+    """
+    settings = _settings("fwd", x, weight, stride, channels_last, config, allow_tf32, affine=True)
+    y = _empty_output(settings, x)
+    tensors = {"x_ptr": nhwc(x), "weight_ptr": weight, "y_scale_ptr": scale, "y_shift_ptr": shift, "y_ptr": y}
+    _launch(settings, {**tensors, "residual_ptr": None if residual is None else nhwc(residual)}, relu=relu)
+    return to_layout(y, channels_last)
+
+
+_Settings = tuple[ConvProblem, PointwiseConfig, bool]
+
+
+def _settings(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    channels_last: bool,
+    config: PointwiseConfig | None,
+    allow_tf32: bool | None,
+    *,
+    affine: bool = False,
+) -> _Settings:
+    """The problem, its launch settings and whether float32 may be TF32, with the defaults filled in."""
+    problem = ConvProblem(
+        op=op,  # type: ignore[arg-type]
+        batch=len(x),
+        in_channels=x.shape[1],
+        out_channels=len(weight),
+        height=x.shape[2],
+        width=x.shape[3],
+        stride=(stride[0], stride[1]),
+        groups=1,
+        dtype=x.dtype,
+        device_type=x.device.type,
+        channels_last=channels_last,
+    )
+    if allow_tf32 is None:
+        allow_tf32 = tf32_allowed()
+    return problem, config or _default_config(problem, x.device, allow_tf32, affine), allow_tf32
+
+
+@functools.lru_cache(maxsize=4096)
+def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, affine: bool) -> PointwiseConfig:
+    return pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms(device))
+
+
+def _launch(settings: _Settings, tensors: dict[str, Tensor | None], relu: bool = False) -> None:
+    problem, config, allow_tf32 = settings
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    fused = frozenset(present).intersection(_OPTIONAL[problem.op])
+    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
+    with torch.cuda.device_of(present["weight_ptr" if "weight_ptr" in present else "x_ptr"]):
+        launch(**present)
+
+
+def _vectors(name: str, affine: Affine | None) -> dict[str, Tensor | None]:
+    center, scale, shift = affine or (None, None, None)
+    return {f"{name}_center_ptr": center, f"{name}_scale_ptr": scale, f"{name}_shift_ptr": shift}
+
+
+def _empty_output(settings: _Settings, x: Tensor) -> Tensor:
+    problem = settings[0]
+    return empty_nhwc(x, problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+
+
+def _partials(settings: _Settings, sums: int, x: Tensor) -> Tensor:
+    """Room for ``sums`` float32 values per block of pixels and channel of the result."""
+    problem, config, _ = settings
+    rows = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
+    channels = problem.in_channels if problem.op == "dgrad" else problem.out_channels
+    return torch.empty(rows, sums, channels, dtype=torch.float32, device=x.device)

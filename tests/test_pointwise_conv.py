@@ -1,0 +1,337 @@
+"""The Triton kernels of the 1x1 convolution: numbers, corner cases, launch settings, machine code.
+
+The numbers come from a GPU or else from Triton's interpreter, which must be chosen before Triton is first imported:
+without a GPU `test_in_the_interpreter` runs this file in a process of its own. The machine code needs no GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnext.kernels.config import (
+    ConvProblem,
+    PointwiseConfig,
+    pointwise_by_triton,
+    pointwise_candidates,
+    pointwise_config,
+)
+
+from .fused_numerics import (
+    POINTWISE_CASES,
+    Arithmetic,
+    assert_statistics,
+    check_conv_affine,
+    check_conv_stats,
+    make,
+)
+
+pytest.importorskip("triton")
+
+from resnext.kernels import pointwise_conv
+
+from . import aot
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_HERE = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+OPS = ("fwd", "dgrad", "wgrad")
+BY_ID = {case.id: case for case in POINTWISE_CASES}
+
+here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
+compiles = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing while its interpreter is on")
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def launchers(allow_tf32: bool = False, **configs: PointwiseConfig) -> SimpleNamespace:
+    """The launchers without TF32 unless asked for, and with given settings of some passes."""
+    forward = {"config": configs.get("fwd"), "allow_tf32": allow_tf32}
+    backward = {"dgrad_config": configs.get("dgrad"), "wgrad_config": configs.get("wgrad"), "allow_tf32": allow_tf32}
+    return SimpleNamespace(
+        conv_stats_fwd=functools.partial(pointwise_conv.conv_stats_fwd, **forward),
+        conv_stats_bwd=functools.partial(pointwise_conv.conv_stats_bwd, **backward),
+        conv_affine=functools.partial(pointwise_conv.conv_affine, **forward),
+    )
+
+
+def arithmetic(dtype: torch.dtype) -> Arithmetic:
+    # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
+    return Arithmetic(2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
+
+
+@here
+@pytest.mark.parametrize("case", POINTWISE_CASES, ids=lambda case: case.id)
+def test_every_case(case):
+    check_conv_stats(launchers(), case, device=DEVICE)
+    check_conv_affine(launchers(), case, device=DEVICE)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["odd-channels", "stride2", "more-rows-than-a-block"])
+def test_half_precision(case, dtype):
+    options = {"arithmetic": arithmetic(dtype), "device": DEVICE}
+    check_conv_stats(launchers(), BY_ID[case], dtype, **options)
+    check_conv_affine(launchers(), BY_ID[case], dtype, **options)
+
+
+@here
+def test_tf32():
+    options = {"arithmetic": Arithmetic(u_acc=2.0**-11), "device": DEVICE}
+    check_conv_stats(launchers(allow_tf32=True), BY_ID["stride2"], **options)
+    check_conv_affine(launchers(allow_tf32=True), BY_ID["wide"], **options)
+
+
+@here
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"prologue": False},
+        {"prologue": False, "stats": False},
+        {"stats": False, "centered": False},
+        {"weight_channels_last": True},
+    ],
+    ids=lambda parts: "-".join(parts),
+)
+def test_parts_of_the_training_launchers(parts, channels_last):
+    check_conv_stats(launchers(), BY_ID["stride2"], channels_last=channels_last, device=DEVICE, **parts)
+
+
+@here
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"scaled": False},
+        {"shifted": False, "residual": False},
+        {"relu": False},
+        {"scaled": False, "shifted": False, "residual": False, "relu": False},
+        {"channels_last": False},
+    ],
+    ids=lambda parts: "-".join(parts),
+)
+def test_parts_of_the_inference_launcher(parts):
+    check_conv_affine(launchers(), BY_ID["odd-channels"], device=DEVICE, **parts)
+
+
+VARIANTS = {
+    "block_m-16": {"block_m": 16},
+    "block_m-32-num_warps-8": {"block_m": 32, "num_warps": 8},
+    "block_n-16": {"block_n": 16},
+    "block_n-128-num_stages-1": {"block_n": 128, "num_stages": 1},
+    "block_k-16-num_stages-3": {"block_k": 16, "num_stages": 3},
+    "block_k-64": {"block_k": 64},
+    "splits-3": {"splits": 3, "block_m": 16},
+    "splits-more-than-work": {"splits": 7},
+}
+
+
+@here
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_setting(changes):
+    case = BY_ID["stride2"]
+    sizes = (case.batch, case.in_channels, case.out_channels, case.height, case.width, case.stride)
+    configs = {}
+    for op in OPS:
+        config = pointwise_config(ConvProblem(op, *sizes, 1, torch.float32, DEVICE, True))
+        configs[op] = replace(config, **(changes if op == "wgrad" else {**changes, "splits": 1}))
+    check_conv_stats(launchers(**configs), case, device=DEVICE)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_small_integers_are_exact(dtype):
+    """Sums of small integers are exact in float32, and small enough here for every dtype to hold them."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"dtype": dtype, "generator": generator, "integers": True, "device": DEVICE}
+    x, weight = make((2, 20, 5, 6), channels_last=True, **options), make((12, 20, 1, 1), **options)
+    dz = make((2, 12, 3, 6), channels_last=True, **options)
+    place = ((2, 1), 1, True)
+    z, _, _ = launchers().conv_stats_fwd(x, None, weight, *place, True)
+    dx, _, _, dw = launchers().conv_stats_bwd(dz, None, x, None, weight, *place, (True, True))
+    x, weight, dz = (tensor.double().cpu().requires_grad_() for tensor in (x, weight, dz))
+    wanted = F.conv2d(x, weight, stride=place[0])
+    gradients = torch.autograd.grad(wanted, (x, weight), dz)
+    for result, exact in zip((z, dx, dw), (wanted, *gradients), strict=True):
+        assert exact.abs().max() <= 256
+        assert torch.equal(result.cpu().double(), exact)
+
+
+@here
+@pytest.mark.parametrize("pixels", [(4, 8), (5, 27)], ids=["whole-block", "ragged"])
+def test_statistics_of_a_constant_channel_and_of_a_far_mean(pixels):
+    """Channel 0 is constant; channel 1 has mean 1e3 and standard deviation 1e-2, about 160 steps of float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = make((2, 2, *pixels), torch.float32, generator, channels_last=True)
+    x[:, 0] = 1.1
+    x[:, 1] = 1e3 + 1e-2 * x[:, 1]
+    weight = torch.eye(2)[:, :, None, None]
+    z, mean, var = launchers().conv_stats_fwd(x.to(DEVICE), None, weight.to(DEVICE), (1, 1), 1, True, True)
+    assert torch.equal(z.cpu(), x)
+    assert_statistics(z, mean, var)
+
+
+@here
+def test_a_nan_or_inf_keeps_to_its_pixel_and_its_channel():
+    """Of x: the pixel's outputs, and the input channel's weight gradients. Of a prologue: the channel's."""
+    generator = torch.Generator().manual_seed(0)
+    x = make((1, 8, 3, 5), torch.float32, generator, channels_last=True, device=DEVICE)
+    weight = make((8, 8, 1, 1), torch.float32, generator, device=DEVICE)
+    dz = make((1, 8, 3, 5), torch.float32, generator, channels_last=True, device=DEVICE)
+    x[0, 3, 1, 2] = float("nan")
+    vectors = torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    z, _, _ = launchers().conv_stats_fwd(x, vectors, weight, (1, 1), 1, True, False)
+    bad = z.isnan().any(1)[0]
+    assert bad[1, 2]
+    assert bad.sum() == 1
+    dx, dscale, dshift, dw = launchers().conv_stats_bwd(dz, None, x, vectors, weight, (1, 1), 1, True, (True, True))
+    assert dx.isfinite().all()  # scale * t, and ReLU's mask lets the gradient of a NaN pass
+    assert dscale.isnan().nonzero().flatten().tolist() == [3]
+    assert dshift.isfinite().all()
+    assert dw.isnan().any((0, 2, 3)).nonzero().flatten().tolist() == [3]
+    dead_center = torch.zeros(8, device=DEVICE)
+    dead_center[5] = float("inf")
+    _, dscale, dshift, dw = launchers().conv_stats_bwd(
+        dz, None, x.nan_to_num(), (dead_center, *vectors[1:]), weight, (1, 1), 1, True, (True, True)
+    )
+    assert torch.equal(dscale.isfinite(), dead_center.isfinite())
+    assert dshift.isfinite().all()
+    assert dw.isfinite().all()
+
+
+def make_problem(op, in_channels, out_channels, *, batch=256, size=(56, 56), stride=1, dtype=torch.bfloat16):
+    return ConvProblem(op, batch, in_channels, out_channels, *size, (stride, stride), 1, dtype, "cuda", True)
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_settings_are_valid_for_every_size(op):
+    for channels in (1, 3, 16, 24, 64, 100, 256, 2048, 7392):
+        for dtype, allow_tf32 in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
+            for batch, size in ((1, (1, 1)), (256, (56, 56)), (2**20, (7, 9))):
+                problem = make_problem(op, channels, 2 * channels, batch=batch, size=size, dtype=dtype)
+                for config in pointwise_candidates(problem, allow_tf32=allow_tf32, num_sms=16):
+                    assert min(config.block_m, config.block_n, config.block_k) >= 16
+                    assert all(map(is_power_of_two, (config.block_m, config.block_n, config.block_k)))
+                    assert config.num_warps in (4, 8)
+                    assert config.num_stages in (2, 3, 4)
+                    assert config.splits >= 1
+                    assert config.splits == 1 or op == "wgrad"
+
+
+def test_candidates_begin_with_the_heuristics_choice():
+    problem = make_problem("fwd", 128, 256)
+    configs = pointwise_candidates(problem, affine=True)
+    assert configs[0] == pointwise_config(problem, affine=True) != pointwise_config(problem)
+    assert len(configs) == len(set(configs)) > 10
+
+
+def test_more_multiprocessors_never_get_fewer_programs():
+    problem = make_problem("wgrad", 256, 128)
+    splits = [pointwise_config(problem, num_sms=num_sms).splits for num_sms in (1, 16, 132, 512)]
+    assert splits == sorted(splits)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_serves_what_memory_limits(op):
+    """Of ResNeXt-50's stages the first two, not the last two."""
+    served = [pointwise_by_triton(make_problem(op, width, 2 * width)) for width in (128, 256, 512, 1024)]
+    assert served == [True, True, False, False]
+
+
+def test_too_many_pixels_are_refused():
+    problem = make_problem("fwd", 8, 8, batch=2**20, size=(64, 64))
+    with pytest.raises(
+        ValueError, match=r"conv2d 1x1: expected at most 2147418112 pixels and programs .* got 4294967296"
+    ):
+        pointwise_conv.plan(problem, pointwise_config(problem), allow_tf32=True)
+
+
+# Pointers of what is computed besides, by pass.
+X = "x_center_ptr x_scale_ptr x_shift_ptr"
+Z = "z_ptr z_center_ptr z_scale_ptr z_shift_ptr"
+FUSIONS = {
+    "fwd-statistics": "partials_ptr",
+    "fwd-prologue+statistics": f"{X} partials_ptr",
+    "fwd-affine+relu": "y_scale_ptr y_shift_ptr",
+    "fwd-affine+residual+relu": "y_scale_ptr y_shift_ptr residual_ptr",
+    "dgrad-gradient": Z,
+    "dgrad-gradient+relu": f"{Z} x_ptr {X} partials_ptr",
+    "wgrad-gradient": Z,
+    "wgrad-gradient+prologue": f"{Z} {X}",
+}
+MOST_OPERANDS = ("fwd-prologue+statistics", "dgrad-gradient+relu", "wgrad-gradient+prologue")
+ARITHMETIC = {
+    "bfloat16": (torch.bfloat16, True),
+    "float16": (torch.float16, True),
+    "tf32": (torch.float32, True),
+    "float32": (torch.float32, False),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "arch" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("--all-configs"):
+        cases = list(itertools.product(FUSIONS, ARITHMETIC, (1, 2), sorted(aot.SHARED_LIMITS)))
+    else:
+        cases = [(fusion, "bfloat16", 1, 90) for fusion in FUSIONS]
+        cases += [(fusion, "bfloat16", 2, arch) for fusion in MOST_OPERANDS for arch in (80, 100)]
+        cases += [(fusion, "tf32", 2, 90) for fusion in MOST_OPERANDS]
+        cases += [("dgrad-gradient+relu", "float32", 1, 90), ("dgrad-gradient+relu", "tf32", 2, 80)]
+    metafunc.parametrize(("fusion", "name", "stride", "arch"), cases)
+
+
+def compiled(problem: ConvProblem, fusion: str, arch: int, allow_tf32: bool = True) -> aot.Usage:
+    affine = "affine" in fusion
+    config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32)
+    fused = frozenset(FUSIONS[fusion].split())
+    launch = pointwise_conv.plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=affine)
+    return aot.usage(aot.compile_launch(launch, problem.dtype, arch))
+
+
+@compiles
+def test_launch_compiles_within_the_machine(fusion, name, stride, arch):
+    """Channels as in ResNeXt-50's second stage; `--all-configs` for every architecture and arithmetic."""
+    dtype, allow_tf32 = ARITHMETIC[name]
+    problem = make_problem(fusion.partition("-")[0], 256, 512, stride=stride, dtype=dtype)
+    usage = compiled(problem, fusion, arch, allow_tf32)
+    assert usage.spills == 0
+    assert usage.registers <= 255
+    assert usage.shared <= aot.SHARED_LIMITS[80]  # the settings are the same for every architecture
+    if allow_tf32:
+        assert usage.matrix_instruction.startswith({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch])
+
+
+@compiles
+@pytest.mark.parametrize("fusion", MOST_OPERANDS)
+def test_odd_sizes_compile(fusion):
+    """Sizes of 1, which Triton makes constants, and channel counts that no vector load divides."""
+    op = fusion.partition("-")[0]
+    for problem in (
+        make_problem(op, 1, 1, batch=1, size=(1, 1), stride=2),
+        make_problem(op, 24, 15, batch=3, size=(5, 7), stride=2),
+    ):
+        assert compiled(problem, fusion, 90).spills == 0
