@@ -142,26 +142,29 @@ def choose_config(problem: ConvProblem, *, fused: bool = False, allow_tf32: bool
         `StripsConfig` where that form fits and its tiles fit the registers, else `TapsConfig`.
     """
     if not fits_strips(problem):
-        return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
-    # Without TF32 there are no matrix units, and the operands of ordinary multiply-adds fill the registers; so do nine
-    # accumulators 32 x 32 beside float32 operands, or beside what a prologue needs.
+        return taps_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)
+    # Without TF32 there are no matrix units, and the operands of ordinary multiply-adds fill the registers. So do tiles
+    # of 32 channels with two of these: nine accumulators, float32 operands, what a fused kernel computes besides.
     single = problem.dtype == torch.float32
-    wide_wgrad = problem.op == "wgrad" and max(problem.group_in, problem.group_out) > MATRIX_WIDTH
-    if (single and not allow_tf32) or (wide_wgrad and (single or fused)):
-        return taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
+    wide = max(problem.group_in, problem.group_out) > MATRIX_WIDTH
+    if (single and not allow_tf32) or (wide and (problem.op == "wgrad") + single + fused >= 2):
+        return taps_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)
     return strips_config(problem, fused=fused, num_sms=num_sms)
 
 
-def candidates(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> list[Config]:
+def candidates(
+    problem: ConvProblem, *, fused: bool = False, allow_tf32: bool = True, num_sms: int = 132
+) -> list[Config]:
     """Settings worth measuring for one pass, the heuristic's choice first; each gives right results.
 
     Args:
         problem: What to compute.
+        fused: As in `choose_config`.
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
     """
-    chosen = choose_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)
-    configs: list[Config] = [chosen, taps_config(problem, allow_tf32=allow_tf32, num_sms=num_sms)]
+    chosen = choose_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)
+    configs: list[Config] = [chosen, taps_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)]
     if isinstance(chosen, StripsConfig):
         for strip, block_m, num_warps, num_stages, division in itertools.product(
             (1, 2, 4), (16, 32), (1, 2), (1, 2, 3), (1, 2)
@@ -212,7 +215,9 @@ def strips_config(problem: ConvProblem, *, fused: bool = False, num_sms: int = 1
     return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits)
 
 
-def taps_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int = 132) -> TapsConfig:
+def taps_config(
+    problem: ConvProblem, *, fused: bool = False, allow_tf32: bool = True, num_sms: int = 132
+) -> TapsConfig:
     """The heuristic's settings for the taps kernels; arguments as in `choose_config`."""
     merged = _merged_groups(problem)
     group_k, group_n = problem.group_in, problem.group_out
@@ -222,8 +227,8 @@ def taps_config(problem: ConvProblem, *, allow_tf32: bool = True, num_sms: int =
     block_n = min(64, round_up_to_block(tile_n))
     single = problem.dtype == torch.float32
     if problem.op == "wgrad":
-        block_m = 32 if single else 64
-        block_k = min(block_m, round_up_to_block(tile_k))
+        block_k = min(32 if single else 64, round_up_to_block(tile_k))
+        block_m = 32 if single or (fused and block_k < 64) else 64  # with 64, fused kernels spill
         blocks = 3 * math.ceil(problem.groups / merged) * math.ceil(tile_k / block_k) * math.ceil(tile_n / block_n)
         steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
         splits = min(math.ceil(steps / 4), math.ceil(_WAVES * 2 * num_sms / blocks))
@@ -372,3 +377,21 @@ def pointwise_candidates(
         blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
         configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
     return list(dict.fromkeys(configs))
+
+
+def bottleneck_tail_config(problem: ConvProblem, out_channels: int, *, allow_tf32: bool = True) -> TapsConfig:
+    """Launch settings of the kernel in bottleneck_tail.py: block_n output channels, block_k middle channels at a time.
+
+    Args:
+        problem: The grouped 3x3 convolution.
+        out_channels: Channels of the 1x1 convolution's result.
+        allow_tf32: Whether float32 products may be rounded to TF32.
+    """
+    single = problem.dtype == torch.float32
+    group = max(problem.group_in, problem.group_out)
+    merged = max(1, min(problem.groups, 32 // group))
+    block_k = min(32, round_up_to_block(merged * group))
+    # Every block of output channels makes the middle channels anew: blocks as wide as the registers hold.
+    widest = 256 if not single else 128 if allow_tf32 else 32
+    block_n = min(widest, round_up_to_block(out_channels))
+    return TapsConfig(merged, 64, block_n, block_k, num_warps=8 if block_n > 64 else 4, num_stages=3)

@@ -63,7 +63,7 @@ def plan(
         )
     launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    if isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1:
+    if fused or (isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1):
         launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
     return launch
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from resnext.kernels.grouped_conv_plan import plan
 from resnext.kernels.launch import Launch
 
 VECTORS = ("center_ptr", "scale_ptr", "shift_ptr", "partials_ptr")  # float32 whatever the activations are
+DTYPES = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float32, False)]  # with TF32
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Shared memory of one program. The code for 8.0 also runs on 8.6 and 8.9, which have the least.
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -99,25 +102,19 @@ def problem(op: str, channels: int, groups: int, size: int, stride: int, dtype: 
     return ConvProblem(op, 256, channels, channels, size, size, (stride, stride), groups, dtype, "cuda", True)
 
 
-def all_builds() -> list[Build]:
-    """Every distinct kernel that the layers of `STAGES` launch, in every pass and dtype."""
-    builds = {}
-    for stages in STAGES.values():
-        for channels, groups, size in stages:
-            for op in ("fwd", "dgrad", "wgrad"):
-                for stride in (1, 2):
-                    side = size if stride == 2 else (size + 1) // 2
-                    for dtype, tf32 in (
-                        (torch.bfloat16, True),
-                        (torch.float16, True),
-                        (torch.float32, True),
-                        (torch.float32, False),
-                    ):
-                        build = Build(problem(op, channels, groups, side, stride, dtype), tf32)
-                        launch = build.launch
-                        sizes = [(name, size == 1, size % 16 == 0) for name, size in launch.sizes.items()]
-                        key = (launch.kernel, dtype, *launch.constants.items(), *launch.options.items(), *sizes)
-                        builds.setdefault(key, build)
+def all_builds(models: Sequence[str] = tuple(STAGES)) -> list[Build]:
+    """Every distinct kernel that the layers of the models launch, in every pass and dtype, plain and fused."""
+    stages = [stage for model in models for stage in STAGES[model]]
+    passes = [("fwd", ""), ("dgrad", ""), ("wgrad", ""), *FUSIONS]
+    builds: dict[tuple, Build] = {}
+    for (channels, groups, size), (op, fusion), stride in itertools.product(stages, passes, (1, 2)):
+        side = size if stride == 2 else (size + 1) // 2
+        for dtype, tf32 in DTYPES:
+            build = Build(problem(op, channels, groups, side, stride, dtype), tf32, fusion)
+            launch = build.launch
+            sizes = [(name, size == 1, size % 16 == 0) for name, size in launch.sizes.items()]
+            key = (launch.kernel, dtype, *launch.constants.items(), *launch.options.items(), *sizes)
+            builds.setdefault(key, build)
     return list(builds.values())
 
 
@@ -178,11 +175,12 @@ def describe(config: Config) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_LIMITS))
+    parser.add_argument("--models", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--only", default="", help="part of the builds' names, such as gw4-bfloat16")
     arguments = parser.parse_args()
     print("| build | settings | registers | shared memory, bytes | spills | matrix instruction |")
     print("|---|---|---|---|---|---|")
-    for build in {(build.id, describe(build.config)): build for build in all_builds()}.values():
+    for build in {(build.id, describe(build.config)): build for build in all_builds(arguments.models)}.values():
         if arguments.only in build.id:
             usage = measure(build, arguments.arch)
             row = (usage.registers, usage.shared, usage.spills, usage.matrix_instruction)

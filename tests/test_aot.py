@@ -55,11 +55,35 @@ OTHER_ARCHITECTURES = [
     ("fwd", 2, 32, TF32),
     ("fwd", 1, 64, FLOAT32),
 ]
+# The same with what is fused, as `aot.FUSIONS` names it.
+FORWARD, INPUT, WEIGHT = "prologue+statistics", "gradient+relu", "gradient+prologue"
+FUSED = [
+    *(("fwd", stride, 4, HALF, FORWARD) for stride in (1, 2)),
+    *(("dgrad", stride, 4, HALF, INPUT) for stride in (1, 2)),
+    *(("wgrad", stride, 4, HALF, WEIGHT) for stride in (1, 2)),
+    ("fwd", 1, 32, HALF, FORWARD),
+    ("dgrad", 2, 32, HALF, INPUT),
+    ("wgrad", 2, 24, HALF, WEIGHT),
+    ("fwd", 1, 64, HALF, FORWARD),
+    ("dgrad", 1, 64, HALF, INPUT),
+    ("fwd", 1, 4, HALF, "affine+residual+relu"),
+    ("dgrad", 2, 4, TF32, INPUT),
+    ("wgrad", 2, 4, TF32, WEIGHT),
+    ("fwd", 1, 64, FLOAT32, "statistics"),
+]
+FUSED_ON_OTHER_ARCHITECTURES = [
+    ("fwd", 2, 4, HALF, "statistics"),
+    ("dgrad", 1, 4, HALF, INPUT),
+    ("dgrad", 2, 4, TF32, INPUT),
+    ("wgrad", 2, 4, HALF, WEIGHT),
+    ("wgrad", 2, 24, HALF, WEIGHT),
+    ("dgrad", 2, 32, TF32, INPUT),
+]
 
 
-def make_build(op: str, stride: int, width: int, arithmetic: tuple[torch.dtype, bool]) -> Build:
+def make_build(op: str, stride: int, width: int, arithmetic: tuple[torch.dtype, bool], fusion: str = "") -> Build:
     dtype, allow_tf32 = arithmetic
-    return Build(problem(op, *WIDTHS[width], 28, stride, dtype), allow_tf32)
+    return Build(problem(op, *WIDTHS[width], 28, stride, dtype), allow_tf32, fusion)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -68,8 +92,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.config.getoption("--all-configs"):
         pairs = [(build, arch) for arch in aot.SHARED_LIMITS for build in aot.all_builds()]
     else:
-        pairs = [(make_build(*key), 90) for key in CHOSEN]
-        pairs += [(make_build(*key), arch) for arch in (80, 100) for key in OTHER_ARCHITECTURES]
+        pairs = [(make_build(*key), 90) for key in CHOSEN + FUSED]
+        others = OTHER_ARCHITECTURES + FUSED_ON_OTHER_ARCHITECTURES
+        pairs += [(make_build(*key), arch) for arch in (80, 100) for key in others]
     ids = [f"{build.id}-{build.problem.in_channels}x{build.problem.height}-sm{arch}" for build, arch in pairs]
     metafunc.parametrize(("build", "arch"), pairs, ids=ids)
 

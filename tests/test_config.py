@@ -60,12 +60,12 @@ def check(config: StripsConfig | TapsConfig, problem: ConvProblem) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_valid_for_every_group_width(op, stride):
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    for group_in, dtype, allow_tf32 in itertools.product(range(1, 129), dtypes, (False, True)):
+    for group_in, dtype, allow_tf32, fused in itertools.product(range(1, 129), dtypes, (False, True), (False, True)):
         for group_out, groups in ((group_in, 8), (2 * group_in, 3), (1, 1)):
             problem = make_problem(op, group_in, group_out=group_out, groups=groups, stride=stride, dtype=dtype)
-            config = choose_config(problem, allow_tf32=allow_tf32)
+            config = choose_config(problem, fused=fused, allow_tf32=allow_tf32)
             check(config, problem)
-            assert config == choose_config(problem, allow_tf32=allow_tf32)
+            assert config == choose_config(problem, fused=fused, allow_tf32=allow_tf32)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (4096, 4096), (1, 2**20)], ids=str)
@@ -78,12 +78,13 @@ def test_valid_for_tiny_and_huge_sizes(op, batch, size):
             check(choose_config(problem, num_sms=num_sms), problem)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("width", [4, 24, 32, 64, 112])
 @pytest.mark.parametrize("op", OPS)
-def test_candidates_are_valid_and_distinct(op, width):
+def test_candidates_are_valid_and_distinct(op, width, fused):
     problem = make_problem(op, width)
-    configs = candidates(problem)
-    assert configs[0] == choose_config(problem)
+    configs = candidates(problem, fused=fused)
+    assert configs[0] == choose_config(problem, fused=fused)
     assert len(configs) == len(set(configs)) > 10
     for config in configs:
         check(config, problem)
@@ -101,6 +102,8 @@ def test_form_follows_width_stride_and_precision():
     single = make_problem("fwd", 4, dtype=torch.float32)
     assert isinstance(choose_config(single), StripsConfig)
     assert isinstance(choose_config(single, allow_tf32=False), TapsConfig)
+    assert isinstance(choose_config(make_problem("wgrad", 32)), StripsConfig)
+    assert isinstance(choose_config(make_problem("wgrad", 32), fused=True), TapsConfig)
 
 
 def test_more_multiprocessors_never_get_fewer_programs():
