@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
+import environment
 import report
 import torch
 from timing import keep_freed_memory
@@ -147,23 +148,55 @@ def print_if_busy(about: Mapping[str, Any]) -> None:
         )
 
 
-def publish(
+class Task(NamedTuple):
+    """One line of the table to be: its name, what says where it is wrong (None: nowhere), and what measures it."""
+
+    name: str
+    check: Callable[[], str | None]
+    measure: Callable[[], Row]
+
+
+def run(args: argparse.Namespace, tasks: Iterable[Task], total: int) -> int:
+    """Measure what is right, show it, and write the files that were asked for, of an interrupted run too."""
+    rows: list[Row] = []
+    about = environment.describe(args.device)  # now, while the load average is not yet our own
+    wrong, complete = 0, False
+    try:
+        for task in progress(tasks, total, "line"):
+            if message := task.check():
+                wrong += 1
+                print(f"WRONG: {task.name}: {message}", file=sys.stderr)
+            elif not args.verify_only:
+                rows.append(task.measure())
+        complete = True
+    finally:
+        if not args.verify_only and (rows or complete):
+            _publish(args, rows, about, wrong=wrong, complete=complete)
+    if args.verify_only:
+        print(f"{total - wrong} of {total} are as accurate as PyTorch's")
+    return 1 if wrong else 0
+
+
+def _publish(
     args: argparse.Namespace, rows: Sequence[Row], about: Mapping[str, Any], *, wrong: int, complete: bool
 ) -> None:
-    """Show the rows and write the files that were asked for, of an interrupted run too."""
     print(f"{machine(about)}; {str(args.dtype).removeprefix('torch.')}\n")
     print(report.table(rows), flush=True)
     print_if_busy(about)
     if wrong:
-        print(f"{wrong} results are WRONG and were not measured")
+        print(f"{wrong} lines are WRONG and were not measured")
     if args.json is not None:
         result = {
             "complete": complete,
             "wrong": wrong,
             "environment": about,
-            "arguments": {name: str(value) for name, value in vars(args).items()},
+            "arguments": {name: _text(value) for name, value in vars(args).items()},
             "rows": [row.record() for row in rows],
         }
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     if args.csv is not None:
         Path(args.csv).write_text(report.to_csv(rows))
+
+
+def _text(value: Any) -> str:
+    return ",".join(getattr(item, "name", str(item)) for item in value) if isinstance(value, list) else str(value)

@@ -27,7 +27,7 @@ import shapes
 import torch
 from command_line import Parser
 from contenders import BASELINES, COMPILED, EAGER, Operands
-from peak_memory import peak_bytes
+from peak_memory import measure_memory
 from roofline import Roofline, measure_roofline
 from timing import Budget, interleave
 from verify import mismatch
@@ -112,7 +112,7 @@ def _time(args: argparse.Namespace, roofline: Roofline, pass_: str, operands: Op
         bytes=num_bytes,
         bound=roofline.bound(num_bytes, flops),
         timings=interleave(calls, args.device, QUICK if args.quick else FULL),
-        peak_bytes={name: peak_bytes(call, args.device) for name, call in calls.items()},
+        peak_bytes={name: measure_memory(call, args.device).peak for name, call in calls.items()},
     )
 
 

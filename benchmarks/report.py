@@ -103,7 +103,8 @@ def table(rows: Sequence[Printable]) -> str:
     """An aligned table, text to the left and numbers to the right."""
     if not rows:
         return "nothing was timed"
-    lines = [list(rows[0].cells()), *(list(row.cells().values()) for row in rows)]
+    columns = _columns(rows)
+    lines = [columns, *([row.cells().get(column, "-") for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -112,6 +113,12 @@ def table(rows: Sequence[Printable]) -> str:
         )
         for line in lines
     )
+
+
+def _columns(rows: Sequence[Printable]) -> list[str]:
+    """Every column there is, in the order of the row that has most."""
+    cells = sorted((row.cells() for row in rows), key=len, reverse=True)
+    return list(dict.fromkeys(column for row in cells for column in row))
 
 
 def geometric_means(rows: Sequence[Row]) -> dict[str, float]:
@@ -168,7 +175,7 @@ def to_csv(rows: Sequence[Printable]) -> str:
     """The table's columns, a line per row."""
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0].cells()), lineterminator="\n")
+        writer = csv.DictWriter(text, _columns(rows), restval="-", lineterminator="\n")
         writer.writeheader()
         writer.writerows(row.cells() for row in rows)
     return text.getvalue()

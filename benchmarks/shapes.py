@@ -1,12 +1,14 @@
-"""The 3x3 grouped convolutions of the networks people train, at 224 x 224 pixels, and what each must cost.
+"""The 3x3 grouped convolutions and the blocks of the networks people train, at 224 x 224 pixels, and what they cost.
 
 tests/test_benchmarks.py derives the same tables from the torchvision and timm models.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PASSES = ("fwd", "dgrad", "wgrad")
 
@@ -143,3 +145,120 @@ def select_layers(names: Sequence[str]) -> list[Layer]:
             )
         chosen.update(found)
     return [layer for layer in every if layer in chosen]
+
+
+class Convolution(NamedTuple):
+    """A convolution of a block: (C_in, C_out), kernel and stride of both axes, groups, and (H_out, W_out)."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    groups: int
+    out_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block as torchvision builds it, for any batch.
+
+    Attributes:
+        bottleneck: Whether it is a Bottleneck (1x1, 3x3, 1x1) or a BasicBlock (3x3, 3x3).
+        in_channels: Channels of the input.
+        planes: Its size: channels of the output, or a quarter of them in a bottleneck.
+        height: Height of the input.
+        width: Width of the input.
+        stride: 1 or 2, of its first 3x3 convolution.
+        groups: Groups of the bottleneck's 3x3 convolution.
+        base_width: Channels per group of that convolution where ``planes`` is 64.
+    """
+
+    bottleneck: bool
+    in_channels: int
+    planes: int
+    height: int
+    width: int
+    stride: int
+    groups: int = 1
+    base_width: int = 64
+
+    @property
+    def name(self) -> str:
+        """What the tables and ``--blocks`` call it, e.g. ``bottleneck_256-512x56x56_s2_g32``."""
+        kind, groups = ("bottleneck", f"_g{self.groups}") if self.bottleneck else ("basic", "")
+        size = f"{self.in_channels}-{self.out_channels}x{self.height}x{self.width}"
+        return f"{kind}_{size}_s{self.stride}{groups}"
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.planes * (4 if self.bottleneck else 1)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the shortcut is a 1x1 convolution and not the input itself."""
+        return self.stride != 1 or self.in_channels != self.out_channels
+
+    @property
+    def convolutions(self) -> list[Convolution]:
+        """The residual branch's convolutions and then the shortcut's."""
+        size, stride = (self.height, self.width), self.stride
+        out_size = (size[0] - 1) // stride + 1, (size[1] - 1) // stride + 1
+        if self.bottleneck:
+            middle = self.planes * self.base_width // 64 * self.groups
+            found = [
+                Convolution(self.in_channels, middle, 1, 1, 1, size),
+                Convolution(middle, middle, 3, stride, self.groups, out_size),
+                Convolution(middle, self.out_channels, 1, 1, 1, out_size),
+            ]
+        else:
+            found = [
+                Convolution(self.in_channels, self.planes, 3, stride, 1, out_size),
+                Convolution(self.planes, self.planes, 3, 1, 1, out_size),
+            ]
+        if self.projects:
+            found.append(Convolution(self.in_channels, self.out_channels, 1, stride, 1, out_size))
+        return found
+
+    def input_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """(N, C_in, H, W)."""
+        return batch, self.in_channels, self.height, self.width
+
+    def convolution_bytes(self, batch: int, itemsize: int) -> int:
+        """Size of all convolutions' outputs: what moved bytes are set against."""
+        return sum(itemsize * batch * c.out_channels * c.out_size[0] * c.out_size[1] for c in self.convolutions)
+
+
+def _blocks(bottleneck: bool, depths: Sequence[int], groups: int = 1, base_width: int = 64) -> Counter[Block]:
+    """The blocks of a network of four stages for 224 x 224 pixels, of which the stem leaves 56 x 56."""
+    blocks: Counter[Block] = Counter()
+    channels, size = 64, 56
+    for stage, depth in enumerate(depths):
+        for index in range(depth):
+            stride = 2 if stage > 0 and index == 0 else 1
+            block = Block(bottleneck, channels, 64 << stage, size, size, stride, groups, base_width)
+            blocks[block] += 1
+            channels, size = block.out_channels, size // stride
+    return blocks
+
+
+# Network -> its distinct blocks and how often each occurs. torchvision's names.
+BLOCKS: Mapping[str, Mapping[Block, int]] = {
+    "resnet18": _blocks(False, (2, 2, 2, 2)),
+    "resnet50": _blocks(True, (3, 4, 6, 3)),
+    "resnext50_32x4d": _blocks(True, (3, 4, 6, 3), groups=32, base_width=4),
+}
+
+
+def select_blocks(names: Sequence[str]) -> list[Block]:
+    """The blocks that a list of network and block names stands for, as `select_layers` does for layers."""
+    every = list(dict.fromkeys(block for network in BLOCKS.values() for block in network))
+    chosen: set[Block] = set()
+    for name in names:
+        found = [block for block in every if name in ("all", block.name) or block in BLOCKS.get(name, {})]
+        if not found:
+            raise ValueError(
+                f"expected blocks among all, {', '.join(BLOCKS)} or a name that --list prints, got {name!r}"
+            )
+        chosen.update(found)
+    return [block for block in every if block in chosen]

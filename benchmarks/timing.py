@@ -25,6 +25,8 @@ class Timing:
         median: Over all rounds.
         p20: 20th percentile.
         p80: 80th percentile.
+        p95: 95th percentile.
+        p99: 99th percentile; of few rounds little less than the longest.
         rounds: How often it was measured.
         replayed: Whether as a CUDA graph.
     """
@@ -32,6 +34,8 @@ class Timing:
     median: float
     p20: float
     p80: float
+    p95: float
+    p99: float
     rounds: int
     replayed: bool = False
 
@@ -87,8 +91,9 @@ def keep_freed_memory() -> None:
 
 def _summary(samples: list[float], replayed: bool = False) -> Timing:
     # "inclusive" treats the samples as the whole population, so that a handful already has percentiles.
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), fifths[0], fifths[-1], len(samples), replayed)
+    percents = statistics.quantiles(samples, n=100, method="inclusive")
+    chosen = (percents[p - 1] for p in (20, 80, 95, 99))
+    return Timing(statistics.median(samples), *chosen, len(samples), replayed)
 
 
 def _round_robin(
@@ -133,13 +138,13 @@ def _interleave_cuda(contenders: Contenders, device: torch.device, budget: Budge
     once = [seconds(call) for call in contenders.values()]
     replayed = min(once) < GRAPH_BELOW_SECONDS
     if replayed:
-        contenders = {name: _captured(call) for name, call in contenders.items()}
+        contenders = {name: captured(call) for name, call in contenders.items()}
     rounds = budget.rounds(sum(once) + len(once) * seconds(flush.zero_))
     samples = _round_robin(contenders, rounds, seconds)
     return {name: _summary(values, replayed) for name, values in samples.items()}
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
+def captured(call: Callable[[], object]) -> Callable[[], object]:
     """A CUDA graph of one call; its result lives in the graph's own memory pool."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

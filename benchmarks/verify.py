@@ -7,6 +7,7 @@ less time than what it guards: the first and last image of y and dx, rows of the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from contenders import Operands, ours, pytorch
@@ -90,3 +91,28 @@ def _wrong_groups(result: Tensor, operands: Operands) -> str | None:
 
 def _rms(tensor: Tensor) -> float:
     return tensor.square().mean().sqrt().item()
+
+
+def less_accurate(
+    ours: Mapping[str, Tensor], plain: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor], dtype: torch.dtype
+) -> str | None:
+    """Say which result of a block or network is worse than PyTorch's own, or None.
+
+    No bound follows an error through a chain of convolutions and batch norms as closely as PyTorch's own error does: in
+    root mean square ours may be twice the largest of theirs, and one rounding to ``dtype`` more.
+
+    Args:
+        ours: Results by name.
+        plain: The same of PyTorch, in each layout.
+        exact: The same in float64.
+        dtype: What the results are computed in.
+    """
+    for name, wanted in exact.items():
+        result = ours[name]
+        if result.shape != wanted.shape:
+            return f"{name}: expected {tuple(wanted.shape)}, got {tuple(result.shape)}"
+        error = _rms(result.double() - wanted)
+        allowed = 2 * max(_rms(p[name].double() - wanted) for p in plain) + torch.finfo(dtype).eps / 2 * _rms(wanted)
+        if not error <= allowed:
+            return f"{name}: expected an error of at most {allowed:.3g} in root mean square, got {error:.3g}"
+    return None

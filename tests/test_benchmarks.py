@@ -24,7 +24,7 @@ import grouped_conv  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from contenders import Operands  # noqa: E402
-from peak_memory import peak_bytes  # noqa: E402
+from peak_memory import measure_memory  # noqa: E402
 from report import Row  # noqa: E402
 from roofline import Roofline  # noqa: E402
 from shapes import NETWORKS, PASSES, Layer  # noqa: E402
@@ -106,7 +106,7 @@ def test_roofline_takes_the_slower_of_bytes_and_operations():
 
 def test_percentiles_are_ordered():
     timing = interleave({"a": lambda: torch.ones(100)}, CPU, Budget(seconds=0.0, min_rounds=20, max_rounds=20))["a"]
-    assert 0 < timing.p20 <= timing.median <= timing.p80
+    assert 0 < timing.p20 <= timing.median <= timing.p80 <= timing.p95 <= timing.p99
 
 
 @pytest.mark.parametrize(("round_seconds", "rounds"), [(1.0, 3), (0.1, 10), (1e-6, 50)])
@@ -120,7 +120,7 @@ def test_cuda_timing(cuda, elements):
     timing = interleave({"clone": x.clone}, cuda, Budget(seconds=0.1, min_rounds=5, max_rounds=5))["clone"]
     assert timing.replayed == (elements == 2**10)
     assert 0 < timing.p20 <= timing.median <= timing.p80
-    assert peak_bytes(x.clone, cuda) == x.nbytes
+    assert measure_memory(x.clone, cuda) == (x.nbytes, x.nbytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,7 +180,7 @@ def test_gate_catches_a_wrong_dtype(monkeypatch):
 
 
 def _row(layer: Layer, pass_: str, **seconds: float) -> Row:
-    timings = {name: Timing(value, value, value, 5) for name, value in seconds.items()}
+    timings = {name: Timing(value, value, value, value, value, 5) for name, value in seconds.items()}
     return Row(layer, pass_, "cpu", 10, 20, 1e-3, timings, dict.fromkeys(timings, 4))
 
 
@@ -274,7 +274,7 @@ def test_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
         if timed:
             raise KeyboardInterrupt
         timed.append(calls)
-        return {name: Timing(1.0, 1.0, 1.0, 5) for name in calls}
+        return {name: Timing(1.0, 1.0, 1.0, 1.0, 1.0, 5) for name in calls}
 
     monkeypatch.setattr(grouped_conv, "interleave", interleave_once)
     path = tmp_path / "out.json"
