@@ -1,11 +1,11 @@
 """One round on a GPU: build the extension, run the tests, run the benchmarks, leave the results in a folder.
 
-    python benchmarks/gpu_round.py [--out out] [--seconds 560]
+    python benchmarks/gpu_round.py [convolutions | networks] [--out out] [--seconds 560]
 
-Uses the Python that runs it and needs no network. Each step has a time limit, and the round as a whole; a step that
-fails or runs out of time does not stop the next ones. Writes eight files at most: summary.json, round.log and tests.log
-with everything printed, and the JSON of each benchmark. The exit code is 0 if every step passed, 1 if not, 2 without a
-GPU.
+There are two rounds: of the grouped convolution alone, and of the fused blocks and whole networks. Uses the Python that
+runs it and needs no network. Each step has a time limit, and the round as a whole; a step that fails or runs out of
+time does not stop the next ones. Writes eight files at most: summary.json, round.log and tests.log with everything
+printed, and the JSON of each benchmark. The exit code is 0 if every step passed, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch
 
 ROOT = environment.ROOT
 GRACE_SECONDS = 10.0
-WRITTEN = ("summary.json", "round.log", "tests.log", "copy_rows.json", "grouped_conv_*.json")
+BENCHMARKS = ("copy_rows", "grouped_conv_*", "block", "model_*", "memory")
+WRITTEN = ("summary.json", "round.log", "tests.log", *(f"{name}.json" for name in BENCHMARKS))
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,27 @@ class Outcome:
     seconds: float
 
 
-def steps(out: Path) -> list[Step]:
-    """The round, the most telling benchmarks first."""
-    build = Step("build", ["setup.py", "build_ext", "--inplace"], 180)
-    # What a GPU changes; compiling kernels takes most of the time, on one core per process.
-    files = [f"tests/test_{name}.py" for name in ("gpu", "triton_numerics", "ops", "models")]
+def _build() -> Step:
+    return Step("build", ["setup.py", "build_ext", "--inplace"], 180)
+
+
+def _tests(*names: str) -> Step:
+    """What a GPU changes; compiling kernels takes most of the time, on one core per process."""
     shards = max(1, (os.cpu_count() or 1) * 3 // 4)
-    tests = Step("tests", ["-m", "pytest", *files, "-q"], 240, log="tests.log", shards=shards)
+    files = [f"tests/test_{name}.py" for name in names]
+    return Step("tests", ["-m", "pytest", *files, "-q"], 240, log="tests.log", shards=shards)
+
+
+def convolutions(out: Path) -> list[Step]:
+    """The grouped convolution, pass by pass, the most telling benchmarks first."""
     copy = Step("copy_rows", ["benchmarks/copy_rows.py", "--json", str(out / "copy_rows.json")], 30)
+    common = ["--device", "cuda", "--dtype", "bfloat16", "--layers", "resnext50_32x4d"]
     benchmarks = [
         Step(
             f"{backend} batch {batch}",
             [
-                *(
-                    "benchmarks/grouped_conv.py",
-                    "--device",
-                    "cuda",
-                    "--dtype",
-                    "bfloat16",
-                    "--layers",
-                    "resnext50_32x4d",
-                ),
-                *("--backend", backend, "--batch", str(batch), "--baseline", baselines),
-                *("--json", str(out / f"grouped_conv_{backend}_{batch}.json")),
+                *("benchmarks/grouped_conv.py", *common, "--backend", backend, "--batch", str(batch)),
+                *("--baseline", baselines, "--json", str(out / f"grouped_conv_{backend}_{batch}.json")),
             ],
             seconds,
         )
@@ -99,7 +98,38 @@ def steps(out: Path) -> list[Step]:
             (64, "cuda", "nchw,channels_last", 60),
         )
     ]
-    return [build, copy, tests, *benchmarks]
+    return [_build(), copy, _tests("gpu", "triton_numerics", "ops", "models"), *benchmarks]
+
+
+def networks(out: Path) -> list[Step]:
+    """The fused blocks and whole networks, the most telling benchmarks first."""
+    common = ["--device", "cuda", "--dtype", "bfloat16"]
+    graphed = "ours,ours_graphed,nchw,channels_last,graphed"
+
+    def benchmark(name: str, seconds: float, *arguments: str, file: str) -> Step:
+        path = str(out / f"{file}.json")
+        return Step(file, [f"benchmarks/{name}.py", *common, *arguments, "--json", path], seconds)
+
+    return [
+        _build(),
+        # The first that runs compiles most kernels for all.
+        benchmark("model", 240, "--batch", "256", "--seconds", "8", "--contenders", graphed, file="model_256"),
+        benchmark(
+            *("block", 150, "--blocks", "resnext50_32x4d", "--batch", "256"),
+            *("--contenders", "ours,ours_recompute,nchw,channels_last"),
+            file="block",
+        ),
+        benchmark("memory", 60, "--batch", "256", "--contenders", "ours,ours_recompute,channels_last", file="memory"),
+        _tests("triton_fused", "pointwise_conv", "batch_norm", "fused_ops", "blocks"),
+        benchmark(
+            *("model", 180, "--batch", "1,256", "--seconds", "8"),
+            *("--contenders", "ours_compiled,compiled_channels_last,max_autotune"),
+            file="model_compiled",
+        ),
+    ]
+
+
+ROUNDS = {"convolutions": convolutions, "networks": networks}
 
 
 def run(step: Step, out: Path, seconds: float) -> Outcome:
@@ -154,6 +184,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("round", nargs="?", choices=ROUNDS, default="convolutions", help="default: convolutions")
     parser.add_argument(
         "--out", type=Path, default="out", help="folder for logs and results; those of an earlier round are deleted"
     )
@@ -169,7 +200,7 @@ def main() -> int:
             stale.unlink()
     deadline = time.monotonic() + args.seconds - GRACE_SECONDS
     outcomes: list[Outcome] = []
-    for step in steps(out):
+    for step in ROUNDS[args.round](out):
         outcomes.append(run(step, out, min(step.seconds, deadline - time.monotonic())))
         print(f"{step.name:<20}{outcomes[-1].status:<16}{outcomes[-1].seconds:>6.1f} s", flush=True)
         described = environment.describe(torch.device("cuda"))
@@ -185,6 +216,11 @@ def _print_results(out: Path) -> None:
         means = ", ".join(f"{name} {mean:.2f}" for name, mean in result["geometric_means"].items())
         partly = "" if result["complete"] else ", interrupted"
         print(f"{path.stem}: {len(result['rows'])} passes, {result['wrong_passes']} wrong{partly}; ratios: {means}")
+    for path in sorted(path for name in ("block", "model_*", "memory") for path in out.glob(f"{name}.json")):
+        result = json.loads(path.read_text())
+        partly = "" if result["complete"] else ", interrupted"
+        ratios = ", ".join(f"{row['ratio']:.2f}" for row in result["rows"])
+        print(f"{path.stem}: {len(result['rows'])} lines, {result['wrong']} wrong{partly}; ratios: {ratios}")
     tests = out / "tests.log"
     if tests.exists():
         closing = [

@@ -12,10 +12,13 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import contenders  # noqa: E402
+import block  # noqa: E402
 import gpu_round  # noqa: E402
 import grouped_conv  # noqa: E402
-import shapes  # noqa: E402
+import memory  # noqa: E402
+import model  # noqa: E402
+
+every_round = pytest.mark.parametrize("steps", gpu_round.ROUNDS.values(), ids=gpu_round.ROUNDS)
 
 
 def test_without_a_gpu(monkeypatch, capsys, tmp_path):
@@ -39,8 +42,8 @@ def short_round(monkeypatch, tmp_path):
         gpu_round.Step("builds", ["-c", "import os; print(os.environ['TORCH_CUDA_ARCH_LIST'])"], 30),
         gpu_round.Step("late", ["-c", "print('never')"], 0),
     ]
-    monkeypatch.setattr(gpu_round, "steps", lambda out: steps)
-    monkeypatch.setattr(sys, "argv", ["gpu_round.py", "--out", str(tmp_path)])
+    monkeypatch.setitem(gpu_round.ROUNDS, "networks", lambda out: steps)
+    monkeypatch.setattr(sys, "argv", ["gpu_round.py", "networks", "--out", str(tmp_path)])
     (tmp_path / "summary.json").write_text("of an earlier round")
     (tmp_path / "notes.json").write_text("someone else's")
     code = gpu_round.main()
@@ -56,20 +59,29 @@ def test_goes_on_after_a_failure(short_round):
     assert (out / "notes.json").exists()
 
 
-def test_writes_eight_files_at_most(tmp_path):
-    steps = gpu_round.steps(tmp_path)
-    files = {step.log for step in steps} | {"summary.json"}
-    files |= {
-        Path(argument).name for step in steps for argument in step.arguments if argument.startswith(str(tmp_path))
-    }
-    assert len(files) == 8
+@every_round
+def test_writes_eight_files_at_most(steps, tmp_path):
+    files = {"summary.json"} | {step.log for step in steps(tmp_path)}
+    arguments = [argument for step in steps(tmp_path) for argument in step.arguments]
+    files |= {Path(argument).name for argument in arguments if argument.startswith(str(tmp_path))}
+    assert len(files) <= 8
     assert all(any(Path(name).match(pattern) for pattern in gpu_round.WRITTEN) for name in files)
 
 
-def test_gives_the_benchmark_arguments_it_takes(tmp_path):
-    for step in gpu_round.steps(tmp_path):
-        script, *arguments = step.arguments
-        if script == "benchmarks/grouped_conv.py":
-            known = grouped_conv._parser().parse_args(arguments)
-            assert shapes.select_layers(known.layers.split(",")) == list(shapes.NETWORKS["resnext50_32x4d"])
-            assert set(known.baseline.split(",")) <= set(contenders.BASELINES)
+@every_round
+def test_gives_the_benchmarks_arguments_they_take(steps, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    programs = {module.__name__: module for module in (block, grouped_conv, memory, model)}
+    parsed = 0
+    for step in steps(tmp_path):
+        if program := programs.get(Path(step.arguments[0]).stem):
+            program._parse(step.arguments[1:])
+            parsed += 1
+    assert parsed >= 4
+
+
+@every_round
+def test_names_tests_that_exist(steps, tmp_path):
+    files = [argument for step in steps(tmp_path) for argument in step.arguments if argument.startswith("tests/")]
+    assert files
+    assert all((gpu_round.ROOT / file).exists() for file in files)
