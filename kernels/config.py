@@ -387,11 +387,12 @@ def bottleneck_tail_config(problem: ConvProblem, out_channels: int, *, allow_tf3
         out_channels: Channels of the 1x1 convolution's result.
         allow_tf32: Whether float32 products may be rounded to TF32.
     """
-    single = problem.dtype == torch.float32
-    group = max(problem.group_in, problem.group_out)
-    merged = max(1, min(problem.groups, 32 // group))
-    block_k = min(32, round_up_to_block(merged * group))
     # Every block of output channels makes the middle channels anew: blocks as wide as the registers hold.
-    widest = 256 if not single else 128 if allow_tf32 else 32
+    narrowest, widest = 32, 256
+    if problem.dtype == torch.float32:
+        narrowest, widest = (32, 128) if allow_tf32 else (16, 32)
+    group = max(problem.group_in, problem.group_out)
+    merged = max(1, min(problem.groups, narrowest // group))
+    block_k = min(narrowest, round_up_to_block(merged * group))
     block_n = min(widest, round_up_to_block(out_channels))
     return TapsConfig(merged, 64, block_n, block_k, num_warps=8 if block_n > 64 else 4, num_stages=3)

@@ -262,7 +262,7 @@ def pointwise_conv_wgrad_kernel(
         offs_x = source.to(tl.int64)[:, None] * in_channels + channel_k[None, :]
         a = tl.load(x_ptr + offs_x, mask=mask_m & mask_k[None, :], other=0.0)
         if x_scale_ptr is not None:
-            a = tl.where(mask_m, relu(affine(a, x_center, x_scale, x_shift)), 0.0).to(a.dtype)
+            a = relu(affine(a, x_center, x_scale, x_shift)).to(a.dtype)  # not zero beyond the last pixel: grad is
         acc = dot(tl.trans(grad), a, acc, PRECISION)
 
     offs_n = pid_split.to(tl.int64) * out_channels + channel_n

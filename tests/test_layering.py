@@ -44,6 +44,7 @@ ALLOWED = {
     "kernels/grouped_conv_fusion": TRITON | {".statistics"},
     "kernels/pointwise_conv": TRITON | {".launch", ".pointwise_conv_kernels", ".statistics"},
     "kernels/pointwise_conv_kernels": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".statistics"},
+    "kernels/bottleneck_tail": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".launch"},
     "resnext/__init__": {"resnext.kernels", "resnext.layers", "resnext.models"},
     "resnext/layers": {"resnext.kernels", "torch"},
     "resnext/batch_norm": {"resnext.kernels", "torch"},
