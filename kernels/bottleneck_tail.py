@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -174,7 +175,8 @@ def plan(
     sizes = {"batch": problem.batch, "height": problem.height, "width": problem.width}
     sizes |= {"in_channels": problem.in_channels, "mid_channels": problem.out_channels, "out_channels": out_channels}
     sizes |= {"out_height": problem.out_height, "out_width": problem.out_width}
-    constants = {"STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1], "TAPS_OUTSIDE": taps_outside}
+    constants: dict[str, Any] = {"STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1]}
+    constants["TAPS_OUTSIDE"] = taps_outside
     constants |= {"GROUP_IN": problem.group_in, "GROUP_MID": problem.group_out, "MERGED": config.merged}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     constants["ALIGN"] = math.gcd(problem.in_channels, problem.out_channels, out_channels, 16)

@@ -174,7 +174,7 @@ def conv_stats_bwd(
         ``channels_last``, dtype of ``x``. What is not wanted is None. The same bits for the same call.
     """
     x = nhwc(x)
-    source = {"grad_ptr": nhwc(dz)}
+    source: dict[str, Tensor | None] = {"grad_ptr": nhwc(dz)}
     if grad_prologue is not None:
         z, mean, dmean, dvar = grad_prologue
         source |= {"z_ptr": nhwc(z), **_vectors("z", (mean, dvar, dmean))}
