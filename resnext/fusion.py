@@ -284,6 +284,8 @@ def _folded(block: nn.Module, pairs: Sequence[ConvNorm], x: Tensor) -> list[Fold
     state = [pair.bn.eps for pair in pairs]
     for tensor in tensors:
         state += (tensor.data_ptr(), tensor._version)
+    if x.is_cuda:  # another stream could come before the vectors are there
+        state.append(torch.cuda.current_stream(x.device).cuda_stream)
     kept = _KEPT.get(block)
     if kept is None or kept.state != state:
         # Tensors made in inference mode could not be used outside it.

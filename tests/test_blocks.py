@@ -37,6 +37,24 @@ def test_equals_torchvisions_block(case, dtype, layout, recompute):
     assert_same_results(ours, plain, case.images(), dtype, layout, train_and_evaluate)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_equals_torchvisions_block_on_gpu(cuda, case, layout):
+    ours, plain = (block.to(cuda) for block in case.pair())
+    assert_same_results(ours, plain, case.images().to(cuda), torch.float32, layout, train_and_evaluate)
+
+
+@pytest.mark.parametrize("strides", [(2, 1), (1, 2)], ids=["in the 1x1", "in the 3x3"])
+def test_strides_elsewhere(strides):
+    """In the first convolution, as in the paper's own networks, and of one axis only."""
+    ours, plain = PROJECTION.pair()
+    for block in (ours, plain):
+        block.conv1.stride, block.conv2.stride = (strides[0], 1), (strides[1], 1)
+        block.downsample[0].stride = (2, 1)
+    assert ours.why_not_fused() is None
+    assert_same_results(ours, plain, PROJECTION.images(), torch.float64, protocol=train_and_evaluate)
+
+
 # --- batch norm ---
 
 

@@ -246,7 +246,7 @@ def test_symbolic_tracing_records_the_children():
     torch.testing.assert_close(traced(x), ours(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_tracing():
     ours, _ = PROJECTION.pair()
     x = PROJECTION.images()
@@ -392,6 +392,24 @@ def test_model_made_in_inference_mode():
         nn.init.ones_(block.bn1.bias)
         nn.init.ones_(plain.bn1.bias)
         torch.testing.assert_close(block(x), plain(x))
+
+
+def test_captured_inference_follows_parameters(cuda):
+    """A CUDA graph computes the vectors anew in every replay, and holds none that a later call replaces."""
+    block, _ = PROJECTION.pair()
+    block.to(cuda).eval()
+    x = PROJECTION.images().to(cuda)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            block(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = block(x)
+        nn.init.uniform_(block.bn1.weight)
+        block(x)
+        graph.replay()
+        assert torch.equal(out, copy.deepcopy(block)(x))
 
 
 # --- compilers ---

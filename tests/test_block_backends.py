@@ -1,0 +1,74 @@
+"""The blocks on each backend by name: C++ in this process, Triton's kernels on a GPU or in Triton's interpreter.
+
+The interpreter must be chosen before Triton is first imported: without a GPU, `test_in_the_interpreter` runs this file
+in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnext import use_backend
+from resnext.kernels import extension
+
+from .block_cases import (
+    CASES,
+    LAYOUTS,
+    Results,
+    assert_same_results,
+    buffers,
+    forward_and_gradients,
+    train_and_evaluate,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_RUNS = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.mark.skipif(TRITON_RUNS, reason="the tests below run in this process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="not about Triton")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_cpp(case, layout):
+    if reason := extension.load():
+        pytest.skip(reason)
+    ours, plain = case.pair()
+
+    def protocol(block: nn.Module, x: Tensor) -> Results:
+        with use_backend("cpu" if block is ours else "auto"):
+            return train_and_evaluate(block, x)
+
+    assert_same_results(ours, plain, case.images(), torch.float32, layout, protocol)
+
+
+@pytest.mark.skipif(not TRITON_RUNS, reason="run by test_in_the_interpreter")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_triton(case):
+    ours, plain = (block.to(DEVICE) for block in case.pair())
+
+    def protocol(block: nn.Module, x: Tensor) -> Results:
+        with use_backend("triton" if block is ours else "auto"):
+            results = {**forward_and_gradients(block, x), **buffers(block)}
+            with torch.no_grad():
+                return {**results, "inference": block.eval()(x)}
+
+    images = case.images(2, 5, 4).to(DEVICE)
+    assert_same_results(ours, plain, images, torch.float32, torch.channels_last, protocol)
