@@ -53,7 +53,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class Device:
-    """What the launchers are told of the device, and the order in which its warps run.
+    """What the launchers are told of the device, and the order in which its warps run (cuda_emulation.h).
 
     One multiprocessor: small problems already give a block several units, bands and splits.
     """

@@ -38,12 +38,14 @@ TENSOR_CORE_CASES = [
 ]
 FUSED_CASES = [
     *GROUPED_CASES,
-    FusedCase("gw80-threads-left-over", 1, 80, 80, 3, 4, 1),
+    FusedCase("gw80-threads-left-over", 1, 80, 80, 3, 14, 1),
     *(
         FusedCase(c.id, c.batch, c.in_channels, c.out_channels, c.height, c.width, c.groups, stride=c.stride)
         for c in TENSOR_CORE_CASES
     ),
 ]
+# Several planes of one channel, which are more than the threads of a block.
+SHAPES = {**ELEMENTWISE_SHAPES, "several-planes": (3, 4, 33, 20)}
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,7 @@ def run(op: str, case: Case, t: dict[str, Tensor | None]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *TENSOR_CORE_CASES], ids=lambda case: case.id)
 def test_plain_kernels_match_the_oracle(emulator: Emulator, case: Case, dtype: torch.dtype):
-    """Small integers exactly (fibers in descending order), random values within the derived bound."""
+    """Small integers exactly (in descending order), random values within the derived bound."""
     integers = make_tensors(case, dtype, channels_last=True, integers=True)
     values = make_tensors(case, dtype, channels_last=True)
     for op in OPS:
@@ -285,7 +287,7 @@ def test_what_is_not_finite_stays_in_its_group_fused(emulator: Emulator, width: 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ELEMENTWISE_SHAPES.values(), ids=ELEMENTWISE_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_elementwise(emulator: Emulator, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool):
     generator = torch.Generator().manual_seed(3)
     z = make(shape, dtype, generator, channels_last=channels_last)

@@ -7,9 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from resnext import grouped_conv2d, use_backend
-from resnext.kernels import dispatch, grouped_conv2d_dgrad, grouped_conv2d_wgrad
+from resnext.kernels import (
+    affine_add_relu,
+    bn_affine,
+    conv_stats,
+    dispatch,
+    grouped_conv2d_dgrad,
+    grouped_conv2d_wgrad,
+)
 
+from . import fused_numerics
 from .cases import CASES, Case, make_tensors
+from .fused_numerics import ELEMENTWISE_SHAPES, GROUPED_CASES, FusedCase, make, make_affine
 from .numerics import assert_close, exact
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -219,3 +228,99 @@ def test_more_than_2_31_elements(backend):
     torch.testing.assert_close(
         dw, grouped_conv2d_wgrad(ends, ends, 1, 32), rtol=2.0**-10, atol=2 * terms**0.5 * 2.0**-24 * 3 * terms
     )
+
+
+# --- fused operators ---
+
+FUSED_LAYERS = [
+    FusedCase(c.id, 2, c.in_channels, c.out_channels, c.height, c.width, c.groups, stride=c.stride) for c in LAYERS[:4]
+]
+
+
+def fused_launchers(case, dtype):
+    shapes = (
+        (case.batch, case.in_channels, case.height, case.width),
+        (case.out_channels, case.in_channels // case.groups, 3, 3),
+    )
+    return dispatch.fused_launchers("fwd", *shapes, case.stride, case.groups, dtype, torch.device("cuda", 0), True)
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GROUPED_CASES, ids=lambda case: case.id)
+def test_fused_convolutions(case, dtype, channels_last, backend):
+    options = {"channels_last": channels_last, "device": "cuda"}
+    launchers = fused_launchers(case, dtype)
+    fused_numerics.check_conv_stats(launchers, case, dtype, **options)
+    fused_numerics.check_conv_stats(launchers, case, dtype, prologue=False, **options)
+    fused_numerics.check_conv_stats(launchers, case, dtype, stats=False, centered=False, **options)
+    fused_numerics.check_conv_affine(launchers, case, dtype, **options)
+    fused_numerics.check_conv_affine(launchers, case, dtype, residual=False, scaled=False, relu=False, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FUSED_LAYERS, ids=lambda case: case.id)
+def test_fused_layers(case, dtype, backend):
+    """Sizes that give every multiprocessor work: statistics and sums merged over many blocks."""
+    fused_numerics.check_conv_stats(fused_launchers(case, dtype), case, dtype, device="cuda")
+    fused_numerics.check_conv_affine(fused_launchers(case, dtype), case, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*ELEMENTWISE_SHAPES.values(), (8, 64, 112, 112)], ids=str)
+def test_elementwise(shape, dtype, channels_last, backend):
+    generator = torch.Generator().manual_seed(3)
+    z = make(shape, dtype, generator, channels_last=channels_last, device="cuda")
+    device = torch.device("cuda", 0)
+    launchers = dispatch.elementwise(dtype, device)
+    fused_numerics.check_statistics(launchers, z, channels_last)
+    for residual in ("none", "plain", "affine"):
+        options = {"channels_last": channels_last, "residual": residual, "device": "cuda"}
+        fused_numerics.check_affine_add_relu(launchers, shape, dtype, **options)
+    affine = make_affine(shape[1], generator, device="cuda")
+    fused_numerics.check_pool(dispatch.pooling(dtype, device), z, affine, channels_last)
+
+
+def test_fused_step_in_a_cuda_graph(backend):
+    """Convolution, batch norm and ReLU with a residual, forward and backward, replayed on other values."""
+    t = on_gpu(make_tensors(STAGE1, torch.float16, channels_last=True))
+    x, weight = t["x"].requires_grad_(), t["weight"].requires_grad_()
+    gamma, beta = (torch.rand(128, device="cuda").requires_grad_() for _ in range(2))
+
+    def step():
+        z, mean, var = conv_stats(x, weight, groups=32)
+        out = affine_add_relu(z, bn_affine(mean, var, gamma, beta, 1e-5), x)
+        return out, *torch.autograd.grad(out, (x, weight, gamma, beta), t["grad"])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(2)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_elementwise_past_2_31_elements(backend):
+    """The last image comes out as it does alone; constants have no variance."""
+    batch, channels, size = 1 + 2**31 // (64 * 128 * 128), 64, 128
+    if torch.cuda.mem_get_info()[0] < 10 * 2**31:
+        pytest.skip("needs 20 GB of free GPU memory")
+    constants = torch.randn(channels, device="cuda", dtype=torch.float16)
+    z = constants[:, None, None].expand(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    assert z.numel() > 2**31
+    launchers = dispatch.elementwise(z.dtype, z.device)
+    mean, var = launchers.statistics(z, True)
+    assert torch.equal(mean, constants.float())
+    assert not var.any()
+    z[-1].normal_()
+    affine = make_affine(channels, torch.Generator().manual_seed(0), device="cuda")
+    out = launchers.affine_add_relu(z, affine, None, None, True)
+    alone = launchers.affine_add_relu(z[-1:].clone(memory_format=torch.channels_last), affine, None, None, True)
+    assert torch.equal(out[-1:], alone)

@@ -17,6 +17,15 @@ constexpr size_t kSharedLimit = 227 * 1024;
 struct Copy {
   uint32_t shared;
   const void* source;
+
+  void land() const {
+    unsigned char* const target = shared_pointer(shared, 16);
+    if (source == nullptr) {
+      std::memset(target, 0, 16);
+    } else {
+      std::memcpy(target, source, 16);
+    }
+  }
 };
 
 // Started once by ucontext, then switched by setjmp, which unlike swapcontext makes no system call; runs block after
@@ -190,17 +199,17 @@ void queue_copy(uint32_t shared, const void* source) {
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) {
     fail("misaligned global address in an asynchronous copy");
   }
-  fibers[current].copies.push_back({shared, source});
+  const Copy copy{shared, source};
+  if (descending_order) {
+    copy.land();
+  } else {
+    fibers[current].copies.push_back(copy);
+  }
 }
 
 void finish_copies() {
   for (const Copy& copy : fibers[current].copies) {
-    unsigned char* shared = shared_pointer(copy.shared, 16);
-    if (copy.source == nullptr) {
-      std::memset(shared, 0, 16);
-    } else {
-      std::memcpy(shared, copy.source, 16);
-    }
+    copy.land();
   }
   fibers[current].copies.clear();
 }

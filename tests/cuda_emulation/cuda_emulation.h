@@ -1,9 +1,9 @@
 // CUDA on a CPU, as much of it as csrc/cuda uses: the twin of csrc/cuda/ptx.cuh.
 //
 // Blocks run one after the other; the threads of a block are fibers of one thread, switched only at barriers and warp
-// collectives. Shared memory starts as NaN, cp.async lands only at the wait, and each warp runs as far ahead of the
-// next (or, in descending order, of the previous) as the barriers allow: a missing wait or barrier shows as a wrong
-// result. Misaligned or out-of-range shared addresses abort.
+// collectives. Shared memory starts as NaN, and each warp runs as far ahead of the next as the barriers allow, with
+// cp.async landing only at the wait; or, in descending order, as far ahead of the previous, with cp.async landing at
+// once: a missing wait or barrier shows as a wrong result. Misaligned or out-of-range shared addresses abort.
 #pragma once
 
 #include <cmath>
