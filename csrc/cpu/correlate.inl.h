@@ -213,15 +213,6 @@ int row_sources(const Correlation& c, int64_t h, const float* ring, const float*
   return count;
 }
 
-// Rounds a row to what its image can store, as the moments are of stored values.
-void round_row(Dtype dtype, float* row, int64_t count) {
-  if (dtype == Dtype::kFloat32) return;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec value = load(row + i);
-    store(row + i, dtype == Dtype::kFloat16 ? round_to<Half>(value) : round_to<BFloat16>(value));
-  }
-}
-
 // One destination row of one tile. Whole vectors of float32 NHWC go straight to memory, unless they are mapped;
 // everything else by the buffer.
 void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, int64_t tile, const float* ring,
@@ -265,14 +256,13 @@ void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, i
     kernels[f].run(args);
   }
   const WriteMap write = map_of_row(c.write, c.cuts, c.dst, n, h);
-  if (write.kind == WriteMap::kMoments) {
-    if (!direct) round_row(c.dst.dtype, buffer, c.dst.width * lanes);
-    for (int64_t lane = 0; lane < channels; lane += kLanes) {
-      add_moments(out + lane, pixel_stride, c.dst.width, {channel + lane, min_of(kLanes, channels - lane)},
-                  h % c.cuts.part_rows * c.dst.width, write.partial, c.dst.channels);
-    }
-  }
   if (!direct) write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
+  if (write.kind != WriteMap::kMoments) return;
+  if (c.dst.dtype != Dtype::kFloat32) read_row(c.dst, {}, n, h, channel, channels, lanes, buffer);  // as it is stored
+  for (int64_t lane = 0; lane < channels; lane += kLanes) {
+    add_moments(out + lane, pixel_stride, c.dst.width, {channel + lane, min_of(kLanes, channels - lane)},
+                h % c.cuts.part_rows * c.dst.width, write.partial, c.dst.channels);
+  }
 }
 
 void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {

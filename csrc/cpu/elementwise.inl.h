@@ -3,6 +3,15 @@
 // NHWC: vectors are channels, walked pixel by pixel in the order of memory; what belongs to a channel is loaded from, and
 // its sums are added to, the L1 cache at every pixel, which memory leaves time for. NCHW: vectors are pixels of a plane.
 
+template <class T, bool kWhole>
+RESNEXT_INLINE Vec get(const void* data, int64_t offset, int64_t count) {
+  return load_lanes<kWhole>(static_cast<const T*>(data) + offset, count);
+}
+template <class T, bool kWhole>
+RESNEXT_INLINE void put(void* data, int64_t offset, Vec value, int64_t count) {
+  store_lanes<kWhole>(static_cast<T*>(data) + offset, value, count);
+}
+
 // One operation on vectors of some channels, `offset` elements from the first of every image.
 template <class T, class Channels>
 struct AddAffineOperation {
@@ -10,10 +19,11 @@ struct AddAffineOperation {
   const AffineVectors<Channels> affine;
   RESNEXT_INLINE AddAffineOperation(const Elementwise& elementwise, const Channels& channels, float*)
       : e(elementwise), affine(e.affine, channels) {}
-  RESNEXT_INLINE void operator()(int64_t offset, int64_t count) const {
-    const Vec value = load_first(static_cast<const T*>(e.dout) + offset, count);
-    const Vec other = load_first(static_cast<const T*>(e.z) + offset, count);
-    store_first(static_cast<T*>(e.result) + offset, value + affine(other), count);
+  template <bool kWhole>
+  RESNEXT_INLINE void run(int64_t offset, int64_t count) const {
+    const Vec value = get<T, kWhole>(e.dout, offset, count);
+    const Vec other = get<T, kWhole>(e.z, offset, count);
+    put<T, kWhole>(e.result, offset, value + affine(other), count);
   }
   RESNEXT_INLINE void finish() const {}
 };
@@ -24,10 +34,11 @@ struct AffineAddReluOperation {
   const AffineVectors<Channels> affine, residual_affine;
   RESNEXT_INLINE AffineAddReluOperation(const Elementwise& elementwise, const Channels& channels, float*)
       : e(elementwise), affine(e.affine, channels), residual_affine(e.residual_affine, channels) {}
-  RESNEXT_INLINE void operator()(int64_t offset, int64_t count) const {
-    Vec value = affine(load_first(static_cast<const T*>(e.z) + offset, count));
-    if (e.residual != nullptr) value += residual_affine(load_first(static_cast<const T*>(e.residual) + offset, count));
-    store_first(static_cast<T*>(e.result) + offset, relu(value), count);
+  template <bool kWhole>
+  RESNEXT_INLINE void run(int64_t offset, int64_t count) const {
+    Vec value = affine(get<T, kWhole>(e.z, offset, count));
+    if (e.residual != nullptr) value += residual_affine(get<T, kWhole>(e.residual, offset, count));
+    put<T, kWhole>(e.result, offset, relu(value), count);
   }
   RESNEXT_INLINE void finish() const {}
 };
@@ -45,20 +56,21 @@ struct AffineAddReluGradientOperation {
         affine(e.affine, lanes),
         residual_affine(e.residual_affine, lanes),
         sums(partial) {}
-  RESNEXT_INLINE void operator()(int64_t offset, int64_t count) {
+  template <bool kWhole>
+  RESNEXT_INLINE void run(int64_t offset, int64_t count) {
     Vec z{};
-    if (e.z != nullptr) z = load_first(static_cast<const T*>(e.z) + offset, count);
-    const Vec out = e.out == nullptr ? round_to<T>(affine(z)) : load_first(static_cast<const T*>(e.out) + offset, count);
-    const Vec dout = load_first(static_cast<const T*>(e.dout) + offset, count);
-    const Vec t = out <= 0.0f ? Vec{} : dout;
+    if (e.z != nullptr) z = get<T, kWhole>(e.z, offset, count);
+    const Vec dout = get<T, kWhole>(e.dout, offset, count);
+    const IntVec zero = e.out == nullptr ? affine(z) <= kLargestZero<T> : get<T, kWhole>(e.out, offset, count) <= 0.0f;
+    const Vec t = zero ? Vec{} : dout;
     dshift += t;
     dscale += t * (z - affine.center);
     if (e.residual != nullptr) {
-      const Vec residual = load_first(static_cast<const T*>(e.residual) + offset, count);
+      const Vec residual = get<T, kWhole>(e.residual, offset, count);
       dresidual_scale += t * (residual - residual_affine.center);
     }
-    if (e.result != nullptr) store_first(static_cast<T*>(e.result) + offset, affine.scale * t, count);
-    if (e.dresidual != nullptr) store_first(static_cast<T*>(e.dresidual) + offset, residual_affine.scale * t, count);
+    if (e.result != nullptr) put<T, kWhole>(e.result, offset, affine.scale * t, count);
+    if (e.dresidual != nullptr) put<T, kWhole>(e.dresidual, offset, residual_affine.scale * t, count);
   }
   RESNEXT_INLINE void finish() const {
     if (sums == nullptr) return;
@@ -72,40 +84,46 @@ RESNEXT_INLINE float* partial_of(const Elementwise& e, int64_t part) {
   return e.partial == nullptr ? nullptr : e.partial + part * kPartialSums * e.channels;
 }
 
+template <bool kWhole, class T, template <class, class> class Operation>
+RESNEXT_INLINE void run_channels(const Elementwise& e, int64_t pixel, int64_t c, float* partial) {
+  const int64_t count = kWhole ? kLanes : e.channels - c;
+  Operation<T, ChannelLanes> operation(e, {c, count}, partial);
+  operation.template run<kWhole>(pixel * e.channels + c, count);
+  operation.finish();
+}
+
 template <class T, template <class, class> class Operation>
-void walk_nhwc(const Elementwise& e, int64_t begin, int64_t end) {
+void walk_nhwc(Elementwise e, int64_t begin, int64_t end) {
   for (int64_t part = begin; part < end; ++part) {
+    float* partial = partial_of(e, part);
     const int64_t last = min_of((part + 1) * e.part_pixels, e.batch * e.pixels);
     for (int64_t pixel = part * e.part_pixels; pixel < last; ++pixel) {
-      for (int64_t c = 0; c < e.channels; c += kLanes) {
-        const int64_t count = min_of(kLanes, e.channels - c);
-        Operation<T, ChannelLanes> operation(e, {c, count}, partial_of(e, part));
-        operation(pixel * e.channels + c, count);
-        operation.finish();
-      }
+      int64_t c = 0;
+      for (; c + kLanes <= e.channels; c += kLanes) run_channels<true, T, Operation>(e, pixel, c, partial);
+      if (c < e.channels) run_channels<false, T, Operation>(e, pixel, c, partial);
     }
   }
 }
 
 template <class T, template <class, class> class Operation>
-void walk_nchw(const Elementwise& e, int64_t begin, int64_t end) {
+void walk_nchw(Elementwise e, int64_t begin, int64_t end) {
   const int64_t parts = ceil_div(e.pixels, e.part_pixels);
   for (int64_t plane = begin; plane < end; ++plane) {
     const int64_t n = plane / e.channels;
     const int64_t c = plane % e.channels;
     for (int64_t part = 0; part < parts; ++part) {
       Operation<T, OneChannel> operation(e, {c}, partial_of(e, n * parts + part));
-      const int64_t last = min_of((part + 1) * e.part_pixels, e.pixels);
-      for (int64_t pixel = part * e.part_pixels; pixel < last; pixel += kLanes) {
-        operation(plane * e.pixels + pixel, min_of(kLanes, last - pixel));
-      }
+      int64_t pixel = part * e.part_pixels;
+      const int64_t last = min_of(pixel + e.part_pixels, e.pixels);
+      for (; pixel + kLanes <= last; pixel += kLanes) operation.template run<true>(plane * e.pixels + pixel, kLanes);
+      if (pixel < last) operation.template run<false>(plane * e.pixels + pixel, last - pixel);
       operation.finish();
     }
   }
 }
 
 template <class T>
-void moments_nhwc(const Elementwise& e, int64_t begin, int64_t end) {
+void moments_nhwc(Elementwise e, int64_t begin, int64_t end) {
   for (int64_t part = begin; part < end; ++part) {
     const int64_t first = part * e.part_pixels;
     const int64_t pixels = min_of(e.part_pixels, e.batch * e.pixels - first);
@@ -118,7 +136,7 @@ void moments_nhwc(const Elementwise& e, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void moments_nchw(const Elementwise& e, int64_t begin, int64_t end) {
+void moments_nchw(Elementwise e, int64_t begin, int64_t end) {
   const int64_t parts = ceil_div(e.pixels, e.part_pixels);
   for (int64_t plane = begin; plane < end; ++plane) {
     for (int64_t part = 0; part < parts; ++part) {

@@ -25,6 +25,14 @@ struct AffineVectors {
   RESNEXT_INLINE Vec operator()(Vec value) const { return (value - center) * scale + shift; }
 };
 
+// The largest value that a T rounds to zero: relu(v), rounded, is zero up to here.
+template <class T>
+constexpr float kLargestZero = 0.0f;
+template <>
+constexpr float kLargestZero<Half> = 0x1p-25f;
+template <>
+constexpr float kLargestZero<BFloat16> = 0x1p-134f;
+
 struct KeepValue {
   static constexpr bool kOther = false;
   template <class Map>
@@ -77,7 +85,7 @@ struct ReluGradient {
         dscale_sums(map.partial + map.channels),
         affine(map.affine, lanes) {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec x) {
-    const Vec t = round_to<T>(affine(x)) <= 0.0f ? Vec{} : value;
+    const Vec t = affine(x) <= kLargestZero<T> ? Vec{} : value;
     dshift += t;
     dscale += t * (x - affine.center);
     return affine.scale * t;

@@ -13,26 +13,32 @@ int64_t max_pool_scratch(const MaxPool& p) { return kRingRows * z_panel(p) + 2 *
 int64_t max_pool_gradient_scratch(const MaxPool& p) { return 2 * kPooledRows * pooled_panel(p) + z_panel(p); }
 
 // One pooled row. The first of equal values in row-major order wins, and the last NaN, as in PyTorch; rows outside the
-// image are null.
-void max_pool_row(const float* const (&rows)[3], int64_t pixels, int64_t lanes, float* out, float* taps) {
+// image are null. Without kNan no NaN ever wins, but the sum of all values that is returned becomes NaN.
+template <bool kNan>
+Vec max_pool_row(const float* const (&rows)[3], int64_t pixels, int64_t lanes, float* out, float* taps) {
+  Vec sum{};
   for (int64_t q = 0; q < pixels; ++q) {
     for (int64_t c = 0; c < lanes; c += kLanes) {
       Vec best = broadcast(-__builtin_inff());
       Vec best_tap{};
       for (int r = 0; r < 3; ++r) {
         if (rows[r] == nullptr) continue;
+        Vec row_sum{};
         RESNEXT_UNROLL
         for (int s = 0; s < 3; ++s) {
           const Vec value = load(rows[r] + (2 * q + s) * lanes + c);
-          const IntVec wins = (value > best) | (value != value);
+          const IntVec wins = kNan ? (value > best) | (value != value) : value > best;
+          row_sum += value;
           best = wins ? value : best;
           best_tap = wins ? broadcast(static_cast<float>(3 * r + s)) : best_tap;
         }
+        sum += row_sum;
       }
       store(out + q * lanes + c, best);
       store(taps + q * lanes + c, best_tap);
     }
   }
+  return sum;
 }
 
 void max_pool(const MaxPool& p, float* scratch, int64_t begin, int64_t end) {
@@ -55,7 +61,8 @@ void max_pool(const MaxPool& p, float* scratch, int64_t begin, int64_t end) {
         const int64_t h = 2 * row - 1 + r;
         if (h >= 0 && h < p.z.height) rows[r] = scratch + h % kRingRows * z_panel(p);
       }
-      max_pool_row(rows, p.pooled.width, p.lanes, out, taps);
+      const float sum = sum_of_lanes(max_pool_row<false>(rows, p.pooled.width, p.lanes, out, taps));
+      if (sum != sum) max_pool_row<true>(rows, p.pooled.width, p.lanes, out, taps);
       write_row(p.pooled, p.write, t.n, row, c, channels, p.lanes, out);
       if (p.taps.data != nullptr) write_row(p.taps, p.write, t.n, row, c, channels, p.lanes, taps);
     }

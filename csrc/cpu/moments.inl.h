@@ -4,17 +4,23 @@
 //
 // A record of a part is [shift, mean, m2][channel] with the mean relative to the shift; the driver merges records.
 
-template <class T, class Term>
-RESNEXT_INLINE Vec sum_of(const T* data, int64_t step, int64_t steps, int64_t count, Term term) {
+template <bool kWhole, class T, class Term>
+RESNEXT_INLINE Vec sum_lanes(const T* data, int64_t step, int64_t steps, int64_t count, Term term) {
   constexpr int kChains = 4;  // additions that do not wait for each other
   Vec sum[kChains] = {};
   int64_t i = 0;
   for (; i + kChains <= steps; i += kChains) {
     RESNEXT_UNROLL
-    for (int k = 0; k < kChains; ++k) sum[k] += term(load_first(data + (i + k) * step, count));
+    for (int k = 0; k < kChains; ++k) sum[k] += term(load_lanes<kWhole>(data + (i + k) * step, count));
   }
-  for (; i < steps; ++i) sum[0] += term(load_first(data + i * step, count));
+  for (; i < steps; ++i) sum[0] += term(load_lanes<kWhole>(data + i * step, count));
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class T, class Term>
+RESNEXT_INLINE Vec sum_of(const T* data, int64_t step, int64_t steps, int64_t count, Term term) {
+  return count == kLanes ? sum_lanes<true>(data, step, steps, count, term)
+                         : sum_lanes<false>(data, step, steps, count, term);
 }
 
 // Adds `pixels` values, `step` elements apart, of some channels to a record that has seen `before` pixels (Chan, Golub
@@ -49,7 +55,7 @@ void plane_moments(const T* data, int64_t count, float* record, int64_t all_chan
   const int64_t rest = count % kLanes;
   const Vec last = load_first(data + vectors * kLanes, rest);
   const auto sum_terms = [=](auto term) {
-    return sum_of_lanes(sum_of(data, kLanes, vectors, kLanes, term) + keep_first(term(last), rest));
+    return sum_of_lanes(sum_lanes<true>(data, kLanes, vectors, kLanes, term) + keep_first(term(last), rest));
   };
   const float shift = load_first(data, 1)[0];
   const float mean = sum_terms([=](Vec value) { return value - shift; }) / static_cast<float>(count);

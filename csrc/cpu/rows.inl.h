@@ -8,6 +8,8 @@ constexpr int kForReading = 0;
 constexpr int kForWriting = 1;
 constexpr int kKeepInL2 = 2;
 
+// (Passed by value: what a store may change is loaded again after each, and a store may change all but locals.)
+//
 // A piece of a row: channels [c, c + channels) of an image; `data` is its first element, and `other` that of an image
 // laid out alike. `stride`: elements from one pixel (NHWC) or one channel (NCHW) to the next.
 template <class T>
@@ -33,7 +35,7 @@ RESNEXT_INLINE Piece<T> piece_of(const Image& image, const void* other, int64_t 
 
 // kWhole: the `count` lanes are a whole vector; that is worth loops of its own.
 template <bool kWhole, class T, class Map>
-RESNEXT_INLINE void read_column(const Piece<T>& from, int64_t c, int64_t count, const Map& map, int64_t lanes,
+RESNEXT_INLINE void read_column(Piece<T> from, int64_t c, int64_t count, const Map& map, int64_t lanes,
                                 float* panel) {
   const int64_t next_row = from.pixels * from.stride;
   for (int64_t pixel = 0; pixel < from.pixels; ++pixel) {
@@ -42,15 +44,14 @@ RESNEXT_INLINE void read_column(const Piece<T>& from, int64_t c, int64_t count, 
     Vec other{};
     if (Map::kOther) {
       __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
-      other = kWhole ? load(from.other + offset) : load_first(from.other + offset, count);
+      other = load_lanes<kWhole>(from.other + offset, count);
     }
-    const Vec value = kWhole ? load(from.data + offset) : load_first(from.data + offset, count);
-    store(panel + pixel * lanes + c, map(value, other));
+    store(panel + pixel * lanes + c, map(load_lanes<kWhole>(from.data + offset, count), other));
   }
 }
 
 template <class T, class Map>
-void read_row_nhwc(const Piece<T>& from, const ReadMap& read, int64_t lanes, float* panel) {
+void read_row_nhwc(Piece<T> from, const ReadMap& read, int64_t lanes, float* panel) {
   for (int64_t c = 0; c < from.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, from.channels - c);
     const Map map(read, ChannelLanes{from.c + c, count});
@@ -63,7 +64,7 @@ void read_row_nhwc(const Piece<T>& from, const ReadMap& read, int64_t lanes, flo
 }
 
 template <bool kWhole, class T, class Map>
-RESNEXT_INLINE void write_column(const Piece<T>& to, int64_t c, int64_t count, Map& map, int64_t lanes,
+RESNEXT_INLINE void write_column(Piece<T> to, int64_t c, int64_t count, Map& map, int64_t lanes,
                                  const float* panel) {
   const int64_t next_row = to.pixels * to.stride;
   for (int64_t pixel = 0; pixel < to.pixels; ++pixel) {
@@ -71,15 +72,15 @@ RESNEXT_INLINE void write_column(const Piece<T>& to, int64_t c, int64_t count, M
     Vec other{};
     if (Map::kOther) {
       __builtin_prefetch(to.other + offset + next_row, kForReading, kKeepInL2);
-      other = kWhole ? load(to.other + offset) : load_first(to.other + offset, count);
+      other = load_lanes<kWhole>(to.other + offset, count);
     }
-    const Vec value = map(load(panel + pixel * lanes + c), other);
-    kWhole ? store(to.data + offset, value) : store_first(to.data + offset, value, count);
+    __builtin_prefetch(to.data + offset + next_row, kForWriting, kKeepInL2);
+    store_lanes<kWhole>(to.data + offset, map(load(panel + pixel * lanes + c), other), count);
   }
 }
 
 template <class T, class Map>
-void write_row_nhwc(const Piece<T>& to, const WriteMap& write, int64_t lanes, const float* panel) {
+void write_row_nhwc(Piece<T> to, const WriteMap& write, int64_t lanes, const float* panel) {
   for (int64_t c = 0; c < to.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, to.channels - c);
     Map map(write, ChannelLanes{to.c + c, count});
@@ -105,7 +106,7 @@ RESNEXT_INLINE void load_square(const T* from, int64_t stride, int64_t count, in
 }
 
 template <class T, class Map>
-void read_row_nchw(const Piece<T>& from, const ReadMap& read, int64_t lanes, float* panel) {
+void read_row_nchw(Piece<T> from, const ReadMap& read, int64_t lanes, float* panel) {
   for (int64_t c = 0; c < from.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, from.channels - c);
     const Map map(read, ChannelLanes{from.c + c, count});
@@ -124,7 +125,7 @@ void read_row_nchw(const Piece<T>& from, const ReadMap& read, int64_t lanes, flo
 }
 
 template <class T, class Map>
-void write_row_nchw(const Piece<T>& to, const WriteMap& write, int64_t lanes, const float* panel) {
+void write_row_nchw(Piece<T> to, const WriteMap& write, int64_t lanes, const float* panel) {
   for (int64_t c = 0; c < to.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, to.channels - c);
     Map map(write, ChannelLanes{to.c + c, count});
