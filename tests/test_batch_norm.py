@@ -36,6 +36,7 @@ from .fused_numerics import (
 triton = pytest.importorskip("triton")
 
 from resnext.kernels import batch_norm, max_pool  # noqa: E402
+from resnext.kernels.config import elementwise_config  # noqa: E402
 from resnext.kernels.launch import Launch  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -251,6 +252,26 @@ def test_the_pools_choice_is_pytorchs(size, channels_last):
     only_vectors = max_pool.affine_relu_max_pool_bwd(dout, taps, z, affine, channels_last, (False, True))
     assert only_vectors[0] is None
     assert torch.equal(only_vectors[2], dshift)
+
+
+# --- launches ---
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("images", "pixels", "channels"),
+    [(1, 1, 1), (3, 7, 1), (256, 49, 2048), (256, 3136, 256), (2, 50_000_000, 3), (1, 2**33, 1)],
+)
+def test_every_block_has_one_program_per_channel_tile(images, pixels, channels, channels_last):
+    if channels_last:
+        images, pixels = 1, images * pixels
+    config = elementwise_config(images, pixels, channels, channels_last)
+    blocks = images * -(-pixels // config.block_m)
+    assert 1 <= config.splits <= blocks
+    assert config.block_m * config.block_c <= 4096  # elements of a step, in registers
+    for size in (config.block_m, config.block_c):
+        assert size & (size - 1) == 0
+    assert blocks < 2**31
 
 
 # --- machine code ---
