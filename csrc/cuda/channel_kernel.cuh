@@ -32,8 +32,13 @@ struct Place {
   int64_t pixel;  // (image, row, column) as one number
 };
 
+// Blocks resident at once, by registers.
 template <typename Job>
-__global__ void __launch_bounds__(kChannelThreads, 2) channel_kernel(Job job, ChannelGrid grid, float* partial) {
+constexpr int kChannelBlocksPerMultiprocessor = std::is_empty_v<typename Job::Totals> ? 3 : 2;
+
+template <typename Job>
+__global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerMultiprocessor<Job>)
+    channel_kernel(Job job, ChannelGrid grid, float* partial) {
   using Totals = typename Job::Totals;
   const int row = threadIdx.x / grid.lanes;
   const int rows = kChannelThreads / grid.lanes;
@@ -132,9 +137,14 @@ struct AffineAddReluJob : ChannelJob<T, kVectorWidth, kAcross> {
   using Base = ChannelJob<T, kVectorWidth, kAcross>;
   using Totals = NoTotals;
   struct Constants {
-    AffineChannels<Base::kChannels> affine, residual;
+    AffineChannels<Base::kChannels> affine, residual;  // both shifts in one: registers
     __device__ Constants(const AffineAddReluJob& job, int64_t channel)
-        : affine(job.affine, channel), residual(job.residual_affine, channel) {}
+        : affine(job.affine, channel), residual(job.residual_affine, channel) {
+#pragma unroll
+      for (int c = 0; c < Base::kChannels; ++c) {
+        affine.shift[c] += residual.shift[c];
+      }
+    }
   };
 
   const T* z;
@@ -154,7 +164,8 @@ struct AffineAddReluJob : ChannelJob<T, kVectorWidth, kAcross> {
       const int c = Base::channel_of(e);
       float value = constants.affine(static_cast<float>(values.values[e]), c);
       if (residual != nullptr) {
-        value += constants.residual(static_cast<float>(added.values[e]), c);
+        const float centered = static_cast<float>(added.values[e]) - constants.residual.center[c];
+        value = fmaf(constants.residual.scale[c], centered, value);
       }
       values.values[e] = static_cast<T>(relu(value));
     }

@@ -12,7 +12,7 @@ constexpr int kVectorBytes = 16;
 
 template <typename Job>
 ChannelGrid make_channel_grid(const ImageShape& shape, const Device& device) {
-  constexpr int kBlocksPerMultiprocessor = 8;
+  constexpr int kWaves = 2;  // whole ones: blocks are alike
   constexpr int kMinPlacesPerThread = 4;
   ChannelGrid grid{};
   grid.channels = shape.channels;
@@ -26,8 +26,8 @@ ChannelGrid make_channel_grid(const ImageShape& shape, const Device& device) {
   }
   grid.tiles = ceil_div(vectors, grid.lanes);
   const int64_t most = ceil_div(grid.positions, kMinPlacesPerThread * (kChannelThreads / grid.lanes));
-  const int64_t wave = ceil_div(int64_t{device.multiprocessors} * kBlocksPerMultiprocessor, grid.tiles);
-  grid.splits = static_cast<int>(std::min(most, wave));
+  const int64_t blocks = int64_t{device.multiprocessors} * kChannelBlocksPerMultiprocessor<Job> * kWaves;
+  grid.splits = static_cast<int>(std::min(most, ceil_div(blocks, grid.tiles)));
   return grid;
 }
 
