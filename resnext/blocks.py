@@ -41,6 +41,9 @@ class ResidualBlock(nn.Module):
     Fused, the batch norms and ReLUs become parts of the convolutions beside them (`resnext.fusion`). Outputs,
     gradients and running statistics are those of the children one by one, up to rounding.
 
+    Inference keeps the batch norms folded into the convolutions until a parameter or buffer changes. A change through
+    ``Tensor.data`` leaves no trace: call ``eval()`` after it.
+
     Attributes:
         recompute: Whether backward computes the last convolution's output again instead of keeping it in memory.
     """

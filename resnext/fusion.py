@@ -132,7 +132,7 @@ def why_not_conv_norm(pair: ConvNorm, x: Tensor | None) -> str | None:
         return f"{name} has a bias"
     if x is None:
         return None
-    if x.shape[0] == 0 and not batch_norm.is_shared(bn):
+    if x.shape[0] == 0 and batch_norm.uses_batch_statistics(bn) and not batch_norm.is_shared(bn):
         return "the input has no images"
     if weight.device != x.device:
         return f"the input is on {x.device}, and {name} on {weight.device}"
@@ -192,9 +192,9 @@ def stem(x: Tensor, pair: ConvNorm) -> Tensor:
 
 
 def _or_blank(x: Tensor) -> Tensor:
-    """``x``, or one blank image for a batch of none, where other processes wait for this one's share.
+    """``x``, or one blank image for a batch of none: other processes may wait for this one's part in the statistics.
 
-    It counts for nothing in the statistics, and the result is cut off again.
+    It counts for nothing there, and the result is cut off again.
     """
     return x if x.shape[0] else x.new_zeros(1, *x.shape[1:]) + x.sum()
 
@@ -239,9 +239,9 @@ _KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 def infers(x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None) -> bool:
-    """Whether `infer` will do: no batch statistics, and nothing for a backward pass."""
+    """Whether `infer` will do: images, no batch statistics, and nothing for a backward pass."""
     pairs = [*branch, shortcut] if shortcut is not None else branch
-    if any(batch_norm.uses_batch_statistics(pair.bn) for pair in pairs):
+    if x.shape[0] == 0 or any(batch_norm.uses_batch_statistics(pair.bn) for pair in pairs):
         return False
     if not torch.is_grad_enabled():
         return True
