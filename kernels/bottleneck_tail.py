@@ -12,9 +12,10 @@ Counts per output pixel, for M middle channels, N output channels and e bytes an
 * memory: e * (M + 2 * N) bytes (x, the residual, y) at stride 1; two kernels move e * 2 * M more. For ResNeXt-50's
   first stage (M 128, N 256) in 16 bits 1280 bytes against 1792.
 * operations: 2 * M * N + ceil(N / BLOCK_N) * 18 * M * BLOCK_K, as every block of output channels makes m anew and a
-  tile of merged groups is multiplied whole. With blocks of 256 and 32: 66 k + 74 k in the first stage, about half of
+  tile of merged groups is multiplied whole. With blocks of 256 and 32: 66 k + 74 k in the first stage, 60% of
   what an H200 can do while the bytes move; 4.2 M + 4.7 M in the fourth (M 1024, N 2048), five times as much.
-* caches: x is loaded nine times for each block of output channels. That, not memory, is the likely limit.
+* L2 cache: every block of output channels loads x nine times (asynchronous copies pass by the L1 cache), and every
+  BLOCK_M pixels both weights. That, not memory, is the likely limit: about 4 KB a pixel in the first stage.
 
 So the first stages may gain and the last cannot. Not yet measured: nothing dispatches to this kernel until it has been.
 """
@@ -109,8 +110,7 @@ def bottleneck_tail_kernel(
             hit = mask_m & (x_row + tap // 3 >= 0) & (x_row + tap // 3 < height)
             hit = hit & (x_column + tap % 3 >= 0) & (x_column + tap % 3 < width)
             offs_x = (x_pixel + (tap // 3 * width + tap % 3))[:, None] * in_channels + channel_in[None, :]
-            # The other taps find these pixels in the L1 cache.
-            x = tl.load(x_ptr + offs_x, mask=hit[:, None] & mask_in[None, :], other=0.0, cache_modifier=".ca")
+            x = tl.load(x_ptr + offs_x, mask=hit[:, None] & mask_in[None, :], other=0.0)
             mask_w = mask_in[:, None] & mask_mid[None, :]
             if MERGED > 1:
                 mask_w = mask_w & ((in_tile // GROUP_IN)[:, None] == (in_tile_mid // GROUP_MID)[None, :])

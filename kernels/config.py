@@ -316,6 +316,7 @@ class PointwiseConfig:
     splits: int = 1
 
 
+_SHARED_MEMORY = 220 * 1024  # Of one program on an H100 or H200, less what epilogues take.
 _RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
 
 
@@ -372,10 +373,13 @@ def pointwise_candidates(
     chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms)
     configs = [chosen]
     for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
-        (32, 64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+        (32, 64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
     ):
-        blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-        configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
+        # Elements per step: dy and z, x and the weight, whichever the pass has.
+        elements = block_m * (2 * block_n + block_k) if problem.op == "wgrad" else (2 * block_m + block_n) * block_k
+        if elements * num_stages * problem.dtype.itemsize <= _SHARED_MEMORY:
+            blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+            configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
     return list(dict.fromkeys(configs))
 
 
