@@ -1,0 +1,167 @@
+"""What inference keeps of a block: batch norms folded into the convolutions, as long as nothing changes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from resnext import fusion
+from resnext.blocks import ResidualBlock
+
+from .block_cases import IDENTITY, PROJECTION, forward_and_gradients
+
+
+def replace_parameter(block: ResidualBlock) -> None:
+    block.bn2.weight = nn.Parameter(block.bn2.weight.detach() + 1)
+
+
+def point_elsewhere(block: ResidualBlock) -> None:
+    block.conv1.weight.data = block.conv1.weight.data + 1
+
+
+def write_through_data(block: ResidualBlock) -> None:
+    """Leaves no trace in the tensor, but evaluation is preceded by eval()."""
+    block.conv3.weight.data.add_(1)
+    block.eval()
+
+
+def step(block: ResidualBlock) -> None:
+    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    block.train()(IDENTITY.images()).square().mean().backward()
+    optimizer.step()
+    block.eval()
+
+
+@torch.no_grad()
+def train_without_gradients(block: ResidualBlock) -> None:
+    """With no call of train() or eval(): the batch norm alone changes mode."""
+    block.bn1.train()
+    block(IDENTITY.images())
+    block.bn1.eval()
+
+
+UPDATES = {
+    "a parameter in place": lambda block: nn.init.uniform_(block.bn1.bias),
+    "a 1x1 weight in place": lambda block: nn.init.uniform_(block.conv3.weight),
+    "a 3x3 weight in place": lambda block: nn.init.uniform_(block.conv2.weight),
+    "a buffer in place": lambda block: block.bn2.running_var.mul_(2),
+    "a new parameter": replace_parameter,
+    "a parameter's data": point_elsewhere,
+    "through data": write_through_data,
+    "eps": lambda block: setattr(block.bn3, "eps", 0.1),
+    "a state dict": lambda block: block.load_state_dict({k: v + 1 for k, v in block.state_dict().items()}),
+    "a state dict's tensors": lambda block: block.load_state_dict(
+        {k: v + 1 for k, v in block.state_dict().items()}, assign=True
+    ),
+    "a training step": step,
+    "running statistics": train_without_gradients,
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+def test_inference_follows_what_changes(update):
+    block, _ = IDENTITY.pair()
+    x = IDENTITY.images()
+    block.eval()
+    with torch.no_grad():
+        before = block(x)
+    update(block)
+    with torch.no_grad():
+        after = block(x)
+        assert torch.equal(after, copy.deepcopy(block)(x))  # which has kept nothing
+    assert not torch.allclose(after, before)
+
+
+def test_inference_keeps_what_does_not_change():
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    block.eval()
+    with torch.no_grad():
+        block(x)
+        kept = fusion._KEPT[block]
+        block(x)
+        assert fusion._KEPT[block] is kept
+        # A 1x1 convolution on a CPU has the scale in its weight.
+        assert [folded.scale is None for folded in kept.folded] == [True, False, True, True]
+    block.train()
+    assert block not in fusion._KEPT
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])
+def test_copies_leave_behind_what_inference_keeps(copied):
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    keys = list(block.eval().state_dict())
+    with torch.no_grad():
+        expected = block(x)
+        other = copied(block)
+        assert other not in fusion._KEPT
+        assert list(other.state_dict()) == list(block.state_dict()) == keys
+        assert torch.equal(other(x), expected)
+        nn.init.zeros_(other.bn3.bias)
+        assert torch.equal(block(x), expected)
+    assert vars(other).keys() == vars(block).keys()
+
+
+def test_biased_convolutions_fold():
+    """In inference the bias is part of the shift; with running statistics and gradients too."""
+    ours, plain = PROJECTION.pair()
+    for block in (ours, plain):
+        for name in ("conv1", "conv2", "downsample.0"):
+            conv = block.get_submodule(name)
+            torch.manual_seed(5)
+            conv.bias = nn.Parameter(torch.randn(conv.out_channels))
+        block.double().eval()
+    x = PROJECTION.images().double()
+    assert ours.why_not_fused(x) is None
+    got, expected = forward_and_gradients(ours, x), forward_and_gradients(plain, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_inference_mode_leaves_nothing_unusable_behind():
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    with torch.inference_mode():
+        first = block.eval()(x)
+    frozen = block.requires_grad_(False)(x.clone().requires_grad_())  # the kept vectors' values, with a graph
+    torch.testing.assert_close(frozen, first)
+    frozen.sum().backward()
+    block.requires_grad_(True)
+    with torch.no_grad():
+        assert torch.equal(block(x), first)
+    block.train()(x).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_model_made_in_inference_mode():
+    """Its parameters have no version to tell a change by."""
+    with torch.inference_mode():
+        block, plain = PROJECTION.pair()
+        x = PROJECTION.images()
+        torch.testing.assert_close(block.eval()(x), plain.eval()(x))
+        nn.init.ones_(block.bn1.bias)
+        nn.init.ones_(plain.bn1.bias)
+        torch.testing.assert_close(block(x), plain(x))
+
+
+def test_captured_inference_follows_parameters(cuda):
+    """A CUDA graph computes the vectors anew in every replay, and holds none that a later call replaces."""
+    block, _ = PROJECTION.pair()
+    block.to(cuda).eval()
+    x = PROJECTION.images().to(cuda)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            block(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = block(x)
+        nn.init.uniform_(block.bn1.weight)
+        block(x)
+        graph.replay()
+        assert torch.equal(out, copy.deepcopy(block)(x))
