@@ -304,7 +304,8 @@ def _fold(pair: ConvNorm, dtype: torch.dtype, into_weight: bool = False) -> Fold
     weight, bias = pair.conv.weight, pair.conv.bias
     mean, scale, shift = batch_norm.affine(pair.bn, None, dtype)
     shift = shift - scale * (mean if bias is None else mean - bias)
-    if into_weight and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[2:] == (1, 1):
+    dense = pair.conv.groups == 1
+    if into_weight and dense and weight.device.type == "cpu" and weight.dtype == torch.float32:
         return Folded(weight * scale[:, None, None, None], None, shift)
     return Folded(weight, scale, shift)
 
