@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+# Of `make gpu`: convolutions or networks.
+ROUND ?= convolutions
 BIN := $(VENV)/bin
 # Named versions keep pip from taking another torch along with some dependency.
 TORCH ?= torch==2.13.0 torchvision==0.28.0
@@ -37,7 +39,7 @@ bench: dev
 	$(BIN)/python benchmarks/grouped_conv.py --quick
 
 gpu:
-	$(PYTHON) benchmarks/gpu_round.py --out $(OUT)
+	$(PYTHON) benchmarks/gpu_round.py $(ROUND) --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info out resnext/_C*.so $(VENV)/.installed
