@@ -115,11 +115,14 @@ __device__ __forceinline__ bool any_nan(const Values& values) {
   }
 }
 
-// Blocks resident at once, by registers: the input gradient at stride 2 has four results per position, and totals
-// stay in registers.
+// Blocks resident at once, by registers: a position has one result in the forward at stride 2, two at stride 1, four in
+// the input gradient at stride 2; and totals stay in registers.
 template <Pass kPass, int kStride, typename Fusion>
-constexpr int kConvBlocksPerMultiprocessor = (RowAxis<kPass, kStride>::kParity ? 3 : 4) -
-                                             !std::is_empty_v<typename Fusion::template Totals<kLaneChannels>>;
+constexpr int kConvBlocksPerMultiprocessor =
+    RowAxis<kPass, kStride>::outputs * ColAxis<kPass, kStride>::outputs == 1
+        ? 4
+        : (RowAxis<kPass, kStride>::kParity ? 3 : 4) -
+              !std::is_empty_v<typename Fusion::template Totals<kLaneChannels>>;
 
 template <typename T, Pass kPass, int kStride, bool kPacked, typename Fusion>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiprocessor<kPass, kStride, Fusion>)
@@ -304,19 +307,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
               continue;
             }
             float values[kLaneChannels] = {};
-#pragma unroll
-            for (int c = 0; c < kLaneChannels; ++c) {
-              const int o = lane_channel + c;
-              const int group_channel = o / shape.group_width * shape.group_width;
 #pragma unroll 1
-              for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
-                const int i = ij / Cols::inputs, j = ij % Cols::inputs;
-                const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-                const T* const pixel = reinterpret_cast<const T*>(
-                    shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
-                for (int k = group_channel; r >= 0 && s >= 0 && k < group_channel + shape.group_width; ++k) {
-                  values[c] += static_cast<float>(pixel[k - slab_channel]) *
-                               static_cast<float>(weight[weight_index<kPass>(k, o, shape.group_width) + r * 3 + s]);
+            for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
+              const int i = ij / Cols::inputs, j = ij % Cols::inputs;
+              const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+              const T* const pixel = reinterpret_cast<const T*>(
+                  shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
+#pragma unroll 1
+              for (int k = 0; r >= 0 && s >= 0 && k < shape.group_width; ++k) {
+#pragma unroll
+                for (int c = 0; c < kLaneChannels; ++c) {
+                  const int o = lane_channel + c;
+                  const int group_k = o / shape.group_width * shape.group_width + k;
+                  const int64_t scalar = weight_index<kPass>(group_k, o, shape.group_width) + r * 3 + s;
+                  values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
                 }
               }
             }
