@@ -77,7 +77,7 @@ def statistics_kernel(
     for block in range(split * share, tl.minimum(split * share + share, blocks)):
         offs, mask_m = block_offsets(block, pixels, image_blocks, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
         z = tl.load(z_ptr + offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        count, mean, m2 = add_to_moments(count, mean, m2, z - origin, mask_m)
+        count, mean, m2 = add_to_moments(count, mean, m2, (z - origin,), (mask_m,))
     total, mean_c, m2_c = merge_moments(count[:, None], mean, m2)
     store_moments(partials_ptr, split, channels, channel, mask_c, total, mean_c, m2_c)
 

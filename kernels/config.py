@@ -193,7 +193,9 @@ def strips_config(problem: ConvProblem, *, fused: bool = False, num_sms: int = 1
     merged = _merged_groups(problem)
     block = round_up_to_block(merged * max(problem.group_in, problem.group_out))
     # Accumulators and operands of a strip share 255 registers: wider tiles and wider types leave narrower strips.
-    strip = 4 if problem.stride == (1, 1) and problem.op != "wgrad" and not fused else 2
+    strip = 4 if problem.stride == (1, 1) and problem.op != "wgrad" else 2
+    if fused and problem.op != "wgrad":
+        strip = 2 if problem.op == "fwd" else 2 // problem.stride[0]
     strip = max(1, strip * MATRIX_WIDTH // block * 2 // problem.dtype.itemsize)
     height, width = problem.out_height, problem.out_width
     while strip > 1 and math.ceil(width / strip) * strip * 7 > width * 8:  # at most an eighth of the columns idle

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_fusion import (
-    finish_columns,
-    finish_tile,
+    columns_inside,
+    finish_tiles,
     load_columns,
     may_have_leaked,
     open_source,
@@ -121,18 +121,14 @@ def grouped_conv_dgrad_strided_kernel(
         offset = src_row * src_width * src_channels
         dy = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, STRIP + 1, PROLOGUE)
         done = _accumulate_strided(odd_row, dy, weights, 0, PRECISION)
-        mask_row = mask_m & (i >= 1) & (src_row * 2 - 1 < dst_height)
+        masks = columns_inside(mask_m & (i >= 1) & (src_row * 2 - 1 < dst_height), dst_column, dst_width, 2 * STRIP)
         offset = (src_row * 2 - 1) * dst_width * dst_channels
-        state = finish_columns(
-            target, offset, done, dst_column, dst_width, dst_channels, mask_row, mask_n, state, EPILOGUE
-        )
+        state = finish_tiles(target, offset, dst_channels, done, masks, mask_n, state, EPILOGUE)
         odd_row = _accumulate_strided(zero_tiles(2 * STRIP, BLOCK_M, BLOCK_N), dy, weights, 2, PRECISION)
         done = _accumulate_strided(zero_tiles(2 * STRIP, BLOCK_M, BLOCK_N), dy, weights, 1, PRECISION)
         offset = src_row * 2 * dst_width * dst_channels
-        mask_row = mask_m & (i < rows)
-        state = finish_columns(
-            target, offset, done, dst_column, dst_width, dst_channels, mask_row, mask_n, state, EPILOGUE
-        )
+        masks = columns_inside(mask_m & (i < rows), dst_column, dst_width, 2 * STRIP)
+        state = finish_tiles(target, offset, dst_channels, done, masks, mask_n, state, EPILOGUE)
 
     if MERGED > 1 and may_have_leaked(state, EPILOGUE):
         tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
@@ -167,5 +163,5 @@ def grouped_conv_dgrad_strided_kernel(
                     PROLOGUE,
                 )
                 offset = (dst_row * dst_width + c) * dst_channels
-                state = finish_tile(target, offset, value, mask, mask_n, state, EPILOGUE)
+                state = finish_tiles(target, offset, dst_channels, (value,), (mask,), mask_n, state, EPILOGUE)
     store_state(partials_ptr, pid // tiles, dst_channels, channel_n, in_tile_n, state, EPILOGUE)

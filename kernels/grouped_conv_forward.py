@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_fusion import (
-    finish_columns,
-    finish_tile,
+    columns_inside,
+    finish_tiles,
     load_columns,
     load_source,
     may_have_leaked,
@@ -119,10 +119,8 @@ def grouped_conv_strips_kernel(
             ending = accumulate_row(going, row, weights, 1, 1, PRECISION)
             going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 1, PRECISION)
             offset = (src_row - 1) * dst_width * dst_channels
-            mask_row = mask_m & (i >= 2)
-            state = finish_columns(
-                target, offset, done, column, dst_width, dst_channels, mask_row, mask_n, state, EPILOGUE
-            )
+            masks = columns_inside(mask_m & (i >= 2), column, dst_width, STRIP)
+            state = finish_tiles(target, offset, dst_channels, done, masks, mask_n, state, EPILOGUE)
     else:
         # Odd source row 2r - 1 ends destination row r - 1 and begins row r; even row 2r is the middle of row r.
         going = zero_tiles(STRIP, BLOCK_M, BLOCK_N)
@@ -138,10 +136,8 @@ def grouped_conv_strips_kernel(
             row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
             going = accumulate_row(going, row, weights, 1, 2, PRECISION)
             offset = (first_row + (i - 1)) * dst_width * dst_channels
-            mask_row = mask_m & (i >= 1)
-            state = finish_columns(
-                target, offset, done, column, dst_width, dst_channels, mask_row, mask_n, state, EPILOGUE
-            )
+            masks = columns_inside(mask_m & (i >= 1), column, dst_width, STRIP)
+            state = finish_tiles(target, offset, dst_channels, done, masks, mask_n, state, EPILOGUE)
 
     if MERGED > 1 and may_have_leaked(state, EPILOGUE):
         tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
@@ -177,7 +173,7 @@ def grouped_conv_strips_kernel(
                     PROLOGUE,
                 )
                 offset = (dst_row * dst_width + c) * dst_channels
-                state = finish_tile(target, offset, value, mask, mask_n, state, EPILOGUE)
+                state = finish_tiles(target, offset, dst_channels, (value,), (mask,), mask_n, state, EPILOGUE)
     store_state(partials_ptr, pid // tiles, dst_channels, channel_n, in_tile_n, state, EPILOGUE)
 
 
@@ -335,5 +331,5 @@ def grouped_conv_taps_kernel(
     dst_offs = ((image * dst_height + dst_row) * dst_width + dst_column) * dst_channels
     target = open_target(dst_pointers, dst_offs, channel_n, mask_n)
     state = open_state(BLOCK_M, BLOCK_N, EPILOGUE)
-    state = finish_tile(target, 0, acc, mask_m, mask_n[None, :], state, EPILOGUE)
+    state = finish_tiles(target, 0, 0, (acc,), (mask_m,), mask_n[None, :], state, EPILOGUE)
     store_state(partials_ptr, pid_pixel, dst_channels, channel_n, mask_n, state, EPILOGUE)

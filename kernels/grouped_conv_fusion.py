@@ -1,14 +1,14 @@
 """Device functions for what a convolution does to elements on load (prologue) and on store (epilogue).
 
 Everything is computed in float32 and rounded once, to the dtype of the memory; vectors are float32, one value per
-channel. A *source* is (ptrs, center, scale, shift), and z_ptrs where there is a z; `load_source` reads by PROLOGUE:
+channel. A *source* is (ptrs, center, scale, constant), and z_ptrs where there is a z; `load_source` reads by PROLOGUE:
 
 * "none": the element v.
 * "affine_relu": relu(scale * (v - center) + shift), the batch norm and ReLU before the convolution.
 * "gradient": v + scale * (z - center) + shift, the gradient of an output z that its statistics contribute to: center is
   the mean, scale is 2 * dvar / count and shift is dmean / count.
 
-Outside the image a source is zero whatever its prologue. A *target* is (ptrs, center, scale, shift), and side_ptrs
+Outside the image a source is zero whatever its prologue. A *target* is (ptrs, center, scale, constant), and side_ptrs
 where there is a side tensor; `finish_tile` stores by EPILOGUE, from an accumulator's v. Besides it, a program keeps a
 *state*, whose last tile turns NaN or infinite wherever a NaN or Inf may have leaked from one merged group to another:
 
@@ -34,9 +34,21 @@ def load_vector(ptr, channel, mask, default):
 
 
 @triton.jit
-def affine(value, center, scale, shift):
-    """The affine scale * (value - center) + shift of every column, in float32."""
-    return (value.to(tl.float32) - center[None, :]) * scale[None, :] + shift[None, :]
+def affine(value, center, scale, constant):
+    """The affine scale * (value - center) + shift of every column, in float32; `constant` is from `fold_center`."""
+    wide = value.to(tl.float32)
+    if value.dtype.primitive_bitwidth > 16:
+        wide -= center[None, :]
+    return wide * scale[None, :] + constant[None, :]
+
+
+@triton.jit
+def fold_center(center, scale, shift, DTYPE: tl.constexpr):
+    """The affine's constant: its shift; or shift - scale * center for values of 16 bits, which that costs no digits."""
+    constant = shift
+    if DTYPE.primitive_bitwidth == 16:
+        constant -= scale * center
+    return constant
 
 
 @triton.jit
@@ -56,10 +68,12 @@ def open_source(pointers, offs_m, channel, mask, count, PROLOGUE: tl.constexpr):
     center = load_vector(center_ptr, channel, mask, 0.0)
     scale = load_vector(scale_ptr, channel, mask, 1.0)
     shift = load_vector(shift_ptr, channel, mask, 0.0)
-    source = (ptrs, center, scale, shift)
     if PROLOGUE == "gradient":
-        z_ptrs = z_ptr + offs_m[:, None] + channel[None, :]
-        source = (ptrs, center, scale * (2.0 / count), shift / count, z_ptrs)
+        scale *= 2.0 / count
+        shift /= count
+    source = (ptrs, center, scale, fold_center(center, scale, shift, src_ptr.dtype.element_ty))
+    if PROLOGUE == "gradient":
+        source += (z_ptr + offs_m[:, None] + channel[None, :],)
     return source
 
 
@@ -68,13 +82,15 @@ def load_source(source, offset, mask_pixel, mask_channel, PROLOGUE: tl.constexpr
     """One tile [M, K], `offset` elements on; zero where the masks, [M, 1] and [1, K], say so."""
     mask = mask_pixel & mask_channel
     value = tl.load(source[0] + offset, mask=mask, other=0.0)
+    # Outside the image the value is zero already. Written so, what makes it stay zero is chosen in float32; the compiler
+    # would move a last `where(mask, value, 0.0)` behind the rounding, to halves of registers.
     if PROLOGUE == "affine_relu":
-        wide = relu(affine(value, source[1], source[2], source[3]))
-        value = tl.where(mask_pixel, wide, 0.0).to(value.dtype)
+        wide = affine(value, source[1], source[2], source[3])
+        value = relu(tl.where(mask_pixel, wide, value.to(tl.float32))).to(value.dtype)
     if PROLOGUE == "gradient":
         z = tl.load(source[4] + offset, mask=mask, other=0.0)
-        wide = value.to(tl.float32) + affine(z, source[1], source[2], source[3])
-        value = tl.where(mask_pixel, wide, 0.0).to(value.dtype)
+        added = tl.where(mask_pixel, affine(z, source[1], source[2], source[3]), 0.0)
+        value = (value.to(tl.float32) + added).to(value.dtype)
     return value
 
 
@@ -98,7 +114,7 @@ def open_target(pointers, offs_m, channel, mask):
     center = load_vector(center_ptr, channel, mask, 0.0)
     scale = load_vector(scale_ptr, channel, mask, 1.0)
     shift = load_vector(shift_ptr, channel, mask, 0.0)
-    target = (ptrs, center, scale, shift)
+    target = (ptrs, center, scale, fold_center(center, scale, shift, dst_ptr.dtype.element_ty))
     if side_ptr is not None:
         target += (side_ptr + offs_m[:, None] + channel[None, :],)
     return target
@@ -117,39 +133,56 @@ def open_state(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EPILOGUE: tl.conste
 
 
 @triton.jit
-def finish_tile(target, offset, acc, mask_pixel, mask_channel, state, EPILOGUE: tl.constexpr):
-    """Store what becomes of `acc` [M, N], `offset` elements on, for the pixels [M] and channels [1, N] of the masks."""
-    ptrs, center, scale, shift = target[0], target[1], target[2], target[3]
+def finish_tile(target, offset, acc, mask_pixel, mask_channel, EPILOGUE: tl.constexpr):
+    """Store what becomes of `acc` [M, N], `offset` elements on, and return the terms that it adds to the state."""
+    ptrs, center, scale, constant = target[0], target[1], target[2], target[3]
     mask = mask_pixel[:, None] & mask_channel
     dtype = ptrs.dtype.element_ty
     if EPILOGUE == "statistics":
         value = acc.to(dtype)
-        state = add_to_moments(state[0], state[1], state[2], value.to(tl.float32), mask_pixel)
+        terms = (value.to(tl.float32),)
     elif EPILOGUE == "relu_backward":
         side = tl.load(target[4] + offset, mask=mask, other=0.0)
-        activation = relu(affine(side, center, scale, shift)).to(dtype)
+        activation = relu(affine(side, center, scale, constant)).to(dtype)
         kept = tl.where((activation <= 0.0) | (mask_pixel[:, None] == 0), 0.0, acc)
         value = (scale[None, :] * kept).to(dtype)
-        state = (state[0] + kept * (side.to(tl.float32) - center[None, :]), state[1] + kept)
+        terms = (kept * (side.to(tl.float32) - center[None, :]), kept)
     else:
-        wide = acc * scale[None, :] + shift[None, :]
+        wide = acc * scale[None, :] + constant[None, :]
         if len(target) == 5:
             wide += tl.load(target[4] + offset, mask=mask, other=0.0).to(tl.float32)
         if EPILOGUE == "affine_relu":
             wide = relu(wide)
         value = wide.to(dtype)
-        state = (state[0] + acc * 0.0,)
+        terms = (acc * 0.0,)
     tl.store(ptrs + offset, value, mask=mask)
+    return terms
+
+
+@triton.jit
+def finish_tiles(target, offset, step, tiles, masks, mask_channel, state, EPILOGUE: tl.constexpr):
+    """Finish the tuple of tiles [M, N], `step` elements apart, in the pixels `masks` [M] of each; the next state."""
+    values = ()
+    for c in tl.static_range(len(tiles)):
+        terms = finish_tile(target, offset + c * step, tiles[c], masks[c], mask_channel, EPILOGUE)
+        if EPILOGUE == "statistics":
+            values += terms
+        elif EPILOGUE == "relu_backward":
+            state = (state[0] + terms[0], state[1] + terms[1])
+        else:
+            state = (state[0] + terms[0],)
+    if EPILOGUE == "statistics":
+        state = add_to_moments(state[0], state[1], state[2], values, masks)
     return state
 
 
 @triton.jit
-def finish_columns(target, offset, tiles, column, width, step, mask_row, mask_channel, state, EPILOGUE: tl.constexpr):
-    """Finish tile c of the tuple at column `column` [M] + c, where that is inside the image."""
-    for c in tl.static_range(len(tiles)):
-        mask = mask_row & (column + c < width)
-        state = finish_tile(target, offset + c * step, tiles[c], mask, mask_channel, state, EPILOGUE)
-    return state
+def columns_inside(mask_row, column, width, COUNT: tl.constexpr):
+    """For each of COUNT columns, from `column` [M] on, the rows [M] of `mask_row` where it is inside the image."""
+    masks = ()
+    for c in tl.static_range(COUNT):
+        masks += (mask_row & (column + c < width),)
+    return masks
 
 
 @triton.jit

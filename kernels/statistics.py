@@ -23,14 +23,24 @@ from .launch import Launch
 
 
 @triton.jit
-def add_to_moments(count, mean, m2, value, mask):
-    """Welford's update of every lane: `value` [M, N] in the rows where `mask` [M]; returns count [M], mean, m2."""
-    count += mask.to(tl.float32)
-    share = 1.0 / tl.maximum(count, 1.0)
-    delta = tl.where(mask[:, None], value - mean, 0.0)
-    mean += delta * share[:, None]
-    m2 += delta * delta * (1.0 - share)[:, None]
-    return count, mean, m2
+def add_to_moments(count, mean, m2, values, masks):
+    """Welford's update of every lane by a tuple of tiles [M, N], each in the rows of its mask [M]; the new moments.
+
+    `count` is [M], `mean` and `m2` are [M, N]. With d = value - mean, the mean moves by step = sum d / count, and m2
+    grows by the sum of (value - old mean) * (value - new mean) = d * (d - step). A lane begins at its first value: d is
+    never larger than the spread of the values, so that m2 is as exact as they are, however far from zero.
+    """
+    mean = tl.where(((count == 0.0) & masks[0])[:, None], values[0], mean)
+    deltas = ()
+    total = tl.zeros(mean.shape, dtype=tl.float32)
+    for i in tl.static_range(len(values)):
+        count += masks[i].to(tl.float32)
+        deltas += (tl.where(masks[i][:, None], values[i] - mean, 0.0),)
+        total += deltas[i]
+    step = total * (1.0 / tl.maximum(count, 1.0))[:, None]
+    for i in tl.static_range(len(values)):
+        m2 += deltas[i] * (deltas[i] - step)
+    return count, mean + step, m2
 
 
 @triton.jit
