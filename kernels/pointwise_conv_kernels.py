@@ -11,7 +11,7 @@ the last one load as zeros and stay zeros in both: their vectors are zeros.
 import triton
 import triton.language as tl
 
-from .grouped_conv_fusion import affine, load_vector, relu
+from .grouped_conv_fusion import affine, fold_center, load_vector, relu
 from .grouped_conv_tiles import aligned, dot
 from .statistics import store_moments
 
@@ -27,19 +27,22 @@ def input_pixel(pixel, height, width, out_height, out_width, STRIDE_H: tl.conste
 
 
 @triton.jit
-def load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask):
-    """The vectors of an affine at some channels; zeros outside the mask."""
+def load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask, DTYPE: tl.constexpr):
+    """Center, scale and constant (`fold_center`) of an affine of DTYPE at some channels; zeros outside the mask."""
     center = load_vector(center_ptr, channel, mask, 0.0)
     scale = load_vector(scale_ptr, channel, mask, 1.0)
-    return center, scale, load_vector(shift_ptr, channel, mask, 0.0)
+    shift = load_vector(shift_ptr, channel, mask, 0.0)
+    return center, scale, fold_center(center, scale, shift, DTYPE)
 
 
 @triton.jit
-def load_gradient_affine(mean_ptr, dvar_ptr, dmean_ptr, pixels, channel, mask):
-    """The vectors of the affine that z contributes to the gradient by, at some channels."""
-    mean, dvar, dmean = load_affine(mean_ptr, dvar_ptr, dmean_ptr, channel, mask)
+def load_gradient_affine(mean_ptr, dvar_ptr, dmean_ptr, pixels, channel, mask, DTYPE: tl.constexpr):
+    """The same of the affine by which z contributes to its gradient."""
     count = tl.cast(pixels, tl.float32)
-    return mean, dvar * (2.0 / count), dmean / count
+    mean = load_vector(mean_ptr, channel, mask, 0.0)
+    scale = load_vector(dvar_ptr, channel, mask, 0.0) * (2.0 / count)
+    shift = load_vector(dmean_ptr, channel, mask, 0.0) / count
+    return mean, scale, fold_center(mean, scale, shift, DTYPE)
 
 
 @triton.jit
@@ -90,8 +93,10 @@ def pointwise_conv_fwd_kernel(
         mask_k = offs_k < in_channels - first_k
         a = tl.load(x_ptrs + first_k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if x_scale_ptr is not None:
-            center, scale, shift = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, first_k + offs_k, mask_k)
-            a = relu(affine(a, center, scale, shift)).to(a.dtype)
+            center, scale, constant = load_affine(
+                x_center_ptr, x_scale_ptr, x_shift_ptr, first_k + offs_k, mask_k, a.dtype
+            )
+            a = relu(affine(a, center, scale, constant)).to(a.dtype)
         weight = tl.load(weight_ptrs + first_k, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(a, weight, acc, PRECISION)
 
@@ -168,10 +173,10 @@ def pointwise_conv_dgrad_kernel(
         grad = tl.load(grad_ptr + offs_grad + first_k, mask=mask, other=0.0)
         if z_ptr is not None:
             z = tl.load(z_ptr + offs_grad + first_k, mask=mask, other=0.0)
-            center, scale, shift = load_gradient_affine(
-                z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, first_k + offs_k, mask_k
+            center, scale, constant = load_gradient_affine(
+                z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, first_k + offs_k, mask_k, z.dtype
             )
-            grad = (grad.to(tl.float32) + affine(z, center, scale, shift)).to(grad.dtype)
+            grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
         weight = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         weight_ptrs += BLOCK_K * in_channels
         acc = dot(grad, weight, acc, PRECISION)
@@ -181,8 +186,8 @@ def pointwise_conv_dgrad_kernel(
     offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
     if x_ptr is not None:
         x = tl.load(x_ptr + offs_x, mask=mask, other=0.0)
-        center, scale, shift = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_n, mask_n)
-        a = relu(affine(x, center, scale, shift)).to(x.dtype)
+        center, scale, constant = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_n, mask_n, x.dtype)
+        a = relu(affine(x, center, scale, constant)).to(x.dtype)
         acc = tl.where((a <= 0.0) | (mask_m[:, None] == 0), 0.0, acc)
         # Where there is no pixel, zero times a NaN or Inf of the center must not count either.
         products = tl.where(mask_m[:, None], acc * (x.to(tl.float32) - center[None, :]), 0.0)
@@ -243,8 +248,11 @@ def pointwise_conv_wgrad_kernel(
     channel_n = pid // blocks_k % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_k = channel_k < in_channels
     mask_n = channel_n < out_channels
-    x_center, x_scale, x_shift = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_k, mask_k)
-    z_center, z_scale, z_shift = load_gradient_affine(z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, channel_n, mask_n)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x_center, x_scale, x_constant = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_k, mask_k, dtype)
+    z_center, z_scale, z_constant = load_gradient_affine(
+        z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, channel_n, mask_n, dtype
+    )
 
     first_pixel = pid_split * share
     last_pixel = tl.minimum(first_pixel + share, pixels)
@@ -256,13 +264,13 @@ def pointwise_conv_wgrad_kernel(
         grad = tl.load(grad_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
         if z_ptr is not None:
             z = tl.load(z_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
-            wide = grad.to(tl.float32) + affine(z, z_center, z_scale, z_shift)
+            wide = grad.to(tl.float32) + affine(z, z_center, z_scale, z_constant)
             grad = tl.where(mask_m, wide, 0.0).to(grad.dtype)
         source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
         offs_x = source.to(tl.int64)[:, None] * in_channels + channel_k[None, :]
         a = tl.load(x_ptr + offs_x, mask=mask_m & mask_k[None, :], other=0.0)
         if x_scale_ptr is not None:
-            a = relu(affine(a, x_center, x_scale, x_shift)).to(a.dtype)  # not zero beyond the last pixel: grad is
+            a = relu(affine(a, x_center, x_scale, x_constant)).to(a.dtype)  # not zero beyond the last pixel: grad is
         acc = dot(tl.trans(grad), a, acc, PRECISION)
 
     offs_n = pid_split.to(tl.int64) * out_channels + channel_n
