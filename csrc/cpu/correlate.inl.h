@@ -213,7 +213,7 @@ int row_sources(const Correlation& c, int64_t h, const float* ring, const float*
   return count;
 }
 
-// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory, unless they are mapped;
+// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory, where they are mapped in place;
 // everything else by the buffer.
 void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, int64_t tile, const float* ring,
                    float* buffer) {
@@ -224,8 +224,7 @@ void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, i
   const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
 
   RowKernel kernels[2];
-  bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes &&
-                (c.write.kind == WriteMap::kNone || c.write.kind == WriteMap::kMoments);
+  bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes;
   for (int f = 0; f < c.cols.phases; ++f) {
     kernels[f] = row_kernel(layout, c.cols, c.cols.phase[f], phase_pixels(c, f));
     direct = direct && phase_pixels(c, f) >= kernels[f].block_pixels;
@@ -256,7 +255,8 @@ void correlate_row(const Correlation& c, int64_t n, int64_t h, int64_t bundle, i
     kernels[f].run(args);
   }
   const WriteMap write = map_of_row(c.write, c.cuts, c.dst, n, h);
-  if (!direct) write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
+  const bool mapped = write.kind != WriteMap::kNone && write.kind != WriteMap::kMoments;
+  if (!direct || mapped) write_row(c.dst, write, n, h, channel, channels, pixel_stride, out);
   if (write.kind != WriteMap::kMoments) return;
   if (c.dst.dtype != Dtype::kFloat32) read_row(c.dst, {}, n, h, channel, channels, lanes, buffer);  // as it is stored
   for (int64_t lane = 0; lane < channels; lane += kLanes) {

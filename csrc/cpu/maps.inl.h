@@ -33,27 +33,28 @@ constexpr float kLargestZero<Half> = 0x1p-25f;
 template <>
 constexpr float kLargestZero<BFloat16> = 0x1p-134f;
 
+template <class T, class Channels>
 struct KeepValue {
   static constexpr bool kOther = false;
   template <class Map>
-  RESNEXT_INLINE KeepValue(const Map&, const ChannelLanes&) {}
+  RESNEXT_INLINE KeepValue(const Map&, const Channels&) {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec) const { return value; }
   RESNEXT_INLINE void finish() const {}
 };
 
-template <class T>
+template <class T, class Channels>
 struct AffineRelu {
   static constexpr bool kOther = false;
-  AffineVectors<ChannelLanes> affine;
-  RESNEXT_INLINE AffineRelu(const ReadMap& map, const ChannelLanes& channels) : affine(map.affine, channels) {}
+  AffineVectors<Channels> affine;
+  RESNEXT_INLINE AffineRelu(const ReadMap& map, const Channels& channels) : affine(map.affine, channels) {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec) const { return round_to<T>(relu(affine(value))); }
 };
 
-template <class T>
+template <class T, class Channels>
 struct AddAffine {
   static constexpr bool kOther = true;
-  AffineVectors<ChannelLanes> affine;
-  RESNEXT_INLINE AddAffine(const ReadMap& map, const ChannelLanes& channels) : affine(map.affine, channels) {}
+  AffineVectors<Channels> affine;
+  RESNEXT_INLINE AddAffine(const ReadMap& map, const Channels& channels) : affine(map.affine, channels) {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec other) const { return round_to<T>(value + affine(other)); }
 };
 

@@ -1,8 +1,8 @@
 // 3x3 max pool, stride 2, padding 1, of relu(affine(z)), and its gradient.
 //
-// A task makes the rows of a band of one image, for a block of channels; source rows are read once into a ring of panels,
-// as in correlate.inl.h. z's panels have a column of -Inf on either side, which every value of relu beats; those of the
-// taps end with a column that no tap equals.
+// A task makes the rows of a band of one image, for a block of channels; source rows are read once into a ring of
+// panels, as in correlate.inl.h. z's panels have a column of -Inf on either side, which every value of relu beats;
+// those of the taps end with a column that no tap equals.
 
 constexpr int kPooledRows = 2;  // a row of z is in the windows of at most two pooled rows
 

@@ -8,10 +8,9 @@ constexpr int kForReading = 0;
 constexpr int kForWriting = 1;
 constexpr int kKeepInL2 = 2;
 
-// (Passed by value: what a store may change is loaded again after each, and a store may change all but locals.)
-//
 // A piece of a row: channels [c, c + channels) of an image; `data` is its first element, and `other` that of an image
-// laid out alike. `stride`: elements from one pixel (NHWC) or one channel (NCHW) to the next.
+// laid out alike. `stride`: elements from one pixel (NHWC) or one channel (NCHW) to the next. Loops take it by value:
+// what is not a local variable is loaded again after every store, which might have changed it.
 template <class T>
 struct Piece {
   T* data;
@@ -50,11 +49,11 @@ RESNEXT_INLINE void read_column(Piece<T> from, int64_t c, int64_t count, const M
   }
 }
 
-template <class T, class Map>
+template <class T, template <class, class> class Map>
 void read_row_nhwc(Piece<T> from, const ReadMap& read, int64_t lanes, float* panel) {
   for (int64_t c = 0; c < from.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, from.channels - c);
-    const Map map(read, ChannelLanes{from.c + c, count});
+    const Map<T, ChannelLanes> map(read, {from.c + c, count});
     if (count == kLanes) {
       read_column<true>(from, c, count, map, lanes, panel);
     } else {
@@ -93,7 +92,7 @@ void write_row_nhwc(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
   }
 }
 
-// The same `width` pixels of `count` channels, as one vector per pixel; those of the next row are asked for.
+// The same `width` pixels of `count` channels, one vector for each; those of the next row are asked for.
 template <class T>
 RESNEXT_INLINE void load_square(const T* from, int64_t stride, int64_t count, int64_t width, int64_t next_row,
                                 Vec (&square)[kLanes]) {
@@ -102,23 +101,28 @@ RESNEXT_INLINE void load_square(const T* from, int64_t stride, int64_t count, in
     __builtin_prefetch(from + i * stride + next_row, kForReading, kKeepInL2);
     square[i] = i < count ? load_first(from + i * stride, width) : Vec{};
   }
-  transpose(square);
 }
 
-template <class T, class Map>
+template <class T, template <class, class> class Map>
 void read_row_nchw(Piece<T> from, const ReadMap& read, int64_t lanes, float* panel) {
   for (int64_t c = 0; c < from.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, from.channels - c);
-    const Map map(read, ChannelLanes{from.c + c, count});
     for (int64_t pixel = 0; pixel < from.pixels; pixel += kLanes) {
       const int64_t width = min_of(kLanes, from.pixels - pixel);
       const int64_t offset = c * from.stride + pixel;
       Vec square[kLanes], other[kLanes] = {};
       load_square(from.data + offset, from.stride, count, width, from.pixels, square);
-      if (Map::kOther) load_square(from.other + offset, from.stride, count, width, from.pixels, other);
+      if (Map<T, OneChannel>::kOther) {
+        load_square(from.other + offset, from.stride, count, width, from.pixels, other);
+      }
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        if (i < width) store(panel + (pixel + i) * lanes + c, map(square[i], other[i]));
+        if (i < count) square[i] = Map<T, OneChannel>(read, {from.c + c + i})(square[i], other[i]);
+      }
+      transpose(square);
+      RESNEXT_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        if (i < width) store(panel + (pixel + i) * lanes + c, square[i]);
       }
     }
   }
@@ -133,7 +137,10 @@ void write_row_nchw(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
       const int64_t width = min_of(kLanes, to.pixels - pixel);
       const int64_t offset = c * to.stride + pixel;
       Vec square[kLanes], other[kLanes] = {};
-      if (Map::kOther) load_square(to.other + offset, to.stride, count, width, to.pixels, other);
+      if (Map::kOther) {
+        load_square(to.other + offset, to.stride, count, width, to.pixels, other);
+        transpose(other);
+      }
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
         square[i] = i < width ? map(load(panel + (pixel + i) * lanes + c), other[i]) : Vec{};
@@ -150,7 +157,7 @@ void write_row_nchw(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
   }
 }
 
-template <class Map, class T>
+template <template <class, class> class Map, class T>
 void read_piece(const Image& image, const Piece<T>& piece, const ReadMap& read, int64_t lanes, float* panel) {
   (image.channels_last ? read_row_nhwc<T, Map> : read_row_nchw<T, Map>)(piece, read, lanes, panel);
 }
@@ -168,9 +175,9 @@ void read_row_as(const Image& image, const ReadMap& read, int64_t n, int64_t h, 
     case ReadMap::kNone:
       return read_piece<KeepValue>(image, piece, read, lanes, panel);
     case ReadMap::kAffineRelu:
-      return read_piece<AffineRelu<T>>(image, piece, read, lanes, panel);
+      return read_piece<AffineRelu>(image, piece, read, lanes, panel);
     case ReadMap::kAddAffine:
-      return read_piece<AddAffine<T>>(image, piece, read, lanes, panel);
+      return read_piece<AddAffine>(image, piece, read, lanes, panel);
   }
 }
 
@@ -181,7 +188,7 @@ void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t 
   switch (write.kind) {
     case WriteMap::kNone:
     case WriteMap::kMoments:
-      return write_piece<KeepValue>(image, piece, write, lanes, panel);
+      return write_piece<KeepValue<T, ChannelLanes>>(image, piece, write, lanes, panel);
     case WriteMap::kAffine:
       return write_piece<ScaleShift<false>>(image, piece, write, lanes, panel);
     case WriteMap::kAffineAdd:
@@ -201,8 +208,8 @@ void read_row(const Image& image, const ReadMap& read, int64_t n, int64_t h, int
       return read_row_as<Half>(image, read, n, h, c, channels, lanes, panel);
     case Dtype::kBFloat16:
       return read_row_as<BFloat16>(image, read, n, h, c, channels, lanes, panel);
-    case Dtype::kUint8:  // never through a map
-      return read_piece<KeepValue>(image, piece_of<uint8_t>(image, nullptr, n, h, c, channels), read, lanes, panel);
+    case Dtype::kUint8:
+      return read_row_as<uint8_t>(image, read, n, h, c, channels, lanes, panel);
   }
 }
 
@@ -216,7 +223,7 @@ void write_row(const Image& image, const WriteMap& write, int64_t n, int64_t h, 
     case Dtype::kBFloat16:
       return write_row_as<BFloat16>(image, write, n, h, c, channels, lanes, panel);
     case Dtype::kUint8:
-      return write_piece<KeepValue>(image, piece_of<uint8_t>(image, nullptr, n, h, c, channels), write, lanes, panel);
+      return write_row_as<uint8_t>(image, write, n, h, c, channels, lanes, panel);
   }
 }
 
