@@ -1,8 +1,8 @@
 // The operations without a convolution (Elementwise in kernels.h), on the tensors where they are.
 //
 // NHWC: vectors are channels, walked pixel by pixel in the order of memory; what belongs to a channel is loaded from
-// the L1 cache at every pixel, and its sums are added to there, which memory leaves time for. NCHW: vectors are pixels of
-// a plane. Loops take the arguments by value, for the reason given in rows.inl.h.
+// the L1 cache at every pixel, and its sums are added to there, which memory leaves time for. NCHW: vectors are pixels
+// of a plane. Loops take the arguments by value, for the reason given in rows.inl.h.
 
 template <class T, bool kWhole>
 RESNEXT_INLINE Vec get(const void* data, int64_t offset, int64_t count) {
