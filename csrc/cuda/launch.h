@@ -1,6 +1,6 @@
-// Launchers of the CUDA kernels. Tensors are raw device pointers, those of convolutions in NHWC order (weights OIHW),
-// and must not be null unless it says so; nothing here needs PyTorch, so that the same launchers run on the emulated
-// device of tests/cuda_emulation.
+// Launchers of the CUDA kernels. Tensors are raw device pointers, not null unless it says so; those of convolutions are
+// in NHWC order (weights OIHW). Nothing here needs PyTorch, so that the same launchers run on the emulated device of
+// tests/cuda_emulation.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,7 @@ struct Context {
   cudaStream_t stream;
 };
 
-// scale * (v - center) + shift, float32 vectors of one value per channel; null: 1, 0 and 0.
+// scale * (v - center) + shift, one float32 per channel each. Null stands for center 0, scale 1, shift 0.
 struct Affine {
   const float *center, *scale, *shift;
 
