@@ -124,6 +124,22 @@ def test_nan_and_inf_stay_in_their_group(capability, width, poison):
             assert torch.equal(actual.index_select(axis, keep), clean.index_select(axis, keep))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_activation_is_rounded_and_masked_right(capability, dtype):
+    """A 1x1 depthwise image is a product with the middle tap, 1 here: z is the rounded activation itself."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(4096, 16, 1, 1)
+    weight = torch.zeros(16, 1, 3, 3, dtype=dtype)
+    weight[:, 0, 1, 1] = 1
+    scale = torch.tensor([1.0, -1.0, 1 / 3, 3.0, 1e-3, 0.4, 0.7, 5e-5] * 2)
+    prologue = (None, scale, torch.zeros(16))
+    place = (weight, (1, 1), 16, True)
+    a = torch.relu(x.float() * scale.view(1, 16, 1, 1)).to(dtype)
+    z, _, _ = extension.conv_stats_fwd(x, prologue, *place, False)
+    torch.testing.assert_close(z, a, rtol=0, atol=0, equal_nan=True)
+    dx, _, _, _ = extension.conv_stats_bwd(torch.ones_like(x), None, x, prologue, *place, (True, False))
+    assert torch.equal(dx, scale.to(dtype).view(1, 16, 1, 1).where(~(a <= 0), 0))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 7, 8), (1, 20, 9, 9), (1, 1, 1, 1), (2, 17, 2, 5)], ids=str)
 def test_pool_picks_what_pytorch_picks(capability, shape):
     """Few distinct values make many ties; the last of several NaN wins, and a NaN wins over Inf."""

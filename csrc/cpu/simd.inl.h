@@ -85,10 +85,14 @@ RESNEXT_INLINE Vec widen_bfloat16(ShortVec value) {
   return bit_cast<Vec>(bits << 16);
 }
 
-RESNEXT_INLINE ShortVec narrow_bfloat16(Vec value) {
+// Rounded in the upper halves of the lanes; the lower halves are left over.
+RESNEXT_INLINE UintVec round_bfloat16(Vec value) {
   const UintVec bits = bit_cast<UintVec>(value);
-  const UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(value != value ? UintVec{} + 0x7fc0 : rounded, ShortVec);
+  return value != value ? UintVec{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+RESNEXT_INLINE ShortVec narrow_bfloat16(Vec value) {
+  return __builtin_convertvector(round_bfloat16(value) >> 16, ShortVec);
 }
 
 RESNEXT_INLINE Vec load(const float* from) {
@@ -139,7 +143,7 @@ RESNEXT_INLINE Vec round_to<Half>(Vec value) {
 }
 template <>
 RESNEXT_INLINE Vec round_to<BFloat16>(Vec value) {
-  return widen_bfloat16(narrow_bfloat16(value));
+  return bit_cast<Vec>(round_bfloat16(value) & 0xffff0000);
 }
 
 // Zero where the value is not positive; NaN stays.
