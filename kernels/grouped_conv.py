@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, ConvProblem, TapsConfig, choose_config
-from .grouped_conv_plan import partial_rows, plan
+from .grouped_conv_plan import more_than_bias, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
 from .launch import empty_nhwc, nhwc, num_sms, tf32_allowed, to_layout
 from .statistics import merge_partials, sum_partials
@@ -345,7 +345,7 @@ def _settings(
     """Precision and launch settings, with the defaults filled in."""
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
-    return allow_tf32, config or _default_config(problem, device, allow_tf32, bool(fused))
+    return allow_tf32, config or _default_config(problem, device, allow_tf32, more_than_bias(fused))
 
 
 @functools.lru_cache(maxsize=4096)

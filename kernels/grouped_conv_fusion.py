@@ -82,7 +82,7 @@ def load_source(source, offset, mask_pixel, mask_channel, PROLOGUE: tl.constexpr
     """One tile [M, K], `offset` elements on; zero where the masks, [M, 1] and [1, K], say so."""
     mask = mask_pixel & mask_channel
     value = tl.load(source[0] + offset, mask=mask, other=0.0)
-    # Outside the image the value is zero already. Written so, what makes it stay zero is chosen in float32; the compiler
+    # Outside the image the value is zero already. Written so, what keeps it zero is chosen in float32; the compiler
     # would move a last `where(mask, value, 0.0)` behind the rounding, to halves of registers.
     if PROLOGUE == "affine_relu":
         wide = affine(value, source[1], source[2], source[3])
@@ -144,7 +144,7 @@ def finish_tile(target, offset, acc, mask_pixel, mask_channel, EPILOGUE: tl.cons
     elif EPILOGUE == "relu_backward":
         side = tl.load(target[4] + offset, mask=mask, other=0.0)
         activation = relu(affine(side, center, scale, constant)).to(dtype)
-        kept = tl.where((activation <= 0.0) | (mask_pixel[:, None] == 0), 0.0, acc)
+        kept = tl.where(mask_pixel[:, None] & ~(activation <= 0.0), acc, 0.0)
         value = (scale[None, :] * kept).to(dtype)
         terms = (kept * (side.to(tl.float32) - center[None, :]), kept)
     else:

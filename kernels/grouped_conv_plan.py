@@ -63,7 +63,8 @@ def plan(
         )
     launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    if fused or (isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1):
+    narrow_float32 = isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1
+    if narrow_float32 or more_than_bias(fused):
         launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
     return launch
 
@@ -71,6 +72,11 @@ def plan(
 def _alignment(problem: ConvProblem) -> int:
     """Channels that every pixel starts at a multiple of; Triton itself sees multiples of 16 only, not of 8."""
     return math.gcd(problem.in_channels, problem.out_channels, 16)
+
+
+def more_than_bias(fused: frozenset[str]) -> bool:
+    """Whether what is fused takes so many registers that it needs settings of its own."""
+    return bool(fused - {"dst_shift_ptr"})
 
 
 def _optional(pointers: tuple[str, ...], fused: frozenset[str]) -> dict[str, None]:
