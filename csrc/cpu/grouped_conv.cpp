@@ -1,4 +1,5 @@
-// The CPU operators: check the tensors, plan, pack the weights, run the kernels of the active instruction set.
+// The CPU operators of the convolutions, plain and fused: check the tensors, plan, pack the weights, run the kernels of
+// the active instruction set.
 #include "../grouped_conv.h"
 
 #include <torch/csrc/stable/library.h>

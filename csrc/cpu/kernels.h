@@ -156,7 +156,7 @@ struct Elementwise {
 
 // The 3x3 max pool, stride 2, padding 1, of relu(affine(z)); lanes: channels worked on together.
 struct MaxPool {
-  Image z, pooled, taps;  // z: read in the forward pass, and by `write` in the backward pass
+  Image z, pooled, taps;  // in the backward pass the gradients: z's is written, z itself being the map's `other`
   ReadMap read;
   WriteMap write;
   RowCuts cuts;  // of the rows that are written
