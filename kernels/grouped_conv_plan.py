@@ -63,8 +63,8 @@ def plan(
         )
     launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    narrow_float32 = isinstance(config, StripsConfig) and problem.dtype == torch.float32 and config.num_warps == 1
-    if narrow_float32 or more_than_bias(fused):
+    crowded = problem.dtype == torch.float32 or more_than_bias(fused)
+    if isinstance(config, StripsConfig) and config.num_warps == 1 and crowded:
         launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
     return launch
 
