@@ -262,14 +262,15 @@ def _check_activation(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a floating-point input, got {x.dtype}; convert it with .to(dtype)")
 
 
-def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, ...]:
+def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
     padding = tuple(k // 2 for k in weight.shape[2:])
     if message := checks.invalid_conv2d(x, weight, None, stride, padding or 0, 1, groups):
         raise ValueError(f"{name}: {message}")
     _check_activation(name, x)
     if reason := why_not_conv_stats(weight.shape, stride, padding, 1, groups):
         raise ValueError(f"{name}: {reason}; use F.conv2d and F.batch_norm")
-    return checks.pair(stride)
+    height, width = checks.pair(stride)
+    return height, width
 
 
 def _check_affine(name: str, x: Tensor, affine: Affine | None, prefix: str = "") -> Any:

@@ -262,7 +262,7 @@ def _through_formula(
     outputs = function(*tensors)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
-    inputs = [t for t, n in zip(tensors, needed, strict=True) if n]
+    inputs = [t for t, n in zip(tensors, needed, strict=True) if n and t is not None]
     if not pairs:
         return [None] * len(tensors)
     outputs, grads = zip(*pairs, strict=True)
@@ -294,10 +294,11 @@ class _ConvStats(torch.autograd.Function):
         needed = ctx.needs_input_grad[:5]
         unneeded = (None,) * (len(ctx.dims) + 1)
         if torch.is_grad_enabled():
+            stride, groups, channels_last = ctx.dims
 
             def formula(x, center, scale, shift, weight):
                 prologue = None if scale is None else (center, scale, shift)
-                return FORMULA.conv_stats_fwd(x, prologue, weight, *ctx.dims, ctx.stats)
+                return FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, ctx.stats)
 
             tensors = (x, center, scale, shift, weight)
             return *_through_formula(formula, tensors, (dz, dmean, dvar), needed), *unneeded
@@ -342,8 +343,8 @@ class _BnAffine(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
 
-            def formula(*tensors):
-                return bn_affine_formula(*tensors, ctx.eps)
+            def formula(mean, var, gamma, beta):
+                return bn_affine_formula(mean, var, gamma, beta, ctx.eps)
 
             return *_through_formula(formula, tensors, (dscale, dshift), needed), None
         _, var, gamma, beta = tensors

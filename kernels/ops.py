@@ -365,6 +365,12 @@ class _Wgrad(torch.autograd.Function):
 
 def register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autograd.Function] | None = None) -> None:
     """Give an operator its kernel, its fake and, if it is differentiated, its derivative."""
+    name = op._opname
+    for device_type in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, device_type)
+    torch.library.register_fake(op, fake, lib=LIBRARY)
+    if function is None:
+        return
 
     def autograd(*args):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
@@ -372,12 +378,7 @@ def register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autog
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    name = op._opname
-    for device_type in ("CPU", "CUDA"):
-        LIBRARY.impl(name, kernel, device_type)
-    if function is not None:
-        LIBRARY.impl(name, autograd, "Autograd")
-    torch.library.register_fake(op, fake, lib=LIBRARY)
+    LIBRARY.impl(name, autograd, "Autograd")
 
 
 register(_FWD, _fwd, _fake_fwd, _Fwd)
