@@ -63,7 +63,7 @@ def plan(
         )
     launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
     launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    crowded = problem.dtype == torch.float32 or more_than_bias(fused)
+    crowded = problem.dtype == torch.float32 or fused & {"partials_ptr", "grad_z_ptr", "x_scale_ptr"}
     if isinstance(config, StripsConfig) and config.num_warps == 1 and crowded:
         launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
     return launch
