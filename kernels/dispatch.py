@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, composed
+from . import checks, composed, matmul, onednn
 from .config import ConvProblem, pointwise_by_triton
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
@@ -213,11 +213,11 @@ def affine_launchers(*problem) -> Any:
         BackendError: If a forced backend cannot serve it.
     """
     launchers = fused_launchers(*problem)
-    if isinstance(launchers, composed.Composed) and forced_backend() != "torch":
-        onednn = _module("onednn")
-        if onednn.serves(*problem[5:7]):
-            return onednn
-    return launchers
+    if not isinstance(launchers, composed.Composed) or forced_backend() == "torch":
+        return launchers
+    if matmul.serves(*problem[1:]):
+        return matmul
+    return onednn if onednn.serves(*problem[5:7]) else launchers
 
 
 def _module(name: str) -> ModuleType:

@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .checks import memory_format
-from .reference import Stride
+from .reference import Stride, laid_out
 
 
 @functools.cache
@@ -45,4 +44,4 @@ def conv_affine(
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, shift, *place, "add", 1.0, after, [], None
         )
-    return y.contiguous(memory_format=memory_format(channels_last))
+    return laid_out(y, channels_last)

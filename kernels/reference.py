@@ -25,7 +25,7 @@ _ALL_BUT_CHANNELS = (0, 2, 3)
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, groups: int, channels_last: bool) -> Tensor:
     """Convolve ``x`` (N, C_in, H, W) with ``weight`` (C_out, C_in/groups, k, k)."""
     y = torch.ops.aten.convolution(x, weight, bias, stride, _padding(weight), (1, 1), False, (0, 0), groups)
-    return _laid_out(y, channels_last)
+    return laid_out(y, channels_last)
 
 
 def dgrad(
@@ -43,7 +43,7 @@ def dgrad(
     x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
     weight = weight.contiguous(memory_format=memory_format(channels_last))
     dx, _, _ = _backward(grad, x, weight, stride, groups, (True, False, False))
-    return _laid_out(dx.to(dtype), channels_last)
+    return laid_out(dx.to(dtype), channels_last)
 
 
 def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
@@ -52,7 +52,7 @@ def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: b
     grad, x = _wide_on_cpu(grad, x)
     weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
     _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
-    return _laid_out(dw.to(dtype), channels_last)
+    return laid_out(dw.to(dtype), channels_last)
 
 
 def bwd(
@@ -69,7 +69,7 @@ def bwd(
     grad, x, weight = _wide_on_cpu(grad, x, weight)
     weight = weight.contiguous(memory_format=memory_format(channels_last))
     gradients = _backward(grad, x, weight, stride, groups, (*wanted, False))[:2]
-    dx, dw = (_laid_out(g.to(dtype), channels_last) if w else None for g, w in zip(gradients, wanted, strict=True))
+    dx, dw = (laid_out(g.to(dtype), channels_last) if w else None for g, w in zip(gradients, wanted, strict=True))
     return dx, dw
 
 
@@ -159,14 +159,14 @@ def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: b
     """Pool relu(affine(z)) (3x3, stride 2, padding 1), with the place 3*kh + kw of each maximum in its window."""
     a = affine_add_relu(z, affine, None, None, channels_last)
     out, indices = F.max_pool2d(a, 3, 2, 1, return_indices=True)
-    out = _laid_out(out, channels_last)
+    out = laid_out(out, channels_last)
     if not taps:
         return out, None
     width = z.shape[3]
     first_row = torch.arange(out.shape[2], device=z.device)[:, None] * 2 - 1
     first_column = torch.arange(out.shape[3], device=z.device) * 2 - 1
     picked = (indices // width - first_row) * 3 + indices % width - first_column
-    return out, _laid_out(picked.to(torch.uint8), channels_last)
+    return out, laid_out(picked.to(torch.uint8), channels_last)
 
 
 def affine_relu_max_pool_bwd(
@@ -210,10 +210,10 @@ def _affine_sum(z: Tensor, affine: Affine, residual: Tensor | None, residual_aff
 
 
 def _stored(value: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    return _laid_out(value.to(like.dtype), channels_last)
+    return laid_out(value.to(like.dtype), channels_last)
 
 
-def _laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+def laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
     """The tensor dense in the given layout, with the very strides that a new one has."""
     tensor = tensor.contiguous(memory_format=memory_format(channels_last))
     _, channels, height, width = tensor.shape

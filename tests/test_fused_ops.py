@@ -18,7 +18,10 @@ from resnext.kernels import (
     composed,
     conv_affine,
     conv_stats,
+    dispatch,
     fused_ops,
+    matmul,
+    onednn,
     reference,
     use_backend,
     why_not_conv_stats,
@@ -80,6 +83,28 @@ def test_composed_convolutions(case, dtype, channels_last):
         fused_numerics.check_conv_affine(
             COMPOSED, case, dtype, channels_last=channels_last, relu=relu, scaled=relu, residual=relu, stores=2
         )
+
+
+@pytest.mark.parametrize("case", POINTWISE_CASES, ids=lambda case: case.id)
+def test_libraries_of_the_1x1_convolution(case):
+    """Small enough for the matrix product; `test_composed_convolutions` had it too. Then oneDNN by name."""
+    shapes = (case.batch, case.in_channels, case.height, case.width), (case.out_channels, case.in_channels, 1, 1)
+    assert matmul.serves(*shapes, case.stride, 1, torch.float32, torch.device("cpu"), True)
+    options = ({}, {"relu": False, "residual": False}, {"scaled": False}, {"shifted": False})
+    for library in (matmul, onednn):
+        for choice in options:
+            fused_numerics.check_conv_affine(library, case, stores=3, **choice)
+
+
+def test_larger_1x1_convolutions_are_left_to_onednn():
+    shapes = (1, 16, 23, 23), (32, 16, 1, 1)
+    arguments = ((1, 1), 1, torch.float32, torch.device("cpu"), True)
+    assert not matmul.serves(*shapes, *arguments)
+    assert dispatch.affine_launchers("fwd", *shapes, *arguments) is onednn
+    for stride in ((1, 1), (2, 2)):
+        case = fused_numerics.FusedCase("larger", 1, 16, 32, 46, 46, kernel=1, stride=stride)
+        fused_numerics.check_conv_stats(COMPOSED, case, stores=2)
+        fused_numerics.check_conv_affine(onednn, case, stores=3)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
