@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resnext import explain, grouped_conv2d, use_backend
-from resnext.kernels import BackendError, dispatch, extension
+from resnext.kernels import BackendError, composed, dispatch, extension, matmul, onednn, reference
 
 X, W = torch.randn(2, 8, 5, 6), torch.randn(8, 2, 3, 3)
 CPU = torch.device("cpu")
@@ -260,3 +260,42 @@ def test_triton_that_does_not_start_is_a_reason_and_one_warning(monkeypatch):
         assert "compute capability 7.5" in dispatch._no_triton(torch.device("cuda", 1))
     finally:
         dispatch._no_triton.cache_clear()
+
+
+# --- the fused operators ---
+
+
+def fused_problem(weight_shape, groups=1, dtype=torch.float32, size=56, channels_last=True, op="fwd"):
+    shape = (8, weight_shape[1] * groups, size, size)
+    return op, shape, weight_shape, (1, 1), groups, dtype, CPU, channels_last
+
+
+@pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
+def test_who_serves_the_fused_operators_on_the_cpu():
+    grouped, dense, pointwise = (64, 4, 3, 3), (64, 64, 3, 3), (256, 64, 1, 1)
+    composed_of_cpp = composed.Composed(extension)
+    assert dispatch.fused_launchers(*fused_problem(grouped, 16)) is extension
+    assert dispatch.fused_launchers(*fused_problem(dense)) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(pointwise)) == composed_of_cpp
+    wide = fused_problem((224, 112, 3, 3), 2)  # where PyTorch's convolution was measured to be faster
+    assert dispatch.fused_launchers(*wide) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(grouped, 16, torch.float64)) == composed.Composed(reference)
+    assert dispatch.affine_launchers(*fused_problem(grouped, 16)) is extension
+    assert dispatch.affine_launchers(*fused_problem(pointwise)) is onednn
+    assert dispatch.affine_launchers(*fused_problem(pointwise, size=7)) is matmul
+    assert dispatch.affine_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) == composed_of_cpp
+    with use_backend("cpu"):
+        assert dispatch.fused_launchers(*fused_problem(dense)) is extension
+
+
+def test_forced_backends_serve_the_fused_operators_or_say_why_not():
+    pointwise = fused_problem((256, 64, 1, 1))
+    with use_backend("torch"):
+        assert dispatch.affine_launchers(*pointwise) == composed.Composed(reference)
+        assert dispatch.elementwise(torch.float32, CPU) is reference
+        assert dispatch.pooling(torch.float32, CPU) is reference
+    with use_backend("cuda"):
+        with pytest.raises(dispatch.BackendError, match=r"cuda backend was asked for .* the tensors are on cpu"):
+            dispatch.fused_launchers(*pointwise)
+        with pytest.raises(dispatch.BackendError, match=r"batch norm: the cuda backend .* the tensors are on cpu"):
+            dispatch.elementwise(torch.float32, CPU)
