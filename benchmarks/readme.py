@@ -22,36 +22,81 @@ SECTION = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end of result
 PASSES = ("fwd", "dgrad", "wgrad")
 
 
-def section(result: Mapping[str, Any]) -> str:
-    """One run of grouped_conv.py as Markdown: what it ran on, a line per layer, the means."""
-    about, arguments = result["environment"], result["arguments"]
+def _about(result: Mapping[str, Any]) -> str:
+    """What a run ran on."""
+    about = result["environment"]
     machine = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
-    dtype = arguments["dtype"].removeprefix("torch.")
+    return f"{machine}; torch {about['torch']}; {result['arguments']['dtype'].removeprefix('torch.')}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def convolutions(result: Mapping[str, Any]) -> list[str]:
+    """One run of grouped_conv.py: a line per layer, the means."""
     cells: dict[str, dict[str, str]] = {}
     for row in result["rows"]:
         ours, theirs = (row["seconds"][name]["median"] * 1e3 for name in ("ours", row["fastest_baseline"]))
         cells.setdefault(row["layer"], {})[row["pass"]] = f"{ours:.2f} / {theirs:.2f} / **{row['ratio']:.2f}**"
-    means = result["geometric_means"]
-    lines = [
-        f"{machine}; torch {about['torch']}; {dtype}, batch {arguments['batch']}. "
+    rows = [[layer, *(passes.get(name, "-") for name in PASSES)] for layer, passes in cells.items()]
+    means = ["geometric mean", *(f"**{result['geometric_means'][name]:.2f}**" for name in PASSES)]
+    return [
+        f"{_about(result)}, batch {result['arguments']['batch']}. "
         "Milliseconds: ours / PyTorch's fastest layout / **ratio** (above 1 we are faster).",
         "",
-        "| layer | " + " | ".join(PASSES) + " |",
-        "|---|" + "---|" * len(PASSES),
-        *(
-            f"| {layer} | " + " | ".join(passes.get(name, "-") for name in PASSES) + " |"
-            for layer, passes in cells.items()
-        ),
-        "| geometric mean | " + " | ".join(f"**{means[name]:.2f}**" for name in PASSES) + " |",
+        *_table(["layer", *PASSES], [*rows, means]),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def networks(result: Mapping[str, Any]) -> list[str]:
+    """One run of model.py: a line per model, mode and batch size, a column per contender."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+    rows = []
+    for row in result["rows"]:
+        times = [f"{row['seconds'][name]['median'] * 1e3:.0f}" if name in row["seconds"] else "-" for name in names]
+        rows.append([row["model"], row["mode"], str(row["batch"]), *times, f"**{row['ratio']:.2f}**"])
+    return [
+        f"{_about(result)}, {result['arguments']['size']} pixels. Median milliseconds of a step; "
+        "**ratio**: PyTorch's fastest over our fastest (above 1 we are faster).",
+        "",
+        *_table(["model", "mode", "batch", *names, "ratio"], rows),
+    ]
+
+
+def memory(result: Mapping[str, Any]) -> list[str]:
+    """One run of memory.py: a line per model and batch size, a column per contender."""
+    names = list(result["rows"][0]["peak_bytes"])
+    rows = [
+        [
+            *(row["model"], str(row["batch"])),
+            *(f"{row['peak_bytes'][name] / 1e6:.0f}" for name in names),
+            f"**{row['ratio']:.2f}**",
+        ]
+        for row in result["rows"]
+    ]
+    return [
+        f"{_about(result)}, {result['arguments']['size']} pixels. Peak megabytes of a training step, beyond parameters "
+        "and optimizer; **ratio**: the least of PyTorch's over ours.",
+        "",
+        *_table(["model", "batch", *names, "ratio"], rows),
+    ]
+
+
+KINDS = {"grouped_conv": convolutions, "model": networks, "memory": memory}
+
+
+def section(path: str, result: Mapping[str, Any]) -> str:
+    """A file of results as Markdown; the program that wrote it is the beginning of its name."""
+    (kind,) = (kind for name, kind in KINDS.items() if Path(path).stem.startswith(name))
+    return "\n".join(kind(result)) + "\n"
 
 
 def rewritten(text: str) -> str:
     """README.md's text with every results section made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return match[1] + section(json.loads((RESULTS / match["path"]).read_text())) + match[3]
+        return match[1] + section(match["path"], json.loads((RESULTS / match["path"]).read_text())) + match[3]
 
     return SECTION.sub(replace, text)
 

@@ -282,7 +282,7 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.fused_launchers(*fused_problem(grouped, 16, torch.float64)) == composed.Composed(reference)
     assert dispatch.affine_launchers(*fused_problem(grouped, 16)) is extension
     assert dispatch.affine_launchers(*fused_problem(pointwise)) is onednn
-    assert dispatch.affine_launchers(*fused_problem(pointwise, size=7)) is matmul
+    assert dispatch.affine_launchers(*fused_problem(pointwise, size=5)) is matmul
     assert dispatch.affine_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) == composed_of_cpp
     with use_backend("cpu"):
         assert dispatch.fused_launchers(*fused_problem(dense)) is extension
