@@ -87,24 +87,22 @@ def test_composed_convolutions(case, dtype, channels_last):
 
 @pytest.mark.parametrize("case", POINTWISE_CASES, ids=lambda case: case.id)
 def test_libraries_of_the_1x1_convolution(case):
-    """Small enough for the matrix product; `test_composed_convolutions` had it too. Then oneDNN by name."""
-    shapes = (case.batch, case.in_channels, case.height, case.width), (case.out_channels, case.in_channels, 1, 1)
-    assert matmul.serves(*shapes, case.stride, 1, torch.float32, torch.device("cpu"), True)
-    options = ({}, {"relu": False, "residual": False}, {"scaled": False}, {"shifted": False})
+    """Whichever serves a size, both are right for it."""
     for library in (matmul, onednn):
-        for choice in options:
+        for choice in ({}, {"relu": False, "residual": False}, {"scaled": False}, {"shifted": False}):
             fused_numerics.check_conv_affine(library, case, stores=3, **choice)
 
 
-def test_larger_1x1_convolutions_are_left_to_onednn():
-    shapes = (1, 16, 23, 23), (32, 16, 1, 1)
+@pytest.mark.parametrize("size", [7, 23])
+def test_few_pixels_are_a_matrix_product_and_many_are_onednns(size):
+    shapes = (1, 16, size, size), (32, 16, 1, 1)
     arguments = ((1, 1), 1, torch.float32, torch.device("cpu"), True)
-    assert not matmul.serves(*shapes, *arguments)
-    assert dispatch.affine_launchers("fwd", *shapes, *arguments) is onednn
+    assert dispatch.affine_launchers("fwd", *shapes, *arguments) is (matmul if size == 7 else onednn)
     for stride in ((1, 1), (2, 2)):
-        case = fused_numerics.FusedCase("larger", 1, 16, 32, 46, 46, kernel=1, stride=stride)
+        case = fused_numerics.FusedCase(
+            "pixels", 1, 16, 32, size * stride[0], size * stride[1], kernel=1, stride=stride
+        )
         fused_numerics.check_conv_stats(COMPOSED, case, stores=2)
-        fused_numerics.check_conv_affine(onednn, case, stores=3)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
