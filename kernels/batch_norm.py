@@ -36,11 +36,9 @@ from .batch_norm_kernels import (
     statistics_bwd_kernel,
     statistics_kernel,
 )
-from .config import elementwise_config
-from .launch import Launch, num_sms
+from .config import Affine, elementwise_config
+from .launch import Launch, empty, num_sms
 from .statistics import merge_partials, sum_partials
-
-Affine = tuple[Tensor | None, Tensor, Tensor]
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +54,7 @@ def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
 
 def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
     """Gradient of ``z``, like it: from its own, ``dz``, and from those of its statistics."""
-    g = _like(z, channels_last)
+    g = empty(z, z.shape, channels_last)
     launch, _ = _walk(statistics_bwd_kernel, z, channels_last)
     with torch.cuda.device_of(z):
         launch(dz_ptr=dz, z_ptr=z, mean_ptr=mean, dmean_ptr=dmean, dvar_ptr=dvar, g_ptr=g)
@@ -75,7 +73,7 @@ def affine_add_relu(
         residual_affine: The residual's own batch norm; None for a plain residual.
         channels_last: The layout.
     """
-    out = _like(z, channels_last)
+    out = empty(z, z.shape, channels_last)
     launch, _ = _walk(affine_add_relu_kernel, z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, residual_shift = residual_affine or (None, None, None)
@@ -120,8 +118,8 @@ def affine_add_relu_bwd(
         dz, dresidual, dscale, dshift (also that of the residual's shift) and the residual's dscale; None what is not
         wanted.
     """
-    dz = _like(z, channels_last) if wanted[0] else None
-    dresidual = _like(z, channels_last) if wanted[1] else None
+    dz = empty(z, z.shape, channels_last) if wanted[0] else None
+    dresidual = empty(z, z.shape, channels_last) if wanted[1] else None
     launch, shares = _walk(affine_add_relu_bwd_kernel, z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, _ = residual_affine or (None, None, None)
@@ -188,12 +186,6 @@ def bn_affine_bwd(
             dbeta_ptr=dbeta,
         )
     return dmean, dvar, dgamma, dbeta
-
-
-def _like(z: Tensor, channels_last: bool) -> Tensor:
-    """An uninitialised tensor like ``z``, with the exact strides of its layout."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=layout)
 
 
 def _walk(kernel: Any, z: Tensor, channels_last: bool) -> tuple[Launch, int]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from .config import ConvProblem, TapsConfig, bottleneck_tail_config
 from .grouped_conv_fusion import load_vector, relu
 from .grouped_conv_tiles import aligned, dot, exact_tile
-from .launch import Launch, empty_nhwc, nhwc, precision, tf32_allowed, to_layout
+from .launch import Launch, empty, nhwc, precision, tf32_allowed, to_layout
 
 
 @triton.jit
@@ -243,7 +243,7 @@ def bottleneck_tail(
     config = config or bottleneck_tail_config(problem, len(weight3), allow_tf32=allow_tf32)
     taps_outside = weight2.shape[1] > 1 and weight2.stride(1) == 1
     launch = plan(problem, len(weight3), config, allow_tf32=allow_tf32, taps_outside=taps_outside)
-    y = empty_nhwc(x, problem.batch, len(weight3), problem.out_height, problem.out_width)
+    y = empty(x, (problem.batch, len(weight3), problem.out_height, problem.out_width))
     with torch.cuda.device_of(x):
         launch(
             x_ptr=nhwc(x),

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from . import matmul, reference
-from .checks import vector_dtype
-from .reference import Affine, Stride
+from .config import Affine
+from .reference import Stride
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,10 @@ class Composed:
     ) -> Tensor:
         """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
         z = reference.fwd(x, weight, None, stride, groups, channels_last)
-        if scale is None:
-            scale = z.new_ones(z.shape[1], dtype=vector_dtype(z.dtype))
-        if shift is None:
-            shift = torch.zeros_like(scale)
+        affine = reference.default_affine(scale, shift, z)
         if relu:
-            return self.elementwise.affine_add_relu(z, (None, scale, shift), residual, None, channels_last)
-        return reference.affine_add(z, (None, scale, shift), residual, None, channels_last)
+            return self.elementwise.affine_add_relu(z, affine, residual, None, channels_last)
+        return reference.affine_add(z, affine, residual, None, channels_last)
 
     def _activation(self, x: Tensor, prologue: Affine | None, channels_last: bool) -> Tensor:
         if prologue is None:

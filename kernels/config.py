@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
+
+# (center or None, scale, shift), one value per channel each: the map v -> scale * (v - center) + shift.
+Affine = tuple[Tensor | None, Tensor, Tensor]
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,8 @@ def _launchers(forced: str | None, *problem) -> ModuleType:
 
 _ELEMENTWISE = {"triton": "batch_norm", "cuda": "extension", "cpu": "extension", "torch": "reference"}
 _POOLING = _ELEMENTWISE | {"triton": "max_pool"}
+# Vectors of a few thousand numbers: what counts is how many kernels a GPU has to start.
+_VECTORS = {"triton": "batch_norm", "cuda": "reference", "cpu": "reference", "torch": "reference"}
 
 
 def elementwise(dtype: torch.dtype, device: torch.device) -> ModuleType:
@@ -165,6 +167,11 @@ def elementwise(dtype: torch.dtype, device: torch.device) -> ModuleType:
 def pooling(dtype: torch.dtype, device: torch.device) -> ModuleType:
     """The module of ``affine_relu_max_pool`` and its backward; as `elementwise`."""
     return _module(_POOLING[_backend_for(forced_backend(), dtype, device)])
+
+
+def vectors(dtype: torch.dtype, device: torch.device) -> ModuleType:
+    """The module of ``bn_affine`` and its backward; as `elementwise`."""
+    return _module(_VECTORS[_backend_for(forced_backend(), dtype, device)])
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,8 +219,13 @@ def affine_launchers(*problem) -> Any:
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
-    launchers = fused_launchers(*problem)
-    if not isinstance(launchers, composed.Composed) or forced_backend() == "torch":
+    return _affine_launchers(forced_backend(), *problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _affine_launchers(forced: str | None, *problem) -> Any:
+    launchers = _fused_launchers(forced, *problem)
+    if not isinstance(launchers, composed.Composed) or forced == "torch":
         return launchers
     if matmul.serves(*problem[1:]):
         return matmul

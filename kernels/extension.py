@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Affine = tuple[Tensor | None, Tensor, Tensor]  # center, scale, shift
+from .config import Affine
+
 _NO_AFFINE = (None, None, None)
 _NO_STATISTICS = (None, None, None, None)
 

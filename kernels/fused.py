@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import checks, fused_ops, reference
-from .reference import Affine
+from .config import Affine
 
 
 def why_not_conv_stats(
@@ -142,13 +142,10 @@ def conv_affine(
     if not _transformed() and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return fused_ops.CONV_AFFINE(x, weight, scale, shift, residual, relu, strides, groups, channels_last)
     z, _, _ = conv_stats(x, weight, None, strides, groups, stats=False)
-    if scale is None:
-        scale = z.new_ones(out_channels, dtype=checks.vector_dtype(z.dtype))
-    if shift is None:
-        shift = torch.zeros_like(scale)
+    affine = reference.default_affine(scale, shift, z)
     if relu:
-        return affine_add_relu(z, (None, scale, shift), residual)
-    return reference.affine_add(z, (None, scale, shift), residual, None, channels_last)
+        return affine_add_relu(z, affine, residual)
+    return reference.affine_add(z, affine, residual, None, channels_last)
 
 
 def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Affine:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import checks, composed, dispatch, reference
+from .config import Affine
 from .ops import LIBRARY, OPS, dense, dense_weight, empty, register
-from .reference import Affine
 
 _AFFINE = "Tensor? center, Tensor scale, Tensor shift"
 _PROLOGUE = "Tensor? center, Tensor? scale, Tensor? shift"
@@ -127,21 +127,15 @@ def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channe
 
 def _bn_affine(mean, var, gamma, beta, eps):
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
-    return _vector_launchers(mean).bn_affine(mean.contiguous(), var.contiguous(), gamma, beta, eps)
+    return dispatch.vectors(mean.dtype, mean.device).bn_affine(mean.contiguous(), var.contiguous(), gamma, beta, eps)
 
 
 def _bn_affine_bwd(dscale, dshift, var, gamma, eps):
     gamma = None if gamma is None else gamma.contiguous()
-    results = _vector_launchers(var).bn_affine_bwd(
+    results = dispatch.vectors(var.dtype, var.device).bn_affine_bwd(
         dscale.contiguous(), dshift.contiguous(), var.contiguous(), gamma, eps
     )
     return _or_empty(var, *results)
-
-
-def _vector_launchers(vector: Tensor) -> Any:
-    """Vectors of a few thousand numbers: what counts is how many kernels a GPU has to start."""
-    launchers = dispatch.elementwise(vector.dtype, vector.device)
-    return launchers if hasattr(launchers, "bn_affine") else reference
 
 
 def _affine_add_relu(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last):

@@ -24,13 +24,11 @@ import functools
 import torch
 from torch import Tensor
 
-from .config import Config, ConvProblem, TapsConfig, choose_config
+from .config import Affine, Config, ConvProblem, TapsConfig, choose_config
 from .grouped_conv_plan import more_than_bias, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
-from .launch import empty_nhwc, nhwc, num_sms, tf32_allowed, to_layout
+from .launch import empty, nhwc, num_sms, tf32_allowed, to_layout
 from .statistics import merge_partials, sum_partials
-
-Affine = tuple[Tensor | None, Tensor, Tensor]  # center, scale, shift: scale * (v - center) + shift
 
 
 def probe(device: torch.device) -> None:
@@ -305,7 +303,7 @@ def _convolve(
         shape = (problem.batch, problem.in_channels, problem.height, problem.width)
     else:
         shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
-    dst = empty_nhwc(src, *shape)
+    dst = empty(src, shape)
     if sums:
         rows = partial_rows(problem, config, launch)
         tensors["partials_ptr"] = torch.empty(rows, sums, shape[1], dtype=torch.float32, device=src.device)

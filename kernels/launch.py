@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +57,10 @@ def nhwc(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def empty_nhwc(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised channels_last tensor with the dtype and device of ``like``."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def empty(like: Tensor, shape: Sequence[int], channels_last: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised dense tensor on the device of ``like``, of its dtype unless another is given."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
 def to_layout(result: Tensor, channels_last: bool) -> Tensor:

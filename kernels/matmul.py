@@ -65,9 +65,7 @@ def bwd(
             dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last).zero_()
             dx[:, :, :: stride[0], :: stride[1]] = seen
     if wanted[1]:
-        in_channels = weight.shape[1]
-        dw = torch.mm(rows.t(), _rows(x[:, :, :: stride[0], :: stride[1]]))
-        dw = dw.as_strided(weight.shape, (in_channels, 1, in_channels, in_channels))
+        dw = _image(torch.mm(rows.t(), _rows(x[:, :, :: stride[0], :: stride[1]])), weight)
     return dx, dw
 
 
@@ -100,8 +98,6 @@ def _rows(image: Tensor) -> Tensor:
 
 
 def _image(rows: Tensor, like: Tensor) -> Tensor:
-    """(N, C, H, W) in channels_last, with the strides a new one has: the same memory."""
+    """(N, C, H, W) in channels_last, with N, H and W of ``like``: the same memory."""
     batch, _, height, width = like.shape
-    channels = rows.shape[1]
-    strides = (height * width * channels, 1, width * channels, channels)
-    return rows.as_strided((batch, channels, height, width), strides)
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)

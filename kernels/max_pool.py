@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm import Affine
 from .batch_norm_kernels import load_affine, own_channels, relu
-from .config import elementwise_config
+from .config import Affine, elementwise_config
 from .grouped_conv_tiles import aligned
-from .launch import Launch, num_sms
+from .launch import Launch, empty, num_sms
 from .statistics import sum_partials
 
 
@@ -168,9 +167,8 @@ def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: b
         (N, C, Ho, Wo) with Ho = (H - 1) // 2 + 1, Wo alike; and the tap 3 * kh + kw of each maximum, uint8, or None.
     """
     shape = (*z.shape[:2], (z.shape[2] - 1) // 2 + 1, (z.shape[3] - 1) // 2 + 1)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=layout)
-    picked = torch.empty(shape, dtype=torch.uint8, device=z.device, memory_format=layout) if taps else None
+    out = empty(z, shape, channels_last)
+    picked = empty(z, shape, channels_last, torch.uint8) if taps else None
     center, scale, shift = affine
     launch, _ = _plan("fwd", tuple(z.shape), channels_last, num_sms(z.device))
     with torch.cuda.device_of(z):
@@ -197,8 +195,7 @@ def affine_relu_max_pool_bwd(
     dz = partials = None
     launch, shares = _plan("bwd", tuple(z.shape), channels_last, num_sms(z.device))
     if wanted[0]:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=layout)
+        dz = empty(z, z.shape, channels_last)
     if wanted[1]:
         partials = torch.empty(shares, 2, z.shape[1], dtype=torch.float32, device=z.device)
     center, scale, shift = affine

@@ -22,8 +22,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import ConvProblem, PointwiseConfig, pointwise_config
-from .launch import Launch, empty_nhwc, nhwc, num_sms, precision, tf32_allowed, to_layout
+from .config import Affine, ConvProblem, PointwiseConfig, pointwise_config
+from .launch import Launch, empty, nhwc, num_sms, precision, tf32_allowed, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
@@ -31,7 +31,6 @@ from .pointwise_conv_kernels import (
 )
 from .statistics import merge_partials, sum_partials
 
-Affine = tuple[Tensor | None, Tensor, Tensor]
 GradPrologue = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _KERNELS = {
@@ -181,7 +180,7 @@ def conv_stats_bwd(
     dx = dscale = dshift = dw = None
     if wanted[0]:
         settings = _settings("dgrad", x, weight, stride, channels_last, dgrad_config, allow_tf32)
-        dx = empty_nhwc(x, *x.shape)
+        dx = empty(x, x.shape)
         tensors = {**source, "weight_ptr": weight, "dx_ptr": dx}
         if prologue is None:
             _launch(settings, tensors)
@@ -194,8 +193,7 @@ def conv_stats_bwd(
         settings = _settings("wgrad", x, weight, stride, channels_last, wgrad_config, allow_tf32)
         partials = torch.empty(settings[1].splits, *weight.shape, dtype=torch.float32, device=x.device)
         _launch(settings, {**source, "x_ptr": x, **_vectors("x", prologue), "partials_ptr": partials})
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        dw = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(partials.sum(0))
+        dw = empty(x, weight.shape, channels_last).copy_(partials.sum(0))
     return dx, dscale, dshift, dw
 
 
@@ -292,7 +290,7 @@ def _vectors(name: str, affine: Affine | None) -> dict[str, Tensor | None]:
 
 def _empty_output(settings: _Settings, x: Tensor) -> Tensor:
     problem = settings[0]
-    return empty_nhwc(x, problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+    return empty(x, (problem.batch, problem.out_channels, problem.out_height, problem.out_width))
 
 
 def _partials(settings: _Settings, sums: int, x: Tensor) -> Tensor:

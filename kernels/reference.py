@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import memory_format, vector_dtype
+from .config import Affine
 
 Stride = tuple[int, int]
-Affine = tuple[Tensor | None, Tensor, Tensor]
 
 _ALL_BUT_CHANNELS = (0, 2, 3)
 
@@ -98,6 +98,13 @@ def affine_add(
 ) -> Tensor:
     """Compute affine(z) + residual, the residual through an affine of its own if there is one."""
     return _stored(_affine_sum(z, affine, residual, residual_affine), z, channels_last)
+
+
+def default_affine(scale: Tensor | None, shift: Tensor | None, z: Tensor) -> Affine:
+    """The affine of ``z`` (N, C, H, W) with 1 for a scale and 0 for a shift that are None."""
+    if scale is None:
+        scale = z.new_ones(z.shape[1], dtype=vector_dtype(z.dtype))
+    return None, scale, torch.zeros_like(scale) if shift is None else shift
 
 
 def affine_add_relu_bwd(
