@@ -10,7 +10,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from resnext.kernels.launch import Launch
 
 VECTORS = ("center_ptr", "scale_ptr", "shift_ptr", "partials_ptr")  # float32 whatever the activations are
 DTYPES = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float32, False)]  # with TF32
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 # Shared memory of one program. The code for 8.0 also runs on 8.6 and 8.9, which have the least.
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # (channels, groups, size of the strided layer's input) of every distinct stage.
@@ -118,22 +118,29 @@ def all_builds(models: Sequence[str] = tuple(STAGES)) -> list[Build]:
     return list(builds.values())
 
 
-def compile_launch(launch: Launch, dtype: torch.dtype, arch: int) -> triton.compiler.CompiledKernel:
-    """Compile as a launch on tensors would: sizes of 1 become constants, multiples of 16 are known to be such."""
-    constants = dict(launch.constants)
-    signature, attributes = {}, {}
+def pointers(launch: Launch, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What a convolution's pointers point to where activations are of ``dtype``; without those that are None."""
+    names = (name for name in launch.kernel.arg_names if name.endswith("_ptr") and name not in launch.constants)
+    return {name: torch.float32 if name.endswith(VECTORS) else dtype for name in names}
+
+
+def compile_launch(launch: Launch, tensors: Mapping[str, torch.dtype], arch: int) -> triton.compiler.CompiledKernel:
+    """Compile as a launch on tensors of these dtypes would.
+
+    Absent tensors and sizes of 1 become constants, multiples of 16 are known to be such.
+    """
+    constants, signature, attributes = dict(launch.constants), {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
-        if launch.sizes.get(name) == 1:
-            constants[name] = 1
-        if name in constants:
+        size = launch.sizes.get(name)
+        if name in tensors:
+            signature[name] = POINTERS[tensors[name]]
+        elif name in constants or size in (None, 1):
+            constants.setdefault(name, size)
             signature[name] = "constexpr"
             continue
-        is_pointer = name.endswith("_ptr")
-        if not is_pointer:
-            signature[name] = "i32"
         else:
-            signature[name] = "*fp32" if name.endswith(VECTORS) else POINTERS[dtype]
-        if is_pointer or launch.sizes[name] % 16 == 0:
+            signature[name] = "fp32" if isinstance(size, float) else "i32"
+        if name in tensors or size % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
@@ -150,7 +157,7 @@ def machine_code(kernel: triton.compiler.CompiledKernel) -> str:
 
 def measure(build: Build, arch: int) -> Usage:
     """Compile, and read what the machine code uses."""
-    return usage(compile_launch(build.launch, build.problem.dtype, arch))
+    return usage(compile_launch(build.launch, pointers(build.launch, build.problem.dtype), arch))
 
 
 def usage(kernel: triton.compiler.CompiledKernel) -> Usage:

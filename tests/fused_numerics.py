@@ -24,6 +24,8 @@ from torch import Tensor
 
 from resnext.kernels import reference
 
+from .numerics import require
+
 U = 2.0**-24
 
 
@@ -126,17 +128,8 @@ def double(value: Any) -> Any:
 
 def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
-    error = (double(actual) - expected).abs()
-    wrong = ~(error <= bound)  # NaN is wrong too
-    if not wrong.any():
-        return
-    worst = torch.where(wrong, error / bound, -1.0).nan_to_num(nan=float("inf")).argmax()
-    where = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
-    raise AssertionError(
-        f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong; worst at {where}: got "
-        f"{double(actual)[where].item():.9g}, expected {expected[where].item():.9g}, error {error[where].item():.3g}, "
-        f"bound {bound[where].item():.3g}"
-    )
+    value = double(actual)
+    require((value - expected).abs(), bound, value, expected, name=f"{name}: ")
 
 
 def assert_layout(name: str, tensor: Tensor, channels_last: bool) -> None:

@@ -70,24 +70,25 @@ def assert_close(actual: Tensor, expected: Exact, *, out_roundings: float = 1.0,
     u_out = out_roundings * info.eps / 2
     smallest = out_roundings * info.smallest_normal * info.eps / 2  # half a subnormal step
     bound = u_out * expected.value.abs() + (expected.terms + 1) * u_acc * expected.magnitude + smallest
-    _require(error, bound, value, expected.value, "element")
+    require(error, bound, value, expected.value, by=" by element")
     if expected.terms >= LONG_SUM:
         rms = error.square().mean().sqrt()
         bound = u_out * rms_of(expected.value) + expected.terms**0.5 * u_acc * rms_of(expected.magnitude) + smallest
-        _require(rms[None], bound[None], rms[None], torch.zeros(1), "root mean square")
+        require(rms[None], bound[None], rms[None], torch.zeros(1), by=" by root mean square")
 
 
 def rms_of(tensor: Tensor) -> Tensor:
     return tensor.square().mean().sqrt()
 
 
-def _require(error: Tensor, bound: Tensor, value: Tensor, wanted: Tensor, what: str) -> None:
+def require(error: Tensor, bound: Tensor, value: Tensor, wanted: Tensor, *, name: str = "", by: str = "") -> None:
+    """Fail with the worst element unless every error is within its bound."""
     wrong = ~(error <= bound)  # NaN is wrong too
     if not wrong.any():
         return
     worst = torch.where(wrong, error / bound, -1.0).nan_to_num(nan=float("inf")).argmax()
     where = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
     raise AssertionError(
-        f"{int(wrong.sum())} of {wrong.numel()} wrong by {what}; worst at {where}: got {value[where].item():.9g}, "
+        f"{name}{int(wrong.sum())} of {wrong.numel()} wrong{by}; worst at {where}: got {value[where].item():.9g}, "
         f"expected {wanted[where].item():.9g}, error {error[where].item():.3g}, bound {bound[where].item():.3g}"
     )

@@ -137,7 +137,7 @@ def test_mixed_strides_compile(op):
 def test_sizes_of_one_compile(op, stride, fusion):
     """Triton turns arguments that are 1 into constants, on which some operations of run-time values do not exist."""
     build = Build(ConvProblem(op, 1, 1, 1, 1, 1, stride, 1, torch.float16, "cuda", True), fusion=fusion)
-    assert "EXIT" in aot.machine_code(aot.compile_launch(build.launch, torch.float16, 90))
+    assert "EXIT" in aot.machine_code(aot.compile_launch(build.launch, aot.pointers(build.launch, torch.float16), 90))
 
 
 @pytest.mark.parametrize("channels", [15, 18, 24], ids=["odd", "even", "multiple-of-8"])

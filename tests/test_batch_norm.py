@@ -7,12 +7,8 @@ without a GPU `test_in_the_interpreter` runs this file in a process of its own. 
 from __future__ import annotations
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from resnext.kernels import reference
 
 from .fused_numerics import (
     ELEMENTWISE_SHAPES,
-    Arithmetic,
     assert_statistics,
     assert_within,
     check_affine_add_relu,
@@ -32,6 +27,7 @@ from .fused_numerics import (
     make,
     make_affine,
 )
+from .interpreter import DEVICE, arithmetic, compiles, here, not_here, run_tests
 
 triton = pytest.importorskip("triton")
 
@@ -39,29 +35,14 @@ from resnext.kernels import batch_norm, max_pool  # noqa: E402
 from resnext.kernels.config import elementwise_config  # noqa: E402
 from resnext.kernels.launch import Launch  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 U = 2.0**-24
 
-here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing while its interpreter is on")
 both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+@not_here
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-
-
-def arithmetic(dtype: torch.dtype) -> Arithmetic:
-    # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
-    return Arithmetic(2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
+    run_tests(__file__, timeout=600)
 
 
 def random(shape, dtype=torch.float32, *, channels_last=True, integers=False, seed=0):
@@ -276,8 +257,6 @@ def test_every_block_has_one_program_per_channel_tile(images, pixels, channels, 
 
 # --- machine code ---
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-
 
 @functools.cache
 def launches(dtype: torch.dtype, channels_last: bool) -> list[tuple[Launch, dict]]:
@@ -302,26 +281,6 @@ def launches(dtype: torch.dtype, channels_last: bool) -> list[tuple[Launch, dict
     return seen
 
 
-def compile_launch(launch: Launch, tensors: dict, arch: int):
-    """Compile as the launch on these tensors would: None and 1 are constants, multiples of 16 are known to be such."""
-    constants, signature, attributes = dict(launch.constants), {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        value = tensors.get(name, launch.sizes.get(name))
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name in constants or value in (None, 1):
-            constants.setdefault(name, value)
-            signature[name] = "constexpr"
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
-    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=launch.options)
-
-
 @compiles
 @pytest.mark.parametrize(
     ("dtype", "channels_last", "arch"),
@@ -338,7 +297,8 @@ def test_kernels_compile_without_spills(dtype, channels_last, arch):
     from . import aot
 
     for launch, tensors in launches(dtype, channels_last):
-        kernel = compile_launch(launch, tensors, arch)
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+        kernel = aot.compile_launch(launch, dtypes, arch)
         code = aot.machine_code(kernel)
         name = launch.kernel.__name__
         assert "EXIT" in code

@@ -6,11 +6,6 @@ in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,21 +22,13 @@ from .block_cases import (
     forward_and_gradients,
     train_and_evaluate,
 )
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TRITON_RUNS = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
+from .interpreter import DEVICE, INTERPRETED, here, not_here, run_tests
 
 
-@pytest.mark.skipif(TRITON_RUNS, reason="the tests below run in this process")
+@not_here
 def test_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_tests(__file__, timeout=1200)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="not about Triton")
@@ -59,7 +46,7 @@ def test_cpp(case, layout):
     assert_same_results(ours, plain, case.images(), torch.float32, layout, protocol)
 
 
-@pytest.mark.skipif(not TRITON_RUNS, reason="run by test_in_the_interpreter")
+@here
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_triton(case):
     ours, plain = (block.to(DEVICE) for block in case.pair())

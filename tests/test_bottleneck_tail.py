@@ -6,11 +6,7 @@ without a GPU `test_in_the_interpreter` runs this file in a process of its own. 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +27,7 @@ from .fused_numerics import (
     double,
     make,
 )
+from .interpreter import DEVICE, arithmetic, compiles, here, not_here, run_tests
 
 pytest.importorskip("triton")
 
@@ -38,23 +35,12 @@ from resnext.kernels.bottleneck_tail import bottleneck_tail, plan
 
 from . import aot
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 BY_ID = {case.id: case for case in GROUPED_CASES}
 
-here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing while its interpreter is on")
 
-
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+@not_here
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_tests(__file__, timeout=600)
 
 
 def make_arguments(case: FusedCase, dtype: torch.dtype, out_channels: int, channels_last: bool) -> list[Tensor]:
@@ -119,7 +105,7 @@ def test_every_kind_of_group(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, channels_last):
     # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
-    out_roundings = 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0
+    out_roundings = arithmetic(dtype).out_roundings
     case = BY_ID["stride-2-1"]
     arguments = make_arguments(case, dtype, 40, channels_last)
     y = bottleneck_tail(*arguments, case.stride, case.groups, channels_last)
@@ -185,7 +171,7 @@ def test_launch_compiles_within_the_machine(problem, allow_tf32, arch):
     config = bottleneck_tail_config(problem, 2 * problem.in_channels, allow_tf32=allow_tf32)
     assert isinstance(config, TapsConfig)
     launch = plan(problem, 2 * problem.in_channels, config, allow_tf32=allow_tf32, taps_outside=True)
-    usage = aot.usage(aot.compile_launch(launch, problem.dtype, arch))
+    usage = aot.usage(aot.compile_launch(launch, aot.pointers(launch, problem.dtype), arch))
     assert usage.spills == 0
     assert usage.registers <= 255
     assert usage.shared <= aot.SHARED_LIMITS[80]  # the settings are the same for every architecture

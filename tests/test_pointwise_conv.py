@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +31,7 @@ from .fused_numerics import (
     check_conv_stats,
     make,
 )
+from .interpreter import DEVICE, arithmetic, compiles, here, not_here, run_tests
 
 pytest.importorskip("triton")
 
@@ -42,24 +39,13 @@ from resnext.kernels import pointwise_conv
 
 from . import aot
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 OPS = ("fwd", "dgrad", "wgrad")
 BY_ID = {case.id: case for case in POINTWISE_CASES}
 
-here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing while its interpreter is on")
 
-
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+@not_here
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_tests(__file__, timeout=600)
 
 
 def launchers(allow_tf32: bool = False, **configs: PointwiseConfig) -> SimpleNamespace:
@@ -71,11 +57,6 @@ def launchers(allow_tf32: bool = False, **configs: PointwiseConfig) -> SimpleNam
         conv_stats_bwd=functools.partial(pointwise_conv.conv_stats_bwd, **backward),
         conv_affine=functools.partial(pointwise_conv.conv_affine, **forward),
     )
-
-
-def arithmetic(dtype: torch.dtype) -> Arithmetic:
-    # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
-    return Arithmetic(2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
 
 
 @here
@@ -309,7 +290,7 @@ def compiled(problem: ConvProblem, fusion: str, arch: int, allow_tf32: bool = Tr
     config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32)
     fused = frozenset(FUSIONS[fusion].split())
     launch = pointwise_conv.plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=affine)
-    return aot.usage(aot.compile_launch(launch, problem.dtype, arch))
+    return aot.usage(aot.compile_launch(launch, aot.pointers(launch, problem.dtype), arch))
 
 
 @compiles

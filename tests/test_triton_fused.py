@@ -6,11 +6,7 @@ this file in a process of its own, and the tests below are skipped in this one.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,6 @@ from resnext.kernels.config import Config, ConvProblem
 
 from .fused_numerics import (
     GROUPED_CASES,
-    Arithmetic,
     FusedCase,
     assert_statistics,
     check_conv_affine,
@@ -31,33 +26,20 @@ from .fused_numerics import (
     double,
     make,
 )
+from .interpreter import DEVICE, RUNS_HERE, arithmetic, here, not_here, run_tests
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 if RUNS_HERE:
     from resnext.kernels import grouped_conv, statistics
 
-here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
 BY_ID = {case.id: case for case in GROUPED_CASES}
 ORACLE = Composed(reference)
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+@not_here
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
-
-
-def arithmetic(dtype: torch.dtype) -> Arithmetic:
-    # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
-    return Arithmetic(2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0)
+    run_tests(__file__, timeout=1200)
 
 
 @dataclass(frozen=True)

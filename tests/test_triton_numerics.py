@@ -6,11 +6,7 @@ this file in a process of its own, and the tests below are skipped in this one.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,29 +16,21 @@ from resnext.kernels import reference
 from resnext.kernels.config import ConvProblem, StripsConfig, TapsConfig
 
 from .cases import CASES, Case, make_tensors
+from .interpreter import DEVICE, RUNS_HERE, arithmetic, here, not_here, run_tests
 from .numerics import assert_close, exact
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 if RUNS_HERE:
     from resnext.kernels import grouped_conv
 
-here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_in_the_interpreter")
 OPS = ("fwd", "dgrad", "wgrad")
 BY_ID = {case.id: case for case in CASES}
 
 
-@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+@not_here
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_tests(__file__, timeout=1200)
 
 
 def describe(op: str, case: Case, dtype: torch.dtype, channels_last: bool = True) -> ConvProblem:
@@ -70,7 +58,7 @@ def compute(op, case, tensors, *, channels_last=True, **options):
 def check(op, case, dtype, **options):
     tensors = make_tensors(case, dtype, channels_last=True)
     # The interpreter stores bfloat16 by cutting digits off, an error of up to one step instead of half a step.
-    out_roundings = 2.0 if INTERPRETED and dtype == torch.bfloat16 else 1.0
+    out_roundings = arithmetic(dtype).out_roundings
     assert_close(compute(op, case, tensors, **options), exact(op, case, tensors), out_roundings=out_roundings)
 
 
