@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+# Whose torch `make wheel` tries the wheel with: any from 2.11 on.
+INTERPRETER ?= $(BIN)/python
 # Of `make gpu`: convolutions or networks.
 ROUND ?= convolutions
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 TRITON ?= triton==3.6.0
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: dev lint test bench gpu clean
+.PHONY: dev lint test wheel bench gpu clean
 
 dev: $(VENV)/.installed
 
@@ -34,6 +36,12 @@ lint: dev
 
 test: dev
 	$(BIN)/python -m pytest tests
+
+# By way of the source distribution, so that nothing left over in build/ gets in.
+wheel: dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tests.wheel dist/*.whl --interpreter $(INTERPRETER)
 
 bench: dev
 	$(BIN)/python benchmarks/grouped_conv.py --quick
