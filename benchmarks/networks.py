@@ -108,7 +108,7 @@ class Contender:
         layout: Of the module and its input.
         compiled: Arguments of ``torch.compile``; None: eager.
         graphed: Whether calls are replayed from a CUDA graph.
-        recompute: Whether our blocks trade time for memory (`resnext.blocks.ResidualBlock.recompute`).
+        recompute: Whether our blocks trade time for memory (`resnext.ResNet.recompute`).
         training: Whether it can train.
     """
 

@@ -1,4 +1,4 @@
-"""The residual blocks of ResNet and ResNeXt.
+"""The residual blocks of ResNet and ResNeXt, in plain PyTorch; `resnext.fuse_` makes them run fused.
 
 The names of a block's children are a file format: they are the ``state_dict`` keys that torchvision, timm and
 thousands of checkpoints share.
@@ -7,23 +7,22 @@ thousands of checkpoints share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resnext import fusion
-from resnext.fusion import ConvNorm
-from resnext.layers import GroupedConv2d
+from resnext.convert import fuse_
 
 
-def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without bias: a batch norm follows."""
-    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
+def conv1x1(in_planes: int, out_planes: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A 1x1 convolution, without bias unless asked for: a batch norm follows."""
+    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=bias)
 
 
-def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> GroupedConv2d:
-    """A padded 3x3 convolution without bias: the output's size is the input's divided by ``stride``, rounded up."""
-    return GroupedConv2d(
+def conv3x3(
+    in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1, bias: bool = False
+) -> nn.Conv2d:
+    """A padded 3x3 convolution: the output's size is the input's divided by ``stride``, rounded up."""
+    return nn.Conv2d(
         in_planes,
         out_planes,
         kernel_size=3,
@@ -31,79 +30,46 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, d
         padding=dilation,
         dilation=dilation,
         groups=groups,
-        bias=False,
+        bias=bias,
     )
 
 
-class ResidualBlock(nn.Module):
-    """What `BasicBlock` and `Bottleneck` share: the choice between fused operators and the children one by one.
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero a whole residual branch, independently for each image of the batch.
 
-    Fused, the batch norms and ReLUs become parts of the convolutions beside them (`resnext.fusion`). Outputs,
-    gradients and running statistics are those of the children one by one, up to rounding.
+    What is kept is divided by the probability of keeping it, so that the expectation stays. Any shape with the batch
+    first; the output has the input's.
 
-    Inference keeps the batch norms folded into the convolutions until a parameter or buffer changes. A change through
-    ``Tensor.data`` leaves no trace: call ``eval()`` after it.
+    Source: Huang et al., "Deep Networks with Stochastic Depth" (arXiv:1603.09382).
 
-    Attributes:
-        recompute: Whether backward computes the last convolution's output again instead of keeping it in memory.
+    Args:
+        rate: Probability of zeroing, at least 0 and less than 1.
+
+    Raises:
+        ValueError: ``rate`` is not in that range.
     """
 
-    relu: nn.Module
-    downsample: Any  # None, or a module, most often a Sequential of a 1x1 convolution and a batch norm
-    recompute: bool
-
-    _branch: ClassVar[tuple[tuple[str, str], ...]]
-    """Names of the convolutions of the residual branch, each with its norm's."""
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"DropPath: expected a rate in [0, 1), got {rate}; give the probability of dropping")
+        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, inplanes, H, W) to (N, planes * expansion, ceil(H / stride), ceil(W / stride))."""
-        if self.why_not_fused(x) is not None:
-            return self._forward_children(x)
-        branch, shortcut = self._convolutions()
-        if fusion.infers(x, branch, shortcut):
-            return fusion.infer(self, x, branch, shortcut)
-        return fusion.train(x, branch, shortcut, self.recompute)
+        """Return ``x``, in training with some images zeroed and the others scaled."""
+        if not self.training:
+            return x
+        kept = 1 - self.rate
+        mask = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(kept)
+        return x * mask.div_(kept)
 
-    def why_not_fused(self, x: Tensor | None = None) -> str | None:
-        """Say why a call would run the children one by one, or return None if it would run fused.
-
-        Args:
-            x: The input of that call; None: judge by what is known without it.
-        """
-        if reason := fusion.why_not_now(x) or fusion.why_not_module("relu", self.relu, nn.ReLU):
-            return reason
-        if self.downsample is not None:
-            if reason := fusion.why_not_module("downsample", self.downsample, nn.Sequential):
-                return reason
-            if len(self.downsample) != 2:
-                return f"downsample has {len(self.downsample)} children, not a convolution and a batch norm"
-        branch, shortcut = self._convolutions()
-        for pair in [*branch, shortcut]:
-            if pair is not None and (reason := fusion.why_not_conv_norm(pair, x)):
-                return reason
-        return None
-
-    def train(self, mode: bool = True) -> ResidualBlock:
-        """Switch between training and evaluation; what evaluation has folded is folded anew."""
-        fusion.forget(self)
-        return super().train(mode)
-
-    def _convolutions(self) -> tuple[list[ConvNorm], ConvNorm | None]:
-        """The convolutions of the residual branch, and that of the shortcut if it has one."""
-        branch = [ConvNorm(conv, getattr(self, conv), bn, getattr(self, bn)) for conv, bn in self._branch]
-        if self.downsample is None:
-            return branch, None
-        return branch, ConvNorm("downsample.0", self.downsample[0], "downsample.1", self.downsample[1])
-
-    def _forward_children(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def extra_repr(self) -> str:
+        """The rate, for the printed module."""
+        return f"rate={self.rate:.3g}"
 
 
-class BasicBlock(ResidualBlock):
+class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and -34.
-
-    Both 3x3 convolutions are `GroupedConv2d` with one group: a backend is chosen for them as for any other
-    problem, and it may well be plain PyTorch's ungrouped convolution (`resnext.explain` tells).
 
     Input (N, inplanes, H, W), output (N, planes, ceil(H / stride), ceil(W / stride)).
 
@@ -117,17 +83,21 @@ class BasicBlock(ResidualBlock):
             itself.
         groups: Must be 1; here so that both blocks are built alike.
         base_width: Must be 64, likewise.
-        dilation: Must be 1, likewise.
+        dilation: Dilation of the convolutions.
         norm_layer: Called with a number of channels, makes a normalisation; None: ``torch.nn.BatchNorm2d``.
-        recompute: Save memory in training at the cost of time: see `ResidualBlock.recompute`.
+        recompute: Save memory in training at the cost of time: fused, backward computes the last convolution's
+            output again instead of keeping it. An attribute, which can be set later.
+        act_layer: Called without arguments, makes an activation; None: ``torch.nn.ReLU(inplace=True)``.
+        first_dilation: Dilation of the first convolution, where it differs; None: ``dilation``.
+        bias: Whether the convolutions have biases.
+        stride_in_1x1: Must be False: there is no 1x1 convolution.
+        drop_path_rate: Probability of dropping the residual branch in training: see `DropPath`.
 
     Raises:
-        ValueError: ``groups`` is not 1 or ``base_width`` is not 64.
-        NotImplementedError: ``dilation`` is not 1.
+        ValueError: ``groups`` is not 1, ``base_width`` is not 64, or ``stride_in_1x1``.
     """
 
     expansion = 1
-    _branch = (("conv1", "bn1"), ("conv2", "bn2"))
 
     def __init__(
         self,
@@ -140,41 +110,47 @@ class BasicBlock(ResidualBlock):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
         recompute: bool = False,
+        *,
+        act_layer: Callable[[], nn.Module] | None = None,
+        first_dilation: int | None = None,
+        bias: bool = False,
+        stride_in_1x1: bool = False,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if (groups, base_width) != (1, 64):
             raise ValueError(
                 f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}; use Bottleneck"
             )
-        if dilation != 1:
-            raise NotImplementedError(f"BasicBlock: expected dilation 1, got {dilation}; use Bottleneck")
-        if norm_layer is None:
-            norm_layer = nn.BatchNorm2d
-        self.conv1 = conv3x3(inplanes, planes, stride)
+        if stride_in_1x1:
+            raise ValueError("BasicBlock: expected stride_in_1x1=False, got True; use Bottleneck")
+        norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
+        self.conv1 = conv3x3(inplanes, planes, stride, 1, first_dilation or dilation, bias)
         self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(planes, planes)
+        self.relu = nn.ReLU(inplace=True) if act_layer is None else act_layer()
+        self.conv2 = conv3x3(planes, planes, 1, 1, dilation, bias)
         self.bn2 = norm_layer(planes)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else None
         self.downsample = downsample
         self.stride = stride
         self.recompute = recompute
+        fuse_(self)
 
-    def _forward_children(self, x: Tensor) -> Tensor:
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inplanes, H, W) to (N, planes, ceil(H / stride), ceil(W / stride))."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
-class Bottleneck(ResidualBlock):
+class Bottleneck(nn.Module):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut: the block of ResNet-50 and deeper, and of ResNeXt.
 
-    The 3x3 convolution is a `GroupedConv2d`, also with one group, where it is plain PyTorch's unless a backend
-    is forced (`resnext.explain` tells); a dilated one is always plain PyTorch's. The stride is in the 3x3
-    convolution, as in torchvision (often called v1.5), not in the first 1x1 as in the ResNet paper.
+    The stride is in the 3x3 convolution, as in torchvision (often called v1.5); with ``stride_in_1x1`` in the first
+    1x1, as in the ResNet paper.
 
     Input (N, inplanes, H, W), output (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
 
@@ -184,7 +160,7 @@ class Bottleneck(ResidualBlock):
     Args:
         inplanes: Channels of the input.
         planes: A quarter of the channels of the output.
-        stride: Stride of the 3x3 convolution.
+        stride: Stride of the 3x3 convolution, or of the first 1x1.
         downsample: Module for the shortcut, needed where input and output differ in shape; None: the input
             itself.
         groups: Groups of the 3x3 convolution.
@@ -192,14 +168,19 @@ class Bottleneck(ResidualBlock):
             ``planes``.
         dilation: Dilation of the 3x3 convolution.
         norm_layer: Called with a number of channels, makes a normalisation; None: ``torch.nn.BatchNorm2d``.
-        recompute: Save memory in training at the cost of time: see `ResidualBlock.recompute`.
+        recompute: Save memory in training at the cost of time: fused, backward computes the last convolution's
+            output again instead of keeping it. An attribute, which can be set later.
+        act_layer: Called without arguments, makes an activation; None: ``torch.nn.ReLU(inplace=True)``.
+        first_dilation: Dilation in place of ``dilation``, here so that both blocks are built alike.
+        bias: Whether the convolutions have biases.
+        stride_in_1x1: Whether the first 1x1 convolution has the stride instead of the 3x3.
+        drop_path_rate: Probability of dropping the residual branch in training: see `DropPath`.
 
     Raises:
         ValueError: ``base_width`` leaves less than one channel per group.
     """
 
     expansion = 4
-    _branch = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
     def __init__(
         self,
@@ -212,6 +193,12 @@ class Bottleneck(ResidualBlock):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
         recompute: bool = False,
+        *,
+        act_layer: Callable[[], nn.Module] | None = None,
+        first_dilation: int | None = None,
+        bias: bool = False,
+        stride_in_1x1: bool = False,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         group_width = planes * base_width // 64
@@ -221,27 +208,27 @@ class Bottleneck(ResidualBlock):
                 "less than one channel per group; raise base_width (width_per_group of the model)"
             )
         width = group_width * groups
-        if norm_layer is None:
-            norm_layer = nn.BatchNorm2d
-        self.conv1 = conv1x1(inplanes, width)
+        stride1, stride2 = (stride, 1) if stride_in_1x1 else (1, stride)
+        norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
+        self.conv1 = conv1x1(inplanes, width, stride1, bias)
         self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = conv3x3(width, width, stride2, groups, first_dilation or dilation, bias)
         self.bn2 = norm_layer(width)
-        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.conv3 = conv1x1(width, planes * self.expansion, 1, bias)
         self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=True) if act_layer is None else act_layer()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else None
         self.downsample = downsample
         self.stride = stride
         self.recompute = recompute
+        fuse_(self)
 
-    def _forward_children(self, x: Tensor) -> Tensor:
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
-        out = self.relu(out)
-        out = self.conv3(out)
-        out = self.bn3(out)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inplanes, H, W) to (N, 4 * planes, ceil(H / stride), ceil(W / stride))."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnext.blocks import BasicBlock, Bottleneck, ResidualBlock
+from resnext.blocks import BasicBlock, Bottleneck
 
 resnet = pytest.importorskip("torchvision.models").resnet
 
@@ -34,12 +34,12 @@ class BlockCase:
     """A block of one of the two kinds, with 4 channels per group in a bottleneck's 3x3 convolution."""
 
     id: str
-    kind: type[ResidualBlock]
+    kind: type[BasicBlock] | type[Bottleneck]
     inplanes: int
     planes: int
     stride: int = 1
 
-    def pair(self, norm: Norm = nn.BatchNorm2d, **arguments: Any) -> tuple[ResidualBlock, nn.Module]:
+    def pair(self, norm: Norm = nn.BatchNorm2d, **arguments: Any) -> tuple[nn.Module, nn.Module]:
         """Ours and torchvision's, with the same parameters, none at its initial value; ``arguments`` are for ours."""
         ours = self._make(self.kind, norm, **arguments)
         with torch.random.fork_rng(devices=[]), torch.no_grad():

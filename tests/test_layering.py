@@ -58,8 +58,9 @@ ALLOWED = {
     "resnext/layers": {"resnext.kernels", "torch"},
     "resnext/batch_norm": {"resnext.kernels", "torch"},
     "resnext/fusion": {"resnext.batch_norm", "resnext.kernels", "resnext.layers", "torch"},
-    "resnext/blocks": {"resnext.fusion", "resnext.layers", "torch"},
-    "resnext/models": {"resnext.batch_norm", "resnext.blocks", "resnext.fusion", "torch"},
+    "resnext/blocks": {"resnext.convert", "torch"},
+    "resnext/resnet": {"resnext.blocks", "resnext.convert", "torch"},
+    "resnext/models": {"resnext.blocks", "resnext.resnet"},
 }
 MODULES = sorted(f"{folder.name}/{path.stem}" for folder in (KERNELS, RESNEXT) for path in folder.glob("*.py"))
 
