@@ -1,6 +1,7 @@
 """What a batch norm's statistics are, and what becomes of them, around kernels that only know vectors.
 
-`torch.nn.BatchNorm2d` and `torch.nn.SyncBatchNorm` stay plain children of the blocks, holding parameters and buffers.
+The norms (`torch.nn.BatchNorm2d`, `torch.nn.SyncBatchNorm`, and those of torchvision and timm that compute the same)
+stay plain children of the blocks, holding parameters and buffers.
 The fused operators compute with a batch norm's *affine*, scale * (v - center) + shift; which statistics it is made
 from, and how the running ones follow, is decided here as the modules' own ``forward`` decides it.
 
@@ -11,6 +12,7 @@ a Pairwise Algorithm for Computing Sample Variances" (1979), equation 2.1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +23,39 @@ from torch.autograd.function import once_differentiable
 
 from resnext.kernels import bn_affine
 
-BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+BatchNorm = Any
+"""A module for which `is_known` is true."""
+
+_PLAIN = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# By name, so that their libraries need not be there. With statistics and parameters that are constants:
+_FROZEN = ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d")
+# With an activation behind the norm, in one module:
+_WITH_ACTIVATION = (
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+)
+
+
+@functools.cache
+def _kind(cls: type[nn.Module]) -> tuple[bool, bool, bool]:
+    """Whether a class is a batch norm that this module knows, whether a frozen one, and whether with an activation."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    frozen, activation = name in _FROZEN, name in _WITH_ACTIVATION
+    return frozen or activation or cls in _PLAIN, frozen, activation
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch norm over (N, C, H, W), followed by a ReLU (`has_relu`) or by nothing."""
+    known, _, activation = _kind(type(module))
+    return known and (
+        not activation or (type(module.drop) is nn.Identity and type(module.act) in (nn.Identity, nn.ReLU))
+    )
+
+
+def has_relu(bn: BatchNorm) -> bool:
+    """Whether the module of a known batch norm applies ReLU too."""
+    return _kind(type(bn))[2] and type(bn.act) is nn.ReLU
 
 
 class Statistics(NamedTuple):
@@ -37,7 +71,7 @@ class Statistics(NamedTuple):
 
 def uses_batch_statistics(bn: BatchNorm) -> bool:
     """Whether ``bn`` normalises with the batch's statistics (in training, or without running ones) or the running."""
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+    return (bn.training and not _kind(type(bn))[1]) or (bn.running_mean is None and bn.running_var is None)
 
 
 def is_shared(bn: BatchNorm) -> bool:
@@ -74,7 +108,7 @@ def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> 
     """
     if statistics is None:
         vectors = torch.float64 if dtype == torch.float64 else torch.float32
-        mean, var = bn.running_mean.to(vectors), bn.running_var.to(vectors)  # type: ignore[union-attr]
+        mean, var = bn.running_mean.to(vectors), bn.running_var.to(vectors)
     else:
         mean, var, _ = statistics
     return bn_affine(mean, var, bn.weight, bn.bias, bn.eps)  # type: ignore[return-value]  # this center is not None
@@ -108,7 +142,7 @@ def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> N
 
 def _process_group(bn: BatchNorm) -> Any:
     """The group whose ranks share ``bn``'s statistics, or None: one process has the whole batch."""
-    if type(bn) is not nn.SyncBatchNorm or not bn.training or not (dist.is_available() and dist.is_initialized()):
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not (dist.is_available() and dist.is_initialized()):
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None

@@ -1,15 +1,39 @@
-"""`fuse_` and `unfuse_`: give anyone's model the fused computation, in place, and take it back."""
+"""`fuse_` and `unfuse_`: give anyone's model the fused computation, in place, and take it back.
+
+A converted module stays the same object, with the same children, parameters, buffers and hooks. What changes is its
+class: one derived from its own, of the same name, whose ``forward`` runs a plan (`resnext.plan`) and falls back on the
+original ``forward`` whenever the plan does not hold. What is fused is found in a record of ``forward``, not by the
+names of classes, so it does not matter whose model it is.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from resnext import batch_norm, fusion
+from resnext.graph import CannotRecord, record, tensor_arguments
+from resnext.kernels import grouped_conv2d, use_backend
+from resnext.layers import GroupedConv2d, original_class
+from resnext.plan import Plan, plan
 
 
 class Fused(NamedTuple):
-    """A converted module: its name in the model, "block", "chain" or "convolution", and the name of its class."""
+    """A converted module.
+
+    Attributes:
+        name: Its name in the model; "" for the model itself.
+        kind: "block" (with a residual sum), "chain" (convolutions, batch norms and ReLUs) or "convolution".
+        type: The name of its class.
+    """
 
     name: str
     kind: str
@@ -17,7 +41,13 @@ class Fused(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A module that could not be converted, and why."""
+    """A module that could not be converted, though it holds what `fuse_` is for.
+
+    Attributes:
+        name: Its name in the model; "" for the model itself.
+        type: The name of its class.
+        reason: Why.
+    """
 
     name: str
     type: str
@@ -25,10 +55,80 @@ class Skipped(NamedTuple):
 
 
 class FuseReport(NamedTuple):
-    """What `fuse_` did."""
+    """What `fuse_` did; prints as a table.
+
+    Attributes:
+        fused: The converted modules, those of earlier calls included.
+        skipped: Blocks and grouped 3x3 convolutions that could not be converted.
+    """
 
     fused: list[Fused]
     skipped: list[Skipped]
+
+    def __str__(self) -> str:
+        counts = Counter(each.kind for each in self.fused)
+        summary = ", ".join(f"{counts[kind]} {kind}{'s' * (counts[kind] != 1)}" for kind in _KINDS)
+        rows = [(name or "(model)", cls, kind, "") for name, kind, cls in self.fused]
+        rows += [(name or "(model)", cls, "-", reason) for name, cls, reason in self.skipped]
+        lines = [f"fused: {summary}; left as they are: {len(self.skipped)}"]
+        if rows:
+            rows.insert(0, ("module", "type", "fused as", "why not"))
+            widths = [max(len(row[column]) for row in rows) for column in range(3)]
+            lines += ["  ".join((*map(str.ljust, row, widths), row[3])).rstrip() for row in rows]
+        return "\n".join(lines)
+
+
+_KINDS = ("block", "chain", "convolution")
+
+
+class Converted:
+    """What the classes that `fuse_` derives have in common, beside the class they derive from."""
+
+    _original: type[nn.Module]
+    _plans: dict[int, Plan] = {}  # noqa: RUF012  # by number of arguments; instances have their own
+    _backend = "auto"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies and pickles look classes up by name, where the original one is. Plans are made anew.
+        _, arguments, state, *rest = super().__reduce_ex__(max(protocol, 2))
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "_plans"}
+        return _restored, (self._original, *arguments[1:]), state, *rest
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if isinstance(self, FusedModule):
+            self._plans, _ = _plans(self)
+
+
+class FusedModule(Converted):
+    """A module with a plan."""
+
+    recompute = False
+
+    def why_not_fused(self, x: Tensor | None = None) -> str | None:
+        """Say why a call would run the original forward, or return None if it would run fused.
+
+        Args:
+            x: The first argument of that call; None: judge by what is known without it.
+        """
+        if not self._plans:
+            return "it has no plan: it was made from parts of a converted module; call fuse_ again"
+        return fusion.why_not(self, next(iter(self._plans.values())), x)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation; what evaluation has folded is folded anew."""
+        fusion.forget(self)  # type: ignore[arg-type]
+        return super().train(mode)  # type: ignore[misc]
+
+
+class _Conv2dCalls(TorchFunctionMode):
+    """Sends calls of ``F.conv2d`` to `grouped_conv2d`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d:
+            return grouped_conv2d(*args, **{"padding": 0, **(kwargs or {})} if len(args) < 5 else kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def fuse_(
@@ -37,15 +137,203 @@ def fuse_(
     backend: str = "auto",
     strict: bool = False,
 ) -> FuseReport:
-    """Make ``model`` run fused, in place."""
-    return FuseReport([], [])
+    """Make ``model`` run on this library's kernels, in place: its residual blocks, conv-BN-ReLU chains, grouped convs.
+
+    Any model: torchvision's, timm's, your own. Outputs, gradients and running statistics stay the same up to rounding;
+    parameters, buffers, ``state_dict``, module names, hooks and ``isinstance`` stay the same altogether, so optimizers,
+    checkpoints and wrappers made before remain valid. A module falls back on its original forward whenever something
+    needs its children to be called (hooks, pruning, replaced children, tracing); `why_not_fused` tells. May be called
+    again, after changes to the model for instance.
+
+    Args:
+        model: The model, or a part of one. Modes, gradients' flags and values are left as they are.
+        filter_fn: Called with each candidate and its name in the model; whether to convert it. None: all.
+        backend: What computes the converted modules' forward, as for `resnext.use_backend`; not inside
+            ``torch.compile``, where the choice is automatic.
+        strict: Raise if there is anything that ought to be converted and cannot be, and leave the model as it was.
+
+    Returns:
+        What was converted, and what was not and why. Print it.
+
+    Raises:
+        ValueError: There is no such backend; or, with ``strict``, something could not be converted.
+    """
+    with use_backend(backend):  # which knows the names
+        pass
+    before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
+    report = FuseReport([], [])
+    names = {module: name for name, module in model.named_modules()}
+    for module in reversed(names):  # children first
+        name = names[module]
+        if filter_fn is None or filter_fn(module, name):
+            _fuse_module(module, name, report)
+            if isinstance(module, Converted):
+                module._backend = backend
+    report.fused.reverse()
+    report.skipped.reverse()
+    if strict and report.skipped:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        raise ValueError(f"fuse_: expected nothing to be left as it is, got\n{report}\nuse filter_fn or strict=False")
+    return report
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Undo `fuse_`, in place."""
+    """Undo `fuse_`: give every module of ``model`` its original class back, in place.
+
+    For what needs plain PyTorch, such as ``torch.jit.script`` or exporting to ONNX. Our own models become plain too.
+
+    Returns:
+        ``model``.
+    """
+    for module in model.modules():
+        if "_original" in type(module).__dict__:
+            fusion.forget(module)
+            module.__class__ = original_class(module)
+            for attribute in ("_plans", "_backend"):
+                module.__dict__.pop(attribute, None)
     return model
 
 
 def why_not_fused(model: nn.Module) -> dict[str, str]:
-    """Why converted modules would run their children one by one, by name."""
-    return {}
+    """Say which of a converted model's blocks and chains would run their original forward if called now, and why.
+
+    Returns:
+        The reasons by the modules' names; empty if all would run fused.
+    """
+    units = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
+    return {name: reason for name, unit in units if (reason := unit.why_not_fused()) is not None}
+
+
+def _fuse_module(module: nn.Module, name: str, report: FuseReport) -> None:
+    original = original_class(module)
+    cls = original.__name__
+    if isinstance(module, nn.Conv2d):
+        if (reason := _why_not_grouped(module)) is None:
+            if not isinstance(module, (Converted, GroupedConv2d)):
+                module.__class__ = _convolution_class(type(module))
+            report.fused.append(Fused(name, "convolution", cls))
+        elif reason:
+            report.skipped.append(Skipped(name, cls, reason))
+        return
+    if _is_leaf(module):
+        return
+    plans, reason = _plans(module)
+    if plans:
+        if not isinstance(module, FusedModule):
+            module.__class__ = _fused_class(type(module))
+        module._plans = plans  # type: ignore[assignment]
+        report.fused.append(Fused(name, next(iter(plans.values())).kind, cls))
+    elif reason:
+        report.skipped.append(Skipped(name, cls, reason))
+
+
+def _why_not_grouped(conv: nn.Conv2d) -> str | None:
+    """Why a convolution should stay as it is: a reason, "" if it is nothing that `fuse_` is for, or None."""
+    if conv.groups == 1 or tuple(conv.kernel_size) != (3, 3):
+        return ""
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        return "it is lazy: give it an input first"
+    if hasattr(conv, "parametrizations"):
+        return "it is parametrized: call fuse_ before parametrizing"
+    if type(conv).__module__.startswith("torch.ao."):
+        return "it is quantized"
+    if tuple(conv.dilation) != (1, 1):
+        return f"dilation is {conv.dilation}, not 1"
+    if any(stride not in (1, 2) for stride in conv.stride):
+        return f"stride is {conv.stride}, neither 1 nor 2"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode is {conv.padding_mode}, not zeros"
+    return None
+
+
+def _plans(module: nn.Module) -> tuple[dict[int, Plan], str]:
+    """The plans of a module by number of arguments; or why there is none, if one might be expected."""
+    plans: dict[int, Plan] = {}
+    reason = ""
+    for tensors in tensor_arguments(module):
+        try:
+            made = plan(module, record(module, tensors, _is_leaf, _is_chain))
+        except CannotRecord as error:
+            reason = reason or str(error)
+        else:
+            if made is not None:
+                plans[tensors] = made
+    return plans, "" if plans or not _has_own_pair(module) else reason
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one step of what its parent computes, rather than steps of their own."""
+    if isinstance(module, FusedModule) and any(plan.kind == "block" for plan in module._plans.values()):
+        return True
+    if isinstance(module, (nn.Conv2d, _BatchNorm)) or batch_norm.is_known(module):
+        return True
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in module.__dict__:
+        return True
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential):
+        return True
+    convolutions = sum(isinstance(each, nn.Conv2d) for each in module.modules())
+    norms = any(isinstance(each, _BatchNorm) or batch_norm.is_known(each) for each in module.modules())
+    return not norms and convolutions != 1
+
+
+def _is_chain(module: nn.Module) -> bool:
+    return isinstance(module, FusedModule)
+
+
+def _has_own_pair(module: nn.Module) -> bool:
+    """Whether a convolution and a batch norm are among a module's own children: it looks like a block."""
+    children = list(module.children())
+    return any(isinstance(each, nn.Conv2d) for each in children) and any(map(batch_norm.is_known, children))
+
+
+# --- classes ---
+
+
+@functools.cache
+def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(original.forward)  # which keeps the signature, for those who trace or inspect it
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = None if kwargs else self._plans.get(len(args))
+        if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
+            return original.forward(self, *args, **kwargs)
+        with _forced(self._backend):
+            return fusion.run(self, made, args, self.recompute)
+
+    return _derived(original, FusedModule, forward)
+
+
+@functools.cache
+def _convolution_class(original: type[nn.Conv2d]) -> type[nn.Module]:
+    base = GroupedConv2d if original is nn.Conv2d else original
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _forced(self._backend):
+            if original is nn.Conv2d:
+                return base.forward(self, *args, **kwargs)
+            with _Conv2dCalls():
+                return base.forward(self, *args, **kwargs)
+
+    return _derived(original, Converted, forward, base)
+
+
+def _derived(
+    original: type[nn.Module], mixin: type, forward: Callable[..., Any], base: type[nn.Module] | None = None
+) -> type[nn.Module]:
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(original.__name__, (mixin, base or original), {**names, "_original": original, "forward": forward})
+
+
+def _restored(original: type[nn.Module], *arguments: Any) -> nn.Module:
+    """An empty module of the class derived from ``original``; what pickles and copies start from."""
+    derived = _convolution_class if issubclass(original, nn.Conv2d) else _fused_class
+    cls = derived(original)
+    return cls.__new__(cls, *arguments)
+
+
+def _forced(backend: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if backend == "auto" or torch.compiler.is_compiling() else use_backend(backend)

@@ -1,15 +1,13 @@
-"""Residual branches as chains of fused operators, and the reasons why a module runs its children one by one instead.
+"""Runs a plan (`resnext.plan`) in the place of a module's forward, and says when it must not.
 
-In training every convolution writes its raw output once, and the next one applies batch norm and ReLU as it reads
-(`resnext.kernels.conv_stats`). In inference batch norm is folded into two vectors that the convolution applies to its
-own output (`resnext.kernels.conv_affine`). Neither calls the child modules; so each must be exactly what it seems, and
-nobody may be listening to its calls.
+A plan does not call the modules that it stands for. So each must still be what it was when the plan was made, and nobody
+may be listening to its calls; otherwise the module's own forward runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm
 from resnext.batch_norm import BatchNorm, Statistics
+from resnext.graph import Node, Ref, Shell, attributes_hold
 from resnext.kernels import affine_add_relu, affine_relu_max_pool, conv_affine, conv_stats, why_not_conv_stats
-from resnext.layers import GroupedConv2d
+from resnext.layers import is_plain_conv, original_class
+from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
 
 Affine = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +32,7 @@ _HOOKS = {
     "backward_hooks": "backward hook",
 }
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Kernel size, stride, padding and dilation of what the blocks are made of, so that most calls need no closer look.
+# Kernel size, stride, padding and dilation of what blocks are made of, so that most calls need no closer look.
 _USUAL_GEOMETRY = frozenset(
     ((kernel, kernel), stride, (padding, padding), (1, 1))
     for kernel, padding in ((1, 0), (3, 1))
@@ -40,22 +40,46 @@ _USUAL_GEOMETRY = frozenset(
 )
 
 
-class ConvNorm(NamedTuple):
-    """A convolution and the batch norm behind it, with their names in the block.
-
-    What the types promise holds where `why_not_conv_norm` has nothing to say.
-    """
-
-    conv_name: str
-    conv: nn.Conv2d
-    bn_name: str
-    bn: BatchNorm
+def child(module: nn.Module, name: str) -> Any:
+    """The submodule of that dotted name, or None."""
+    for part in name.split("."):
+        module = module._modules.get(part)  # type: ignore[assignment]
+        if module is None:
+            return None
+    return module
 
 
 # --- reasons ---
 
 
-def why_not_now(x: Tensor | fx.Proxy | None) -> str | None:
+def why_not(unit: nn.Module, plan: Plan, x: Tensor | fx.Proxy | None) -> str | None:
+    """Why a call of ``unit`` must not run its plan, or None.
+
+    Args:
+        unit: A module with a plan.
+        plan: The plan.
+        x: The first argument of that call; None: judge by what is known without it.
+    """
+    if reason := _why_not_now(x):
+        return reason
+    for name, kind in plan.roles:
+        if reason := _why_not_role(name, child(unit, name), kind):
+            return reason
+    for conv, bn in plan.pairs:
+        if reason := _why_not_conv(conv, child(unit, conv), x) or _why_not_norm(
+            bn, child(unit, bn), conv, child(unit, conv), x
+        ):
+            return reason
+    for conv in plan.convs:
+        if reason := _why_not_conv(conv, child(unit, conv), x):
+            return reason
+    for shell in plan.shells:
+        if reason := _why_not_shell(shell, child(unit, shell.name) if shell.name else unit):
+            return reason
+    return None
+
+
+def _why_not_now(x: Tensor | fx.Proxy | None) -> str | None:
     """What in the caller, or in the input ``x`` if there is one, wants the children to be called; or None."""
     if isinstance(x, fx.Proxy):
         return "symbolic tracing records the children"
@@ -78,10 +102,8 @@ def why_not_now(x: Tensor | fx.Proxy | None) -> str | None:
     return None
 
 
-def why_not_module(name: str, module: nn.Module, *types: type[nn.Module]) -> str | None:
-    """Why ``module`` is not simply one of ``types`` that nobody listens to, or None."""
-    if type(module) not in types:
-        return f"{name} is {type(module).__name__}, not {types[0].__name__}"
+def _why_not_quiet(name: str, module: nn.Module) -> str | None:
+    """Who listens to the calls of ``module``, or None."""
     # One expression, as it stands in torch.nn.Module's own call: this is asked for every child in every call.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         kinds = [words for kind, words in _HOOKS.items() if getattr(module, f"_{kind}")]
@@ -91,33 +113,19 @@ def why_not_module(name: str, module: nn.Module, *types: type[nn.Module]) -> str
     return None
 
 
-def why_not_batch_norm(name: str, bn: BatchNorm) -> str | None:
-    """Why the kernels do not compute what ``bn`` computes, or None."""
-    if reason := why_not_module(name, bn, nn.BatchNorm2d, nn.SyncBatchNorm):
-        return reason
-    if bn.eps <= 0:
-        return f"{name}.eps is {bn.eps}, not positive"
-    if (bn.running_mean is None) != (bn.running_var is None):
-        return f"{name} has only one of running_mean and running_var"
-    if bn.weight is None and bn.bias is not None:
-        return f"{name} has a bias without a weight"
-    return None
+def _why_not_role(name: str, module: nn.Module | None, kind: type[nn.Module]) -> str | None:
+    if type(module) is not kind:
+        return f"{name} is {type(module).__name__}, not {kind.__name__}"
+    if isinstance(module, nn.MaxPool2d) and not is_stem_pool(module):
+        return f"{name} is {module}, not a 3x3 pooling with stride 2 and padding 1"
+    return _why_not_quiet(name, module)  # type: ignore[arg-type]
 
 
-def why_not_max_pool(name: str, pool: nn.MaxPool2d) -> str | None:
-    """Why ``pool`` is not the max pooling of ResNet's stem, or None."""
-    if reason := why_not_module(name, pool, nn.MaxPool2d):
-        return reason
-    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    if sizes not in ((3, 2, 1, 1), ((3, 3), (2, 2), (1, 1), (1, 1))) or pool.ceil_mode or pool.return_indices:
-        return f"{name} is {pool}, not a 3x3 pooling with stride 2 and padding 1"
-    return None
-
-
-def why_not_conv_norm(pair: ConvNorm, x: Tensor | None) -> str | None:
-    """Why the kernels do not compute what a convolution and its batch norm compute, or None."""
-    name, conv, bn_name, bn = pair
-    if reason := why_not_module(name, conv, nn.Conv2d, GroupedConv2d) or why_not_batch_norm(bn_name, bn):
+def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
+    """Why the kernels do not compute what a convolution computes, or None."""
+    if conv is None or not is_plain_conv(conv):
+        return f"{name} is {type(conv).__name__}, not Conv2d"
+    if reason := _why_not_quiet(name, conv):
         return reason
     if conv.padding_mode != "zeros":
         return f"{name}.padding_mode is {conv.padding_mode}, not zeros"
@@ -126,14 +134,8 @@ def why_not_conv_norm(pair: ConvNorm, x: Tensor | None) -> str | None:
         reason = why_not_conv_stats(weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
         if reason is not None:
             return f"{name}: {reason}"
-    if bn.num_features != conv.out_channels:
-        return f"{bn_name} is for {bn.num_features} channels, and {name} has {conv.out_channels}"
-    if conv.bias is not None and batch_norm.uses_batch_statistics(bn):
-        return f"{name} has a bias"
     if x is None:
         return None
-    if x.shape[0] == 0 and batch_norm.uses_batch_statistics(bn) and not batch_norm.is_shared(bn):
-        return "the input has no images"
     if weight.device != x.device:
         return f"the input is on {x.device}, and {name} on {weight.device}"
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -141,54 +143,165 @@ def why_not_conv_norm(pair: ConvNorm, x: Tensor | None) -> str | None:
     return None
 
 
+def _why_not_norm(name: str, bn: BatchNorm, conv_name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
+    """Why the kernels do not compute what ``bn`` computes behind ``conv``, or None."""
+    if bn is None or not batch_norm.is_known(bn):
+        return f"{name} is {type(bn).__name__}, not BatchNorm2d"
+    if reason := _why_not_quiet(name, bn):
+        return reason
+    if bn.eps <= 0:
+        return f"{name}.eps is {bn.eps}, not positive"
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return f"{name} has only one of running_mean and running_var"
+    if bn.weight is None and bn.bias is not None:
+        return f"{name} has a bias without a weight"
+    for vector in (bn.weight, bn.running_mean):
+        if vector is not None and len(vector) != conv.out_channels:
+            return f"{name} is for {len(vector)} channels, and {conv_name} has {conv.out_channels}"
+    if x is not None and x.shape[0] == 0 and batch_norm.uses_batch_statistics(bn) and not batch_norm.is_shared(bn):
+        return "the input has no images"
+    return None
+
+
+def _why_not_shell(shell: Shell, module: nn.Module | None) -> str | None:
+    """Why the forward of ``module`` may compute something else than was recorded, or None."""
+    name = shell.name or "the module"
+    if module is None or (shell.name and original_class(module) is not shell.type):
+        return f"{name} is {type(module).__name__}, not {shell.type.__name__}"
+    if shell.name and (reason := _why_not_quiet(name, module)):
+        return reason
+    if len(module._modules) != len(shell.children):
+        return f"{name} has {len(module._modules)} children, not {len(shell.children)} as when it was converted"
+    for child_name, is_none in shell.children:
+        if (module._modules.get(child_name) is None) != is_none:
+            return f"{name} has another child {child_name} than when it was converted"
+    if not attributes_hold(module, shell):
+        return f"{name} has other attributes than when it was converted"
+    return None
+
+
+# --- running a plan ---
+
+
+def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: bool) -> Any:
+    """Run ``plan``, for which `why_not` has nothing to say, in the place of the forward of ``unit``.
+
+    Differentiable. Backward needs the arguments, the raw output of each convolution, what the steps return, and vectors.
+    Batch norms are folded into the convolutions if all are in evaluation and nothing needs a gradient.
+
+    Args:
+        unit: The module.
+        plan: Its plan.
+        arguments: What it is called with.
+        recompute: Whether backward computes the last convolution of a block again instead of keeping its output.
+    """
+    values: list[Any] = [*arguments, *[None] * (plan.slots - len(arguments) + 1)]  # the last one is the slot NONE
+    folded = _folded(unit, plan.pairs, arguments[0]) if _infers(unit, plan, arguments) else None
+    program = plan.train if folded is None else plan.infer
+    for step, free in program.steps:
+        if isinstance(step, ConvStats):
+            conv, bn = child(unit, step.conv), child(unit, step.norm) if step.norm else None
+            z, affine, statistics = _conv_norm(values[step.x], values[step.prologue], conv, bn)
+            if bn is not None:
+                values[step.affine] = affine
+                batch_norm.update_running_statistics(bn, statistics)
+            values[step.out] = z
+        elif isinstance(step, BlockEnd):
+            values[step.out] = _block_end(
+                child(unit, step.conv),
+                child(unit, step.norm),
+                (values[step.x], values[step.prologue], values[step.residual], values[step.residual_affine]),
+                recompute,
+            )
+        elif isinstance(step, ConvAffine):
+            conv = child(unit, step.pair[0])
+            values[step.out] = conv_affine(
+                values[step.x], *folded[step.pair], values[step.residual], step.relu, conv.stride, conv.groups
+            )
+        elif isinstance(step, Activation):
+            values[step.out] = _affine_add_relu(values[step.z], values[step.affine], None, None)
+        elif isinstance(step, Pool):
+            values[step.out] = _affine_relu_max_pool(values[step.z], values[step.affine])
+        else:
+            values[step.out] = _call(unit, step.node, values)
+        for slot in free:
+            values[slot] = None
+    return _filled(program.output, values)
+
+
+def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:
+    args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
+    if node.kind == "module":
+        return child(unit, node.target)(*args, **kwargs)
+    if node.kind == "function":
+        return node.target(*args, **kwargs)
+    if node.kind == "method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    module, _, name = node.target.rpartition(".")
+    return getattr(child(unit, module) if module else unit, name)
+
+
+def _filled(argument: Any, values: list[Any]) -> Any:
+    """``argument`` with values in the place of references."""
+    if isinstance(argument, Ref):
+        return values[argument.index]
+    if isinstance(argument, (tuple, list)):
+        return type(argument)([_filled(item, values) for item in argument])
+    if isinstance(argument, dict):
+        return {name: _filled(item, values) for name, item in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*[_filled(item, values) for item in (argument.start, argument.stop, argument.step)])
+    return argument
+
+
 # --- training, and evaluation with gradients ---
 
 
-def train(x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None, recompute: bool) -> Tensor:
-    """Run a residual block, differentiably; each batch norm in whichever mode its module is.
+def _block_end(conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], recompute: bool) -> Tensor:
+    def end(x: Tensor, prologue: Affine | None, residual: Tensor, residual_affine: Affine | None) -> Any:
+        z, affine, statistics = _conv_norm(x, prologue, conv, bn)
+        return _affine_add_relu(z, affine, residual, residual_affine), statistics
 
-    Saves for backward: ``x``, the raw output of each convolution, the result and vectors.
-
-    Args:
-        x: (N, C, H, W).
-        branch: The convolutions of the residual branch; ReLU stands between them.
-        shortcut: The convolution of the shortcut; None: the input itself.
-        recompute: Whether backward computes the last convolution's output again instead of keeping it.
-    """
-    images = x.shape[0]
-    x = _or_blank(x)
-    z, affine = x, None
-    for pair in branch[:-1]:
-        z, affine, statistics = _conv_norm(z, affine, pair, images)
-        batch_norm.update_running_statistics(pair.bn, statistics)
-    residual, residual_affine = x, None
-    if shortcut is not None:
-        residual, residual_affine, statistics = _conv_norm(x, None, shortcut, images)
-        batch_norm.update_running_statistics(shortcut.bn, statistics)
-
-    def end(
-        z: Tensor, affine: Affine | None, residual: Tensor, residual_affine: Affine | None
-    ) -> tuple[Tensor, Statistics | None]:
-        z, affine, statistics = _conv_norm(z, affine, branch[-1], images)
-        return affine_add_relu(z, affine, residual, residual_affine), statistics
-
-    arguments = (z, affine, residual, residual_affine)
     if recompute and torch.is_grad_enabled():
-        out, statistics = checkpoint(end, *arguments, use_reentrant=False, preserve_rng_state=False)
+        out, statistics = checkpoint(end, *operands, use_reentrant=False, preserve_rng_state=False)
     else:
-        out, statistics = end(*arguments)
+        out, statistics = end(*operands)
     # Not in `end`, which may run twice.
-    batch_norm.update_running_statistics(branch[-1].bn, statistics)
-    return out[:images] if images == 0 else out
+    batch_norm.update_running_statistics(bn, statistics)
+    return out
 
 
-def stem(x: Tensor, pair: ConvNorm) -> Tensor:
-    """Convolution, batch norm, ReLU and 3x3 max pooling with stride 2; differentiable, saves only the raw output."""
+def _conv_norm(
+    x: Tensor, prologue: Affine | None, conv: nn.Conv2d, bn: BatchNorm | None
+) -> tuple[Tensor, Affine | None, Statistics | None]:
+    """The raw output, and its batch norm as an affine; with the statistics if they are the batch's."""
     images = x.shape[0]
-    z, affine, statistics = _conv_norm(_or_blank(x), None, pair, images)
-    batch_norm.update_running_statistics(pair.bn, statistics)
-    out = affine_relu_max_pool(z, affine)
-    return out[:images] if images == 0 else out
+    of_batch = bn is not None and batch_norm.uses_batch_statistics(bn)
+    z, mean, var = conv_stats(_or_blank(x), conv.weight, prologue, conv.stride, conv.groups, stats=of_batch)
+    z = z if images else z[:0]
+    if bn is None:
+        return z, None, None
+    statistics = None
+    if mean is not None and var is not None:
+        statistics = batch_norm.batch_statistics(bn, mean, var, (images, *z.shape[1:]))
+    center, scale, shift = batch_norm.affine(bn, statistics, z.dtype)
+    if conv.bias is not None:
+        if statistics is None:
+            shift = shift + scale * conv.bias
+        else:  # which takes it away again, so that it has an influence on the running mean alone
+            shift = shift + 0 * conv.bias
+            statistics = statistics._replace(mean=statistics.mean + conv.bias.to(statistics.mean.dtype))
+    return z, (center, scale, shift), statistics
+
+
+def _affine_add_relu(z: Tensor, affine: Any, residual: Tensor | None, residual_affine: Affine | None) -> Tensor:
+    if z.shape[0]:
+        return affine_add_relu(z, affine, residual, residual_affine)
+    return affine_add_relu(_or_blank(z), affine, None if residual is None else _or_blank(residual), residual_affine)[:0]
+
+
+def _affine_relu_max_pool(z: Tensor, affine: Any) -> Tensor:
+    return affine_relu_max_pool(z, affine) if z.shape[0] else affine_relu_max_pool(_or_blank(z), affine)[:0]
 
 
 def _or_blank(x: Tensor) -> Tensor:
@@ -197,22 +310,6 @@ def _or_blank(x: Tensor) -> Tensor:
     It counts for nothing there, and the result is cut off again.
     """
     return x if x.shape[0] else x.new_zeros(1, *x.shape[1:]) + x.sum()
-
-
-def _conv_norm(
-    x: Tensor, affine: Affine | None, pair: ConvNorm, images: int
-) -> tuple[Tensor, Affine, Statistics | None]:
-    """The raw output, and its batch norm as an affine; with the statistics if they are the batch's."""
-    conv, bn = pair.conv, pair.bn
-    of_batch = batch_norm.uses_batch_statistics(bn)
-    z, mean, var = conv_stats(x, conv.weight, affine, conv.stride, conv.groups, stats=of_batch)
-    statistics = None
-    if mean is not None and var is not None:
-        statistics = batch_norm.batch_statistics(bn, mean, var, (images, *z.shape[1:]))
-    center, scale, shift = batch_norm.affine(bn, statistics, z.dtype)
-    if conv.bias is not None:  # only before running statistics
-        shift = shift + scale * conv.bias
-    return z, (center, scale, shift), statistics
 
 
 # --- inference ---
@@ -230,7 +327,7 @@ class _Kept(NamedTuple):
     """What `_folded` keeps of a module."""
 
     state: list[float]
-    folded: list[Folded]
+    folded: dict[tuple[str, str], Folded]
     aliases: list[Tensor]
 
 
@@ -238,40 +335,28 @@ class _Kept(NamedTuple):
 _KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
-def infers(x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None) -> bool:
-    """Whether `infer` will do: images, no batch statistics, and nothing for a backward pass."""
-    pairs = [*branch, shortcut] if shortcut is not None else branch
-    if x.shape[0] == 0 or any(batch_norm.uses_batch_statistics(pair.bn) for pair in pairs):
+def _infers(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
+    """Whether batch norms can be folded: images, no batch statistics, and nothing for a backward pass."""
+    if arguments[0].shape[0] == 0 or any(child(unit, name).training for name in plan.dropouts):
+        return False
+    if any(batch_norm.uses_batch_statistics(child(unit, bn)) for _, bn in plan.pairs):
         return False
     if not torch.is_grad_enabled():
         return True
-    return not x.requires_grad and not any(tensor.requires_grad for tensor in _tensors(pairs))
+    return not any(tensor.requires_grad for tensor in (*arguments, *_tensors(unit, plan.pairs)))
 
 
-def infer(block: nn.Module, x: Tensor, branch: Sequence[ConvNorm], shortcut: ConvNorm | None) -> Tensor:
-    """Run a residual block with batch norms folded into the convolutions; arguments as for `train`."""
-    pairs = [*branch, shortcut] if shortcut is not None else branch
-    folded = _folded(block, pairs, x)
-    residual = x
-    if shortcut is not None:
-        residual = conv_affine(x, *folded[-1], None, False, shortcut.conv.stride, shortcut.conv.groups)
-    last = len(branch) - 1
-    for index, (pair, vectors) in enumerate(zip(branch, folded, strict=False)):
-        x = conv_affine(x, *vectors, residual if index == last else None, True, pair.conv.stride, pair.conv.groups)
-    return x
+def forget(unit: nn.Module) -> None:
+    """Drop what inference keeps of ``unit``; the next call makes it again."""
+    _KEPT.pop(unit, None)
 
 
-def forget(block: nn.Module) -> None:
-    """Drop what `infer` keeps of ``block``; the next call makes it again."""
-    _KEPT.pop(block, None)
-
-
-def _folded(block: nn.Module, pairs: Sequence[ConvNorm], x: Tensor) -> list[Folded]:
-    """The folded vectors, kept until a parameter or buffer changes.
+def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dict[tuple[str, str], Folded]:
+    """The folded vectors of each pair, kept until a parameter or buffer changes.
 
     What writes through ``Tensor.data`` leaves no trace; `forget` is for that.
     """
-    tensors = _tensors(pairs)
+    tensors = _tensors(unit, pairs)
     # A compiler computes the vectors in its graph. So must a CUDA graph, to follow the parameters when replayed.
     passing = (
         torch.compiler.is_compiling()
@@ -280,40 +365,42 @@ def _folded(block: nn.Module, pairs: Sequence[ConvNorm], x: Tensor) -> list[Fold
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
     if passing:
-        return [_fold(pair, x.dtype) for pair in pairs]
-    state = [pair.bn.eps for pair in pairs]
+        return {pair: _fold(unit, pair, x.dtype) for pair in pairs}
+    state = [child(unit, bn).eps for _, bn in pairs]
     for tensor in tensors:
         state += (tensor.data_ptr(), tensor._version)
     if x.is_cuda:  # another stream could come before the vectors are there
         state.append(torch.cuda.current_stream(x.device).cuda_stream)
-    kept = _KEPT.get(block)
+    kept = _KEPT.get(unit)
     if kept is None or kept.state != state:
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
-            folded = [_fold(pair, x.dtype, into_weight=True) for pair in pairs]
+            folded = {pair: _fold(unit, pair, x.dtype, into_weight=True) for pair in pairs}
             # The aliases hold the memory, so that no other tensor gets the same address.
-            kept = _KEPT[block] = _Kept(state, folded, [tensor.detach() for tensor in tensors])
+            kept = _KEPT[unit] = _Kept(state, folded, [tensor.detach() for tensor in tensors])
     return kept.folded
 
 
-def _fold(pair: ConvNorm, dtype: torch.dtype, into_weight: bool = False) -> Folded:
+def _fold(unit: nn.Module, pair: tuple[str, str], dtype: torch.dtype, into_weight: bool = False) -> Folded:
     """Fold; ``into_weight``: the scale too, where a library's convolution adds a shift but does not scale.
 
     In float32 that rounds no more coarsely than the sums do.
     """
-    weight, bias = pair.conv.weight, pair.conv.bias
-    mean, scale, shift = batch_norm.affine(pair.bn, None, dtype)
+    conv, bn = child(unit, pair[0]), child(unit, pair[1])
+    weight, bias = conv.weight, conv.bias
+    mean, scale, shift = batch_norm.affine(bn, None, dtype)
     shift = shift - scale * (mean if bias is None else mean - bias)
-    dense = pair.conv.groups == 1
+    dense = conv.groups == 1
     if into_weight and dense and weight.device.type == "cpu" and weight.dtype == torch.float32:
         return Folded(weight * scale[:, None, None, None], None, shift)
     return Folded(weight, scale, shift)
 
 
-def _tensors(pairs: Sequence[ConvNorm]) -> list[Tensor]:
+def _tensors(unit: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
+    modules = [(child(unit, conv), child(unit, bn)) for conv, bn in pairs]
     return [
         tensor
-        for _, conv, _, bn in pairs
+        for conv, bn in modules
         for tensor in (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
         if tensor is not None
     ]

@@ -89,3 +89,14 @@ class GroupedConv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             return super()._conv_forward(input, weight, bias)
         return grouped_conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` had before `resnext.fuse_` derived another one from it, or its class."""
+    cls = type(module)
+    return cls.__dict__.get("_original", cls)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether ``module`` computes what ``torch.nn.Conv2d`` computes, and is no subclass that computes more."""
+    return original_class(module) in (nn.Conv2d, GroupedConv2d)
