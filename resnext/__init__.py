@@ -1,9 +1,9 @@
 """Fast grouped convolutions for PyTorch, and the ResNeXt and ResNet models built on them."""
 
+from resnext.features import FeatureMaps
 from resnext.kernels import explain, grouped_conv2d, use_backend
 from resnext.layers import GroupedConv2d
 from resnext.models import (
-    ResNet,
     ResNet18Fused,
     ResNet34Fused,
     ResNet50Fused,
@@ -12,22 +12,38 @@ from resnext.models import (
     ResNeXt50Fused,
     ResNeXt101_32x8dFused,
     ResNeXt101_64x4dFused,
+    create_model,
+    list_models,
     resnet18,
+    resnet18_cifar,
     resnet34,
+    resnet34_cifar,
     resnet50,
+    resnet50_cifar,
+    resnet50_keras,
+    resnet50_v1,
     resnet101,
+    resnet101_cifar,
     resnet152,
+    resnet152_cifar,
+    resnext29_8x64d_cifar,
+    resnext29_16x64d_cifar,
+    resnext50_32x2d,
     resnext50_32x4d,
+    resnext50_64x4d,
+    resnext101_32x4d,
     resnext101_32x8d,
     resnext101_64x4d,
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from resnext.resnet import ResNet
 
 # A literal: the build reads it from this file's syntax tree, without importing torch.
 __version__ = "0.1.0"
 
 __all__ = [
+    "FeatureMaps",
     "GroupedConv2d",
     "ResNeXt50Fused",
     "ResNeXt101_32x8dFused",
@@ -39,14 +55,28 @@ __all__ = [
     "ResNet101Fused",
     "ResNet152Fused",
     "__version__",
+    "create_model",
     "explain",
     "grouped_conv2d",
+    "list_models",
     "resnet18",
+    "resnet18_cifar",
     "resnet34",
+    "resnet34_cifar",
     "resnet50",
+    "resnet50_cifar",
+    "resnet50_keras",
+    "resnet50_v1",
     "resnet101",
+    "resnet101_cifar",
     "resnet152",
+    "resnet152_cifar",
+    "resnext29_8x64d_cifar",
+    "resnext29_16x64d_cifar",
+    "resnext50_32x2d",
     "resnext50_32x4d",
+    "resnext50_64x4d",
+    "resnext101_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
     "use_backend",

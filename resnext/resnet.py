@@ -53,6 +53,13 @@ class CheckpointedStage(nn.Sequential):
         return x
 
 
+def checkpoint_stages(stages: Iterable[nn.Sequential], enable: bool) -> None:
+    """Make every stage a `CheckpointedStage`, or plain again."""
+    for stage in stages:
+        # By class and not by a flag: `forward` stays what was traced, and names and parameters what they are.
+        stage.__class__ = CheckpointedStage if enable else nn.Sequential
+
+
 class ResNet(nn.Module):
     """A residual network for image classification: a stem, stages of blocks, pooling and a classifier.
 
@@ -321,9 +328,7 @@ class ResNet(nn.Module):
         As with ``torch.utils.checkpoint`` on any model, running statistics of batch norms follow each batch twice. For
         less saving at less cost, without that, see `recompute`.
         """
-        for stage in self._stages():
-            # By class and not by a flag: `forward` stays what was traced, and names and parameters what they are.
-            stage.__class__ = CheckpointedStage if enable else nn.Sequential
+        checkpoint_stages(self._stages(), enable)
 
     def why_not_fused(self) -> dict[str, str]:
         """Say which converted modules would run their children one by one, and why: `resnext.why_not_fused`."""

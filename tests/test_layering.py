@@ -54,13 +54,14 @@ ALLOWED = {
     "kernels/pointwise_conv": TRITON | {".launch", ".pointwise_conv_kernels", ".statistics"},
     "kernels/pointwise_conv_kernels": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".statistics"},
     "kernels/bottleneck_tail": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".launch"},
-    "resnext/__init__": {"resnext.kernels", "resnext.layers", "resnext.models"},
+    "resnext/__init__": {"resnext.features", "resnext.kernels", "resnext.layers", "resnext.models", "resnext.resnet"},
     "resnext/layers": {"resnext.kernels", "torch"},
     "resnext/batch_norm": {"resnext.kernels", "torch"},
     "resnext/fusion": {"resnext.batch_norm", "resnext.kernels", "resnext.layers", "torch"},
     "resnext/blocks": {"resnext.convert", "torch"},
     "resnext/resnet": {"resnext.blocks", "resnext.convert", "torch"},
-    "resnext/models": {"resnext.blocks", "resnext.resnet"},
+    "resnext/features": {"resnext.convert", "resnext.resnet", "torch"},
+    "resnext/models": {"resnext.blocks", "resnext.features", "resnext.resnet"},
 }
 MODULES = sorted(f"{folder.name}/{path.stem}" for folder in (KERNELS, RESNEXT) for path in folder.glob("*.py"))
 
