@@ -105,10 +105,8 @@ def save_checkpoint(
             "add the suffix of the format you want"
         )
     if isinstance(checkpoint, nn.Module):
-        model = checkpoint
-        while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        checkpoint = {without_wrappers(key): value for key, value in model.state_dict().items()}
+        state = without_data_parallel(checkpoint).state_dict()
+        checkpoint = {without_wrappers(key): value for key, value in state.items()}
     if path.suffix == ".safetensors":
         safetensors = _import_safetensors("save_checkpoint")
         tensors = _separate_tensors(checkpoint)
@@ -119,6 +117,13 @@ def save_checkpoint(
             f"save_checkpoint: expected no metadata for {path.suffix}, got {dict(metadata)}; add them to the mapping"
         )
     return write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def without_data_parallel(model: nn.Module) -> nn.Module:
+    """The model inside PyTorch's data-parallel wrappers, if it is in one."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> Path:

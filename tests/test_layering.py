@@ -62,6 +62,19 @@ ALLOWED = {
     "resnext/resnet": {"resnext.blocks", "resnext.convert", "torch"},
     "resnext/features": {"resnext.convert", "resnext.resnet", "torch"},
     "resnext/models": {"resnext.blocks", "resnext.features", "resnext.resnet"},
+    "resnext/checkpoint_keys": {"torch"},
+    "resnext/checkpoint_files": {"resnext.checkpoint_keys", "safetensors", "torch"},
+    "resnext/checkpoints": {"resnext.checkpoint_files", "resnext.checkpoint_keys", "torch"},
+    "resnext/pretrained": {
+        "resnext.__version__",
+        "resnext.checkpoint_files",
+        "resnext.checkpoints",
+        "resnext.features",
+        "resnext.models",
+        "resnext.resnet",
+        "huggingface_hub",
+        "torch",
+    },
 }
 MODULES = sorted(f"{folder.name}/{path.stem}" for folder in (KERNELS, RESNEXT) for path in folder.glob("*.py"))
 
