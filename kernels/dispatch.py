@@ -341,6 +341,35 @@ def explain(
     return "\n".join(lines)
 
 
+def serving_backend(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    fused: bool = False,
+) -> str:
+    """The name of the backend that would compute the forward of a convolution; `explain` says why.
+
+    Takes the arguments of `grouped_conv2d`; ``fused``: of `conv_stats`, which serves 1x1 convolutions too.
+
+    Raises:
+        BackendError: If a forced backend cannot serve it.
+    """
+    x, weight, _ = checks.autocast(x, weight, None)
+    stride, dilation = checks.pair(stride), checks.pair(dilation)
+    if not fused and why_plain_torch(x, weight, stride, padding, dilation, groups):
+        return "torch"
+    x = x if x.dim() == 4 else x.unsqueeze(0)
+    channels_last = checks.output_channels_last(x, weight)
+    problem = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    if fused and isinstance(fused_launchers(*problem), composed.Composed):
+        return "torch"
+    return choose(problem_of(*problem), x.device)
+
+
 def problem_of(
     op: str,
     input_shape: Sequence[int],

@@ -38,6 +38,7 @@ from resnext.models import (
     wide_resnet101_2,
 )
 from resnext.resnet import ResNet
+from resnext.summary import summary
 
 # A literal: the build reads it from this file's syntax tree, without importing torch.
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "resnext101_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "summary",
     "use_backend",
     "wide_resnet50_2",
     "wide_resnet101_2",
