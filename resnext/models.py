@@ -18,9 +18,10 @@ from resnext.features import FeatureMaps
 from resnext.resnet import ResNet
 
 
-def _config(architecture: str, model: ResNet, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What `ResNet.config` says of a named model; ``arguments`` are the keyword arguments it was built with."""
-    return {"architecture": architecture, "num_classes": model.num_classes, **arguments}
+def _set_config(model: ResNet, architecture: str, arguments: Mapping[str, Any]) -> None:
+    """Let `ResNet.config` say how ``model`` was built: by what name and keyword arguments."""
+    model._named.clear()
+    model._named.update(architecture=architecture, **arguments)
 
 
 class ResNet18Fused(ResNet):
@@ -28,7 +29,7 @@ class ResNet18Fused(ResNet):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(BasicBlock, (2, 2, 2, 2), num_classes, **kwargs)
-        self.config = _config("resnet18", self, kwargs)
+        _set_config(self, "resnet18", kwargs)
 
 
 class ResNet34Fused(ResNet):
@@ -36,7 +37,7 @@ class ResNet34Fused(ResNet):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(BasicBlock, (3, 4, 6, 3), num_classes, **kwargs)
-        self.config = _config("resnet34", self, kwargs)
+        _set_config(self, "resnet34", kwargs)
 
 
 class ResNet50Fused(ResNet):
@@ -44,7 +45,7 @@ class ResNet50Fused(ResNet):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(Bottleneck, (3, 4, 6, 3), num_classes, **kwargs)
-        self.config = _config("resnet50", self, kwargs)
+        _set_config(self, "resnet50", kwargs)
 
 
 class ResNet101Fused(ResNet):
@@ -52,7 +53,7 @@ class ResNet101Fused(ResNet):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(Bottleneck, (3, 4, 23, 3), num_classes, **kwargs)
-        self.config = _config("resnet101", self, kwargs)
+        _set_config(self, "resnet101", kwargs)
 
 
 class ResNet152Fused(ResNet):
@@ -60,7 +61,7 @@ class ResNet152Fused(ResNet):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(Bottleneck, (3, 8, 36, 3), num_classes, **kwargs)
-        self.config = _config("resnet152", self, kwargs)
+        _set_config(self, "resnet152", kwargs)
 
 
 class ResNeXt50Fused(ResNet):
@@ -68,7 +69,7 @@ class ResNeXt50Fused(ResNet):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(Bottleneck, (3, 4, 6, 3), num_classes, groups=32, width_per_group=4, **kwargs)
-        self.config = _config("resnext50_32x4d", self, kwargs)
+        _set_config(self, "resnext50_32x4d", kwargs)
 
 
 class ResNeXt101_32x8dFused(ResNet):  # noqa: N801  # the published name of the variant
@@ -76,7 +77,7 @@ class ResNeXt101_32x8dFused(ResNet):  # noqa: N801  # the published name of the 
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(Bottleneck, (3, 4, 23, 3), num_classes, groups=32, width_per_group=8, **kwargs)
-        self.config = _config("resnext101_32x8d", self, kwargs)
+        _set_config(self, "resnext101_32x8d", kwargs)
 
 
 class ResNeXt101_64x4dFused(ResNet):  # noqa: N801  # the published name of the variant
@@ -84,7 +85,7 @@ class ResNeXt101_64x4dFused(ResNet):  # noqa: N801  # the published name of the 
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(Bottleneck, (3, 4, 23, 3), num_classes, groups=64, width_per_group=4, **kwargs)
-        self.config = _config("resnext101_64x4d", self, kwargs)
+        _set_config(self, "resnext101_64x4d", kwargs)
 
 
 class WeightsEntry(Protocol):
@@ -159,7 +160,7 @@ def _named(build: Callable[..., Model]) -> Builder[Model]:
                 "torchvision's own are members of classes like torchvision.models.ResNeXt50_32X4D_Weights"
             )
         model = build(**kwargs)
-        model.config = _config(build.__name__, model, kwargs)
+        _set_config(model, build.__name__, kwargs)
         if weights is not None:
             state = weights if isinstance(weights, Mapping) else weights.get_state_dict(progress=progress)
             model.load_state_dict(state)

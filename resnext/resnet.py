@@ -102,8 +102,6 @@ class ResNet(nn.Module):
         pool_size: Height and width of what pooling leaves; the classifier sees all of its pixels.
 
     Attributes:
-        config: How to build this model again: ``create_model(config.pop("architecture"), **config)``. Empty unless
-            it was built as a named model.
         num_features: Channels of the last stage.
         feature_info: Of the stem and each stage, what timm's has: ``num_chs``, ``reduction`` and ``module``.
 
@@ -162,8 +160,8 @@ class ResNet(nn.Module):
 
         norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
         act_layer = _relu if act_layer is None else act_layer
-        self.config: dict[str, Any] = {}
-        self.num_classes = num_classes
+        # Filled in place by the named models: a converted module's attributes must stay the objects they are.
+        self._named: dict[str, Any] = {}
         self.groups = groups
         self.base_width = width_per_group
         self.inplanes = 64  # channels at the end of what is built so far; feature pyramids read it to size themselves
@@ -195,7 +193,7 @@ class ResNet(nn.Module):
         self.avgpool = GLOBAL_POOLS[global_pool]((pool_size, pool_size))
         self.dropout = nn.Dropout(drop_rate) if drop_rate else None
         self._pixels = pool_size**2
-        self.fc = self._make_classifier()
+        self.fc = self._make_classifier(num_classes)
         self._init_weights(zero_init_residual)
         fuse_(self)
 
@@ -265,10 +263,8 @@ class ResNet(nn.Module):
             self.inplanes = out_planes
         return stage
 
-    def _make_classifier(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        return nn.Linear(self.num_features * self._pixels, self.num_classes)
+    def _make_classifier(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.num_features * self._pixels, num_classes) if num_classes else nn.Identity()
 
     def _init_weights(self, zero_init_residual: bool) -> None:
         """Draw the convolutions' weights (He et al., arXiv:1502.01852, by fan-out); norms already start as identity."""
@@ -302,6 +298,19 @@ class ResNet(nn.Module):
             x = self.dropout(x)
         return x if pre_logits else self.fc(x)
 
+    @property
+    def num_classes(self) -> int:
+        """Number of logits, also of a linear layer that has taken the classifier's place; 0 without one."""
+        return getattr(self.fc, "out_features", 0)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How to build this model again: ``"architecture"``, a name for `create_model`, and its keyword arguments.
+
+        Empty unless it was built as a named model.
+        """
+        return {**self._named, "num_classes": self.num_classes} if self._named else {}
+
     def get_classifier(self) -> nn.Module:
         """The linear layer that computes the logits, or ``torch.nn.Identity`` without one."""
         return self.fc
@@ -316,11 +325,8 @@ class ResNet(nn.Module):
         """
         if num_classes < 0:
             raise ValueError(f"reset_classifier: expected num_classes of at least 0, got {num_classes}; 0 means none")
-        self.num_classes = num_classes
-        if self.config:
-            self.config = {**self.config, "num_classes": num_classes}
         like = next(self.parameters())
-        self.fc = self._make_classifier().to(like.device, like.dtype).train(self.training)
+        self.fc = self._make_classifier(num_classes).to(like.device, like.dtype).train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether backward keeps each block's input only and runs the block again: least memory, a third more time.
