@@ -20,8 +20,8 @@ from torch import fx, nn
 
 from resnext.layers import original_class
 
-# What every module has; a recording may depend on all its other attributes.
-_INTERNAL = frozenset(vars(nn.Module())) | {"_plans", "_compiled_call_impl"}
+# What every module has, and what belongs to the conversion; a recording may depend on all other attributes.
+_INTERNAL = frozenset(vars(nn.Module())) | {"_plans", "_backend", "_compiled_call_impl", "recompute"}
 
 
 class CannotRecord(Exception):
