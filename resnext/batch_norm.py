@@ -12,7 +12,6 @@ a Pairwise Algorithm for Computing Sample Variances" (1979), equation 2.1.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,25 +36,23 @@ _WITH_ACTIVATION = (
 )
 
 
-@functools.cache
-def _kind(cls: type[nn.Module]) -> tuple[bool, bool, bool]:
-    """Whether a class is a batch norm that this module knows, whether a frozen one, and whether with an activation."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    frozen, activation = name in _FROZEN, name in _WITH_ACTIVATION
-    return frozen or activation or cls in _PLAIN, frozen, activation
+def _is_one_of(module: nn.Module, names: tuple[str, ...]) -> bool:
+    cls = type(module)
+    return cls not in _PLAIN and f"{cls.__module__}.{cls.__qualname__}" in names
 
 
 def is_known(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm over (N, C, H, W), followed by a ReLU (`has_relu`) or by nothing."""
-    known, _, activation = _kind(type(module))
-    return known and (
-        not activation or (type(module.drop) is nn.Identity and type(module.act) in (nn.Identity, nn.ReLU))
-    )
+    if type(module) in _PLAIN:
+        return True
+    if _is_one_of(module, _WITH_ACTIVATION):
+        return type(module.drop) is nn.Identity and type(module.act) in (nn.Identity, nn.ReLU)
+    return _is_one_of(module, _FROZEN)
 
 
 def has_relu(bn: BatchNorm) -> bool:
     """Whether the module of a known batch norm applies ReLU too."""
-    return _kind(type(bn))[2] and type(bn.act) is nn.ReLU
+    return _is_one_of(bn, _WITH_ACTIVATION) and type(bn.act) is nn.ReLU
 
 
 class Statistics(NamedTuple):
@@ -71,7 +68,7 @@ class Statistics(NamedTuple):
 
 def uses_batch_statistics(bn: BatchNorm) -> bool:
     """Whether ``bn`` normalises with the batch's statistics (in training, or without running ones) or the running."""
-    return (bn.training and not _kind(type(bn))[1]) or (bn.running_mean is None and bn.running_var is None)
+    return (bn.training and not _is_one_of(bn, _FROZEN)) or (bn.running_mean is None and bn.running_var is None)
 
 
 def is_shared(bn: BatchNorm) -> bool:

@@ -104,8 +104,6 @@ class Converted:
 class FusedModule(Converted):
     """A module with a plan."""
 
-    recompute = False
-
     def why_not_fused(self, x: Tensor | None = None) -> str | None:
         """Say why a call would run the original forward, or return None if it would run fused.
 
@@ -220,7 +218,8 @@ def _fuse_module(module: nn.Module, name: str, report: FuseReport) -> None:
         return
     if _is_leaf(module):
         return
-    plans, reason = _plans(module)
+    kept = isinstance(module, FusedModule) and bool(module._plans) and module.why_not_fused() is None
+    plans, reason = (module._plans, "") if kept else _plans(module)
     if plans:
         if not isinstance(module, FusedModule):
             module.__class__ = _fused_class(type(module))
@@ -300,8 +299,9 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
         made = None if kwargs else self._plans.get(len(args))
         if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
             return original.forward(self, *args, **kwargs)
+        recompute = made.kind == "block" and getattr(self, "recompute", False)
         with _forced(self._backend):
-            return fusion.run(self, made, args, self.recompute)
+            return fusion.run(self, made, args, recompute)
 
     return _derived(original, FusedModule, forward)
 

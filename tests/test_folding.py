@@ -8,26 +8,25 @@ import torch
 from torch import nn
 
 from resnext import fusion
-from resnext.blocks import ResidualBlock
 
 from .block_cases import IDENTITY, PROJECTION, forward_and_gradients
 
 
-def replace_parameter(block: ResidualBlock) -> None:
+def replace_parameter(block: nn.Module) -> None:
     block.bn2.weight = nn.Parameter(block.bn2.weight.detach() + 1)
 
 
-def point_elsewhere(block: ResidualBlock) -> None:
+def point_elsewhere(block: nn.Module) -> None:
     block.conv1.weight.data = block.conv1.weight.data + 1
 
 
-def write_through_data(block: ResidualBlock) -> None:
+def write_through_data(block: nn.Module) -> None:
     """Leaves no trace in the tensor, but evaluation is preceded by eval()."""
     block.conv3.weight.data.add_(1)
     block.eval()
 
 
-def step(block: ResidualBlock) -> None:
+def step(block: nn.Module) -> None:
     optimizer = torch.optim.SGD(block.parameters(), 0.1)
     block.train()(IDENTITY.images()).square().mean().backward()
     optimizer.step()
@@ -35,7 +34,7 @@ def step(block: ResidualBlock) -> None:
 
 
 @torch.no_grad()
-def train_without_gradients(block: ResidualBlock) -> None:
+def train_without_gradients(block: nn.Module) -> None:
     """With no call of train() or eval(): the batch norm alone changes mode."""
     block.bn1.train()
     block(IDENTITY.images())
