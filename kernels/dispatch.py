@@ -92,6 +92,8 @@ def why_plain_torch(
 
     A compiler then sees PyTorch's own convolution, which it can fuse and lay out; it cannot look into our operators.
     """
+    if torch.jit.is_tracing():
+        return "torch.jit tracing records PyTorch's convolution, which loads anywhere and which counters know"
     if tuple(weight.shape[2:]) != checks.KERNEL_SIZE:
         return f"the kernel is {'x'.join(map(str, weight.shape[2:]))}, not 3x3"
     if dilation != (1, 1):

@@ -120,6 +120,15 @@ def test_fused_operators_count_the_plain_flops(block, training, operators):
     assert not operators & plain.operators
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_has_pytorchs_convolutions():
+    """Such as fvcore counts."""
+    graph = torch.jit.trace(small().eval(), torch.randn(SIZE)).inlined_graph
+    kinds = [node.kind() for node in graph.nodes()]
+    assert kinds.count("aten::_convolution") == 17
+    assert not [kind for kind in kinds if kind.startswith("resnext::")]
+
+
 def test_summary_is_torchinfos_table_and_more(pair):
     fused, plain = pair
     ours = resnext.summary(fused, SIZE, verbose=False)
