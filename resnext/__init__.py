@@ -1,5 +1,6 @@
 """Fast grouped convolutions for PyTorch, and the ResNeXt and ResNet models built on them."""
 
+from resnext.convert import FuseReport, fuse_, unfuse_, why_not_fused
 from resnext.features import FeatureMaps
 from resnext.kernels import explain, grouped_conv2d, use_backend
 from resnext.layers import GroupedConv2d
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeatureMaps",
+    "FuseReport",
     "GroupedConv2d",
     "ResNeXt50Fused",
     "ResNeXt101_32x8dFused",
@@ -58,6 +60,7 @@ __all__ = [
     "__version__",
     "create_model",
     "explain",
+    "fuse_",
     "grouped_conv2d",
     "list_models",
     "resnet18",
@@ -81,7 +84,9 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "summary",
+    "unfuse_",
     "use_backend",
+    "why_not_fused",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -55,6 +55,7 @@ ALLOWED = {
     "kernels/pointwise_conv_kernels": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".statistics"},
     "kernels/bottleneck_tail": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".launch"},
     "resnext/__init__": {
+        "resnext.convert",
         "resnext.features",
         "resnext.kernels",
         "resnext.layers",
