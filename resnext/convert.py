@@ -84,35 +84,25 @@ _KINDS = ("block", "chain", "convolution")
 class Converted:
     """What the classes that `fuse_` derives have in common, beside the class they derive from."""
 
-    _original: type[nn.Module]
-    _plans: dict[int, Plan] = {}  # noqa: RUF012  # by number of arguments; instances have their own
-    _backend = "auto"
+    _fused_from: type[nn.Module]
+    _fused_plans: dict[int, Plan] = {}  # noqa: RUF012  # by number of arguments; instances have their own
+    _fused_backend = "auto"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles look classes up by name, where the original one is. Plans are made anew.
         _, arguments, state, *rest = super().__reduce_ex__(max(protocol, 2))
         if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != "_plans"}
-        return _restored, (self._original, *arguments[1:]), state, *rest
+            state = {name: value for name, value in state.items() if name != "_fused_plans"}
+        return _restored, (self._fused_from, *arguments[1:]), state, *rest
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         if isinstance(self, FusedModule):
-            self._plans, _ = _plans(self)
+            self._fused_plans, _ = _plans(self)
 
 
 class FusedModule(Converted):
     """A module with a plan."""
-
-    def why_not_fused(self, x: Tensor | None = None) -> str | None:
-        """Say why a call would run the original forward, or return None if it would run fused.
-
-        Args:
-            x: The first argument of that call; None: judge by what is known without it.
-        """
-        if not self._plans:
-            return "it has no plan: it was made from parts of a converted module; call fuse_ again"
-        return fusion.why_not(self, next(iter(self._plans.values())), x)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; what evaluation has folded is folded anew."""
@@ -124,9 +114,19 @@ class _Conv2dCalls(TorchFunctionMode):
     """Sends calls of ``F.conv2d`` to `grouped_conv2d`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.conv2d:
-            return grouped_conv2d(*args, **{"padding": 0, **(kwargs or {})} if len(args) < 5 else kwargs or {})
-        return func(*args, **(kwargs or {}))
+        return (_conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    return grouped_conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def fuse_(
@@ -166,7 +166,7 @@ def fuse_(
         if filter_fn is None or filter_fn(module, name):
             _fuse_module(module, name, report)
             if isinstance(module, Converted):
-                module._backend = backend
+                module._fused_backend = backend
     report.fused.reverse()
     report.skipped.reverse()
     if strict and report.skipped:
@@ -187,22 +187,35 @@ def unfuse_(model: nn.Module) -> nn.Module:
         ``model``.
     """
     for module in model.modules():
-        if "_original" in type(module).__dict__:
+        if "_fused_from" in type(module).__dict__:
             fusion.forget(module)
             module.__class__ = original_class(module)
-            for attribute in ("_plans", "_backend"):
+            for attribute in ("_fused_plans", "_fused_backend"):
                 module.__dict__.pop(attribute, None)
     return model
 
 
-def why_not_fused(model: nn.Module) -> dict[str, str]:
+def why_not_fused(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
     """Say which of a converted model's blocks and chains would run their original forward if called now, and why.
 
+    Args:
+        model: The model, or one block.
+        x: What ``model`` itself would be called with; None: judge by what is known without it.
+
     Returns:
-        The reasons by the modules' names; empty if all would run fused.
+        The reasons by the modules' names ("" for ``model`` itself); empty if all would run fused.
     """
-    units = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
-    return {name: reason for name, unit in units if (reason := unit.why_not_fused()) is not None}
+    reasons = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedModule) and (reason := _why_not(module, x if module is model else None)):
+            reasons[name] = reason
+    return reasons
+
+
+def _why_not(unit: FusedModule, x: Tensor | None = None) -> str | None:
+    if not unit._fused_plans:
+        return "it was made out of a converted module and not converted itself; call fuse_ again"
+    return fusion.why_not(unit, next(iter(unit._fused_plans.values())), x)  # type: ignore[arg-type]
 
 
 def _fuse_module(module: nn.Module, name: str, report: FuseReport) -> None:
@@ -216,14 +229,14 @@ def _fuse_module(module: nn.Module, name: str, report: FuseReport) -> None:
         elif reason:
             report.skipped.append(Skipped(name, cls, reason))
         return
-    if _is_leaf(module):
+    if _is_layer(module) or 0 in _parts(module):
         return
-    kept = isinstance(module, FusedModule) and bool(module._plans) and module.why_not_fused() is None
-    plans, reason = (module._plans, "") if kept else _plans(module)
+    kept = isinstance(module, FusedModule) and _why_not(module) is None
+    plans, reason = (module._fused_plans, "") if kept else _plans(module)
     if plans:
         if not isinstance(module, FusedModule):
             module.__class__ = _fused_class(type(module))
-        module._plans = plans  # type: ignore[assignment]
+        module._fused_plans = plans  # type: ignore[assignment]
         report.fused.append(Fused(name, next(iter(plans.values())).kind, cls))
     elif reason:
         report.skipped.append(Skipped(name, cls, reason))
@@ -265,18 +278,29 @@ def _plans(module: nn.Module) -> tuple[dict[int, Plan], str]:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is one step of what its parent computes, rather than steps of their own."""
-    if isinstance(module, FusedModule) and any(plan.kind == "block" for plan in module._plans.values()):
-        return True
-    if isinstance(module, (nn.Conv2d, _BatchNorm)) or batch_norm.is_known(module):
+    if isinstance(module, FusedModule) and any(plan.kind == "block" for plan in module._fused_plans.values()):
         return True
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or "forward" in module.__dict__:
         return True
-    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential):
+    if _is_layer(module):
         return True
-    convolutions = sum(isinstance(each, nn.Conv2d) for each in module.modules())
-    norms = any(isinstance(each, _BatchNorm) or batch_norm.is_known(each) for each in module.modules())
+    convolutions, norms = _parts(module)
+    # One convolution may be somebody's own wrapper of it, with the norm outside.
     return not norms and convolutions != 1
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer rather than made of layers."""
+    if isinstance(module, (nn.Conv2d, _BatchNorm)) or batch_norm.is_known(module):
+        return True
+    return original_class(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
+def _parts(module: nn.Module) -> tuple[int, int]:
+    """How many convolutions and how many batch norms there are in a module."""
+    modules = list(module.modules())
+    return sum(isinstance(each, nn.Conv2d) for each in modules), sum(map(batch_norm.is_known, modules))
 
 
 def _is_chain(module: nn.Module) -> bool:
@@ -296,11 +320,11 @@ def _has_own_pair(module: nn.Module) -> bool:
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(original.forward)  # which keeps the signature, for those who trace or inspect it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = None if kwargs else self._plans.get(len(args))
+        made = None if kwargs else self._fused_plans.get(len(args))
         if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
             return original.forward(self, *args, **kwargs)
         recompute = made.kind == "block" and getattr(self, "recompute", False)
-        with _forced(self._backend):
+        with _forced(self._fused_backend):
             return fusion.run(self, made, args, recompute)
 
     return _derived(original, FusedModule, forward)
@@ -312,7 +336,7 @@ def _convolution_class(original: type[nn.Conv2d]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _forced(self._backend):
+        with _forced(self._fused_backend):
             if original is nn.Conv2d:
                 return base.forward(self, *args, **kwargs)
             with _Conv2dCalls():
@@ -325,7 +349,7 @@ def _derived(
     original: type[nn.Module], mixin: type, forward: Callable[..., Any], base: type[nn.Module] | None = None
 ) -> type[nn.Module]:
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (mixin, base or original), {**names, "_original": original, "forward": forward})
+    return type(original.__name__, (mixin, base or original), {**names, "_fused_from": original, "forward": forward})
 
 
 def _restored(original: type[nn.Module], *arguments: Any) -> nn.Module:

@@ -62,6 +62,9 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | fx.Proxy | None) -> str | N
     """
     if reason := _why_not_now(x):
         return reason
+    for shell in plan.shells:
+        if reason := _why_not_shell(shell, child(unit, shell.name) if shell.name else unit):
+            return reason
     for name, kind in plan.roles:
         if reason := _why_not_role(name, child(unit, name), kind):
             return reason
@@ -72,9 +75,6 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | fx.Proxy | None) -> str | N
             return reason
     for conv in plan.convs:
         if reason := _why_not_conv(conv, child(unit, conv), x):
-            return reason
-    for shell in plan.shells:
-        if reason := _why_not_shell(shell, child(unit, shell.name) if shell.name else unit):
             return reason
     return None
 

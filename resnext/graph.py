@@ -21,7 +21,7 @@ from torch import fx, nn
 from resnext.layers import original_class
 
 # What every module has, and what belongs to the conversion; a recording may depend on all other attributes.
-_INTERNAL = frozenset(vars(nn.Module())) | {"_plans", "_backend", "_compiled_call_impl", "recompute"}
+_INTERNAL = frozenset(vars(nn.Module())) | {"_fused_plans", "_fused_backend", "_compiled_call_impl", "recompute"}
 
 
 class CannotRecord(Exception):
@@ -275,5 +275,3 @@ def _refs(argument: Any) -> Iterator[Ref]:
             yield from _refs(item)
     elif isinstance(argument, slice):
         yield from _refs((argument.start, argument.stop, argument.step))
-
-

@@ -94,7 +94,7 @@ class GroupedConv2d(nn.Conv2d):
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` had before `resnext.fuse_` derived another one from it, or its class."""
     cls = type(module)
-    return cls.__dict__.get("_original", cls)
+    return cls.__dict__.get("_fused_from", cls)
 
 
 def is_plain_conv(module: nn.Module) -> bool:

@@ -126,7 +126,7 @@ def summary(
 
 
 def _plan(unit: Any) -> Plan:
-    return next(iter(unit._plans.values()))
+    return next(iter(unit._fused_plans.values()))
 
 
 def _convolutions(unit: Any) -> list[nn.Module]:
@@ -165,7 +165,7 @@ def _observed(model: nn.Module, fused: Mapping[nn.Module, nn.Module]) -> Iterato
         served[conv] = "torch"
         if (conv in fused or isinstance(conv, (Converted, GroupedConv2d))) and conv.padding_mode == "zeros":
             x = args[0] if args else kwargs["input"]
-            backend = getattr(fused.get(conv, conv), "_backend", "auto")
+            backend = getattr(fused.get(conv, conv), "_fused_backend", "auto")
             with nullcontext() if backend == "auto" else use_backend(backend):
                 served[conv] = serving_backend(
                     x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups, fused=conv in fused

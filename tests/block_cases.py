@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resnext.blocks import BasicBlock, Bottleneck
+from resnext.convert import why_not_fused
 
 resnet = pytest.importorskip("torchvision.models").resnet
 
@@ -74,6 +75,11 @@ CASES = [
     BlockCase("basic-stride2", BasicBlock, 12, 16, stride=2),
 ]
 IDENTITY, PROJECTION = CASES[0], CASES[2]
+
+
+def reason_of(block: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why a block would run its children one by one."""
+    return why_not_fused(block, x).get("")
 
 
 def forward_and_gradients(block: nn.Module, x: Tensor) -> Results:

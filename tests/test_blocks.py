@@ -19,6 +19,7 @@ from .block_cases import (
     assert_same_results,
     buffers,
     forward_and_gradients,
+    reason_of,
     relative_errors,
     train_and_evaluate,
 )
@@ -33,7 +34,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def test_equals_torchvisions_block(case, dtype, layout, recompute):
     ours, plain = case.pair()
     ours.recompute = recompute
-    assert ours.why_not_fused() is None
+    assert reason_of(ours) is None
     assert_same_results(ours, plain, case.images(), dtype, layout, train_and_evaluate)
 
 
@@ -51,7 +52,7 @@ def test_strides_elsewhere(strides):
     for block in (ours, plain):
         block.conv1.stride, block.conv2.stride = (strides[0], 1), (strides[1], 1)
         block.downsample[0].stride = (2, 1)
-    assert ours.why_not_fused() is None
+    assert reason_of(ours) is None
     assert_same_results(ours, plain, PROJECTION.images(), torch.float64, protocol=train_and_evaluate)
 
 
@@ -94,7 +95,7 @@ NORMS = {
 @pytest.mark.parametrize("case", [IDENTITY, PROJECTION], ids=lambda case: case.id)
 def test_settings_of_batch_norm(case, norm):
     ours, plain = case.pair(norm)
-    assert ours.why_not_fused() is None
+    assert reason_of(ours) is None
     assert_same_results(ours, plain, case.images(), torch.float64, protocol=train_and_evaluate)
 
 
@@ -182,7 +183,7 @@ def test_16_bit(dtype, prepared):
     exact = train_and_evaluate(copy.deepcopy(plain).double(), x.double())
     allowed = 2 * max(relative_errors(train_and_evaluate(plain, x), exact).values())
     results = train_and_evaluate(ours, x)
-    assert ours.why_not_fused(x) is None
+    assert reason_of(ours, x) is None
     assert results["first: out"].dtype == results["inference"].dtype == dtype
     wrong = {name: error for name, error in relative_errors(results, exact).items() if not error <= allowed}
     assert not wrong, f"allowed {allowed:.3g}"

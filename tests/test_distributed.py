@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import conftest  # noqa: F401  # the spawned processes import torchvision too
-from .block_cases import IDENTITY, PROJECTION, UNIT_ROUNDOFF_RATIO, Results, buffers, relative_errors
+from .block_cases import IDENTITY, PROJECTION, UNIT_ROUNDOFF_RATIO, Results, buffers, reason_of, relative_errors
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 RANKS = 2
@@ -50,7 +50,7 @@ def on_one_rank(rank: int, folder: str) -> None:
     results: dict[str, Results] = {}
     for case_name, case in CASES.items():
         block = nn.SyncBatchNorm.convert_sync_batchnorm(case.pair(cumulative)[0]).double()
-        assert block.why_not_fused() is None
+        assert reason_of(block) is None
         x = case.images(4).double()
         grad = gradient(block, x)
         for split_name, split in SPLITS.items():

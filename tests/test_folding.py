@@ -9,7 +9,7 @@ from torch import nn
 
 from resnext import fusion
 
-from .block_cases import IDENTITY, PROJECTION, forward_and_gradients
+from .block_cases import IDENTITY, PROJECTION, forward_and_gradients, reason_of
 
 
 def replace_parameter(block: nn.Module) -> None:
@@ -83,7 +83,7 @@ def test_inference_keeps_what_does_not_change():
         block(x)
         assert fusion._KEPT[block] is kept
         # A 1x1 convolution on a CPU has the scale in its weight.
-        assert [folded.scale is None for folded in kept.folded] == [True, False, True, True]
+        assert [folded.scale is None for folded in kept.folded.values()] == [True, False, True, True]
     block.train()
     assert block not in fusion._KEPT
 
@@ -114,7 +114,7 @@ def test_biased_convolutions_fold():
             conv.bias = nn.Parameter(torch.randn(conv.out_channels))
         block.double().eval()
     x = PROJECTION.images().double()
-    assert ours.why_not_fused(x) is None
+    assert reason_of(ours, x) is None
     got, expected = forward_and_gradients(ours, x), forward_and_gradients(plain, x)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resnext.blocks import Bottleneck
 
-from .block_cases import resnet
+from .block_cases import reason_of, resnet
 
 datasets = pytest.importorskip("sklearn.datasets")
 
@@ -73,7 +73,7 @@ def test_follows_the_plain_model_as_it_follows_itself(digits, dtype, steps):
     torch.manual_seed(0)
     plain, ours = network(resnet.Bottleneck).to(dtype), network(Bottleneck).to(dtype)
     ours.load_state_dict(plain.state_dict())
-    assert all(module.why_not_fused() is None for module in ours if isinstance(module, Bottleneck))
+    assert all(reason_of(module) is None for module in ours if isinstance(module, Bottleneck))
     runs = [losses(plain, digits, steps, shuffle) for shuffle in (None, 1000)]
     got = losses(ours, digits, steps)
 
