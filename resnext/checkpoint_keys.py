@@ -151,8 +151,8 @@ class Match(NamedTuple):
 def match(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> Match:
     """Find the checkpoint's entry for every tensor of a model.
 
-    Prefixes that stand before all names go (``module.``, ``model.backbone.``, ...), and one that stands before some
-    if that makes more entries fit. Among several readings the one counts in which most entries have the right shape.
+    On either side, up to four prefixes go if that makes more entries fit: ``module.``, ``backbone.``, or whatever else
+    stands before most names.
 
     Args:
         model: The model's ``state_dict``.
@@ -161,27 +161,40 @@ def match(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> Matc
     Returns:
         See `Match`; shapes may still differ.
     """
-    ours, _ = canonical_names(_without_common_prefixes(model)[-1][1])
-    if model.keys() == checkpoint.keys():
-        return Match({key: key for key in model}, ours, ours, [])
-    key_of = {name: key for key, name in ours.items()}
+    best, most = Match({}, {}, {}, []), -1
+    readings = _readings(checkpoint)
+    for ours in _readings(model):
+        key_of = {name: key for key, name in ours.names.items()}
+        for theirs in readings:
+            entries = {key_of[name]: key for key, name in theirs.names.items() if name in key_of}
+            fitting = sum(model[key].shape == checkpoint[entry].shape for key, entry in entries.items())
+            if fitting > most:
+                best, most = Match(entries, ours.names, theirs.names, theirs.notes), fitting
+        if most == len(model):
+            break
+    return best
 
-    def read(prefix: str, names: dict[str, str]) -> tuple[int, Match]:
-        theirs, layouts = canonical_names(names)
-        entries = {key_of[name]: key for key, name in theirs.items() if name in key_of}
-        fitting = sum(model[key].shape == checkpoint[entry].shape for key, entry in entries.items())
+
+class _Reading(NamedTuple):
+    names: dict[str, str]
+    notes: list[str]
+
+
+def _readings(keys: Iterable[str]) -> list[_Reading]:
+    """The keys as torchvision would name them if they had no prefix, one, two, three, four."""
+    names = {key: without_wrappers(key) for key in keys}
+    readings, prefix = [], ""
+    for _ in range(5):
+        canonical, layouts = canonical_names(names)
         notes = [f"removed the prefix {prefix!r}"] if prefix else []
-        notes += [f"translated names: {layout}" for layout in layouts]
-        return fitting, Match(entries, ours, theirs, notes)
-
-    readings = _without_common_prefixes(checkpoint)
-    for prefix, names in list(readings):
-        for first in {name.partition(".")[0] + ".": None for name in names.values()}:
-            if not any(name.startswith(first) for name in ours.values()):
-                readings.append(
-                    (prefix + first, _distinct(names, {k: n.removeprefix(first) for k, n in names.items()}))
-                )
-    return max((read(*reading) for reading in readings), key=lambda result: result[0])[1]
+        readings.append(_Reading(canonical, notes + [f"translated names: {layout}" for layout in layouts]))
+        children = Counter(name.partition(".")[0] + "." for name in names.values() if "." in name)
+        first, count = children.most_common(1)[0] if children else ("", 0)
+        if count <= len(names) / 2 or re.match(r"layer\d+\.", first):
+            break
+        prefix += first
+        names = _distinct(names, {key: name.removeprefix(first) for key, name in names.items()})
+    return readings
 
 
 def canonical_names(names: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -196,7 +209,7 @@ def canonical_names(names: Mapping[str, str]) -> tuple[dict[str, str], list[str]
     new = dict(names)
     layouts = []
     for layout in LAYOUTS:
-        if any(re.search(layout.marker, name) for name in new.values()):
+        if re.search(layout.marker, "\n".join(new.values()), re.MULTILINE):
             layouts.append(layout.name)
             for pattern, template in layout.rules:
                 new = {key: re.sub(pattern, template, name, count=1) for key, name in new.items()}
@@ -214,21 +227,6 @@ def _renumber_downsample(names: dict[str, str]) -> dict[str, str]:
         return f"{found[1]}.{sorted(children[found[1]]).index(int(found[2]))}"
 
     return {key: _DOWNSAMPLE_CHILD.sub(rank, name) for key, name in names.items()}
-
-
-def _without_common_prefixes(keys: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Readings of the keys: without wrappers' names, and then without each prefix that stands before all of them."""
-    names = {key: without_wrappers(key) for key in keys}
-    readings = [("", names)]
-    prefix = ""
-    while len(firsts := {name.partition(".")[0] for name in names.values()}) == 1:
-        first = firsts.pop() + "."
-        names = {key: name.removeprefix(first) for key, name in names.items()}
-        if not all("." in name for name in names.values()):  # one module's own parameters: that was no prefix
-            break
-        prefix += first
-        readings.append((prefix, names))
-    return readings
 
 
 def _distinct(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
