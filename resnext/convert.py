@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from resnext import batch_norm, fusion
-from resnext.graph import CannotRecord, record, tensor_arguments
+from resnext.graph import RecordError, record, tensor_arguments
 from resnext.kernels import grouped_conv2d, use_backend
 from resnext.layers import GroupedConv2d, original_class
 from resnext.plan import Plan, plan
@@ -90,15 +90,15 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles look classes up by name, where the original one is. Plans are made anew.
-        _, arguments, state, *rest = super().__reduce_ex__(max(protocol, 2))
+        _, arguments, state, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(protocol, 2)))
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != "_fused_plans"}
-        return _restored, (self._fused_from, *arguments[1:]), state, *rest
+        return _unpickled, (self._fused_from, *arguments[1:]), state, *rest
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         if isinstance(self, FusedModule):
-            self._fused_plans, _ = _plans(self)
+            self._fused_plans, _ = _plans(cast(nn.Module, self))
 
 
 class FusedModule(Converted):
@@ -187,12 +187,16 @@ def unfuse_(model: nn.Module) -> nn.Module:
         ``model``.
     """
     for module in model.modules():
-        if "_fused_from" in type(module).__dict__:
-            fusion.forget(module)
-            module.__class__ = original_class(module)
-            for attribute in ("_fused_plans", "_fused_backend"):
-                module.__dict__.pop(attribute, None)
+        _restore(module)
     return model
+
+
+def _restore(module: nn.Module) -> None:
+    if "_fused_from" in type(module).__dict__:
+        fusion.forget(module)
+        module.__class__ = original_class(module)
+        for attribute in ("_fused_plans", "_fused_backend"):
+            module.__dict__.pop(attribute, None)
 
 
 def why_not_fused(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
@@ -218,7 +222,7 @@ def _why_not(unit: FusedModule, x: Tensor | None = None) -> str | None:
     return fusion.why_not(unit, next(iter(unit._fused_plans.values())), x)  # type: ignore[arg-type]
 
 
-def _fuse_module(module: nn.Module, name: str, report: FuseReport) -> None:
+def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
     original = original_class(module)
     cls = original.__name__
     if isinstance(module, nn.Conv2d):
@@ -236,9 +240,12 @@ def _fuse_module(module: nn.Module, name: str, report: FuseReport) -> None:
     if plans:
         if not isinstance(module, FusedModule):
             module.__class__ = _fused_class(type(module))
-        module._fused_plans = plans  # type: ignore[assignment]
+        module._fused_plans = plans
         report.fused.append(Fused(name, next(iter(plans.values())).kind, cls))
-    elif reason:
+        return
+    if isinstance(module, FusedModule):
+        _restore(module)
+    if reason:
         report.skipped.append(Skipped(name, cls, reason))
 
 
@@ -268,7 +275,7 @@ def _plans(module: nn.Module) -> tuple[dict[int, Plan], str]:
     for tensors in tensor_arguments(module):
         try:
             made = plan(module, record(module, tensors, _is_leaf, _is_chain))
-        except CannotRecord as error:
+        except RecordError as error:
             reason = reason or str(error)
         else:
             if made is not None:
@@ -317,7 +324,7 @@ def _has_own_pair(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(original: Any) -> type[nn.Module]:
     @functools.wraps(original.forward)  # which keeps the signature, for those who trace or inspect it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = None if kwargs else self._fused_plans.get(len(args))
@@ -331,7 +338,7 @@ def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _convolution_class(original: type[nn.Conv2d]) -> type[nn.Module]:
+def _convolution_class(original: Any) -> type[nn.Module]:
     base = GroupedConv2d if original is nn.Conv2d else original
 
     @functools.wraps(original.forward)
@@ -352,9 +359,9 @@ def _derived(
     return type(original.__name__, (mixin, base or original), {**names, "_fused_from": original, "forward": forward})
 
 
-def _restored(original: type[nn.Module], *arguments: Any) -> nn.Module:
+def _unpickled(original: type[nn.Module], *arguments: Any) -> nn.Module:
     """An empty module of the class derived from ``original``; what pickles and copies start from."""
-    derived = _convolution_class if issubclass(original, nn.Conv2d) else _fused_class
+    derived: Any = _convolution_class if issubclass(original, nn.Conv2d) else _fused_class
     cls = derived(original)
     return cls.__new__(cls, *arguments)
 

@@ -1,7 +1,7 @@
 """Runs a plan (`resnext.plan`) in the place of a module's forward, and says when it must not.
 
-A plan does not call the modules that it stands for. So each must still be what it was when the plan was made, and nobody
-may be listening to its calls; otherwise the module's own forward runs.
+A plan does not call the modules that it stands for. So each must still be what it was when the plan was made, and
+nobody may be listening to its calls; otherwise the module's own forward runs.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ def child(module: nn.Module, name: str) -> Any:
 # --- reasons ---
 
 
-def why_not(unit: nn.Module, plan: Plan, x: Tensor | fx.Proxy | None) -> str | None:
+def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
     """Why a call of ``unit`` must not run its plan, or None.
 
     Args:
         unit: A module with a plan.
         plan: The plan.
-        x: The first argument of that call; None: judge by what is known without it.
+        x: The first argument of that call, or what stands for it in symbolic tracing; None: judge by what is known
+            without it.
     """
     if reason := _why_not_now(x):
         return reason
@@ -79,7 +80,7 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | fx.Proxy | None) -> str | N
     return None
 
 
-def _why_not_now(x: Tensor | fx.Proxy | None) -> str | None:
+def _why_not_now(x: Tensor | None) -> str | None:
     """What in the caller, or in the input ``x`` if there is one, wants the children to be called; or None."""
     if isinstance(x, fx.Proxy):
         return "symbolic tracing records the children"
@@ -186,8 +187,8 @@ def _why_not_shell(shell: Shell, module: nn.Module | None) -> str | None:
 def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: bool) -> Any:
     """Run ``plan``, for which `why_not` has nothing to say, in the place of the forward of ``unit``.
 
-    Differentiable. Backward needs the arguments, the raw output of each convolution, what the steps return, and vectors.
-    Batch norms are folded into the convolutions if all are in evaluation and nothing needs a gradient.
+    Differentiable; saves the arguments, the raw output of each convolution, what the steps return, and vectors. Batch
+    norms are folded into the convolutions if all are in evaluation and nothing needs a gradient.
 
     Args:
         unit: The module.
@@ -196,8 +197,9 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
         recompute: Whether backward computes the last convolution of a block again instead of keeping its output.
     """
     values: list[Any] = [*arguments, *[None] * (plan.slots - len(arguments) + 1)]  # the last one is the slot NONE
-    folded = _folded(unit, plan.pairs, arguments[0]) if _infers(unit, plan, arguments) else None
-    program = plan.train if folded is None else plan.infer
+    infers = _infers(unit, plan, arguments)
+    folded = _folded(unit, plan.pairs, arguments[0]) if infers else {}
+    program = plan.infer if infers else plan.train
     for step, free in program.steps:
         if isinstance(step, ConvStats):
             conv, bn = child(unit, step.conv), child(unit, step.norm) if step.norm else None

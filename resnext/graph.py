@@ -24,7 +24,7 @@ from resnext.layers import original_class
 _INTERNAL = frozenset(vars(nn.Module())) | {"_fused_plans", "_fused_backend", "_compiled_call_impl", "recompute"}
 
 
-class CannotRecord(Exception):
+class RecordError(Exception):
     """A forward that cannot be recorded; the message says why."""
 
 
@@ -96,7 +96,7 @@ def record(
         owners: Whether nodes should tell that they come from a submodule (`Node.owner`).
 
     Raises:
-        CannotRecord: With the reason.
+        RecordError: With the reason.
     """
     was_training = [(module, module.training) for module in root.modules()]
     before = {module: _plain_attributes(module) for module in root.modules()}
@@ -108,11 +108,11 @@ def record(
                 module.training = training
             tracer = _Tracer(is_leaf, owners)
             recordings.append(_recording(root, tracer, tracer.trace(root, _defaults(root, tensors)), tensors))
-    except CannotRecord:
+    except RecordError:
         raise
     except Exception as error:  # whatever a forward does with placeholders
         text = str(error).strip().splitlines() or [""]
-        raise CannotRecord(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
+        raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
     finally:
         for module, training in was_training:
             module.training = training
@@ -123,11 +123,11 @@ def record(
             module.__dict__.update(before[module])
         drawn = _restore_generators(generators)
     if changed:
-        raise CannotRecord("its forward sets attributes")
+        raise RecordError("its forward sets attributes")
     if drawn:
-        raise CannotRecord("its forward draws random numbers outside of modules")
+        raise RecordError("its forward draws random numbers outside of modules")
     if recordings[0].nodes != recordings[1].nodes:
-        raise CannotRecord("its forward computes something else in training than in evaluation")
+        raise RecordError("its forward computes something else in training than in evaluation")
     return recordings[0]
 
 
@@ -189,7 +189,7 @@ def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) 
     kinds = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "attribute"}
 
     def refs(argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: Ref(index[node]))
+        return fx.node.map_arg(argument, lambda node: Ref(index[node]))  # type: ignore[arg-type,return-value]
 
     for node in graph.nodes:
         owner = tracer.node_owners.get(node, "")
@@ -205,7 +205,7 @@ def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) 
             nodes.append(Node("output", "", (refs(node.args[0]),)))
         else:
             if node.op == "get_attr" and not _is_state(root, node.target):
-                raise CannotRecord("its forward makes a tensor of its own, or keeps one outside of its buffers")
+                raise RecordError("its forward makes a tensor of its own, or keeps one outside of its buffers")
             nodes.append(Node(kinds[node.op], node.target, refs(node.args), refs(node.kwargs), owner))
         index[node] = len(nodes) - 1
     shells = {"": root} | tracer.shells

@@ -270,10 +270,10 @@ class _Planner:
         norms = [each for each in (first, second) if self._is_pair(each) and self.users[each] == [add]]
         if not norms:
             return None
-        if self.ops[add].in_place and first not in norms:
-            # The caller sees what becomes of an input, and a later node what becomes of a value.
-            if self.ops[first].role == "input" or self.users[first] != [add]:
-                return None
+        # In place, the caller sees what becomes of an input, and a later node what becomes of a value.
+        seen = self.ops[first].role == "input" or self.users[first] != [add]
+        if self.ops[add].in_place and first not in norms and seen:
+            return None
         branch = max(norms)
         if self._writes(self.ops[branch].inputs[0], end, but=add):
             return None
@@ -408,7 +408,7 @@ class _Planner:
             self.roles.append((op.name, type(self.root.get_submodule(op.name))))
 
 
-def _role_of(module: nn.Module) -> str:
+def _role_of(module: Any) -> str:
     kind = type(module)
     if is_plain_conv(module) and module.padding_mode == "zeros":
         geometry = (module.weight.shape, module.stride, module.padding, module.dilation, module.groups)

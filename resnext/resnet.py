@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnext.blocks import BasicBlock, Bottleneck, conv1x1, conv3x3
 from resnext.convert import fuse_, why_not_fused
+
+# Symbolic tracing refuses it, rather than recording what it calls and losing the saving of memory.
+fx.wrap("checkpoint")
 
 Norm = Callable[..., nn.Module]
 Act = Callable[[], nn.Module]
@@ -397,4 +400,5 @@ def _dilated_stages(
 
 def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     if value not in choices:
-        raise ValueError(f"ResNet: expected {name} to be one of {', '.join(map(str, choices))}, got {value!r}")
+        known = ", ".join(map(str, choices))
+        raise ValueError(f"ResNet: expected {name} to be one of {known}, got {value!r}; choose one of them")

@@ -105,7 +105,7 @@ def test_stem_saves_its_raw_output_only():
 
     x = images()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = stem(x)
+        stem(x)
     raw = (2, 64, 12, 9)
     taps = ((2, 64, 6, 5), torch.uint8)
     expected = {(tuple(x.shape), torch.float32), (raw, torch.float32), taps}
