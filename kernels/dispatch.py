@@ -48,7 +48,7 @@ class BackendError(RuntimeError):
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend within a ``with`` block, in forward and in every backward that runs inside it.
+    """Force one backend within a ``with`` block, and in the backward of what is computed inside it.
 
     Applies to the whole process, all threads included; of blocks that are open at once, the one entered last counts.
     A call that the backend cannot serve raises `BackendError` with the reason.

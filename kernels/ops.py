@@ -363,6 +363,23 @@ class _Wgrad(torch.autograd.Function):
         return _product_rule(ctx, _WGRAD, d_grad, dx, *ctx.dims)
 
 
+def _bound_to_backend(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A function whose backward uses the backend that was forced in its forward, unless another one is by then."""
+
+    def forward(ctx, *args):
+        ctx.backend = dispatch.forced_backend()
+        return function.forward(ctx, *args)
+
+    def backward(ctx, *grads):
+        if ctx.backend is None or dispatch.forced_backend() is not None:
+            return function.backward(ctx, *grads)
+        with dispatch.use_backend(ctx.backend):
+            return function.backward(ctx, *grads)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(function.__name__, (function,), methods)
+
+
 def register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autograd.Function] | None = None) -> None:
     """Give an operator its kernel, its fake and, if it is differentiated, its derivative."""
     name = op._opname
@@ -371,10 +388,11 @@ def register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autog
     torch.library.register_fake(op, fake, lib=LIBRARY)
     if function is None:
         return
+    bound = _bound_to_backend(function)
 
     def autograd(*args):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return function.apply(*args)
+            return bound.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

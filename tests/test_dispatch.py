@@ -37,6 +37,21 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_backward_uses_the_backend_of_forward(built, monkeypatch):
+    """Also after the block that forced it, but not against one that is forced then."""
+    used, wgrad = [], reference.wgrad
+    monkeypatch.setattr(reference, "wgrad", lambda *args: used.append("torch") or wgrad(*args))
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 2, 3, 3, requires_grad=True)
+    with use_backend("torch"):
+        y = grouped_conv2d(x, weight, groups=4)
+    y.sum().backward(retain_graph=True)
+    assert used == ["torch"]
+    with use_backend("cpu"):
+        y.sum().backward()
+    grouped_conv2d(x, weight, groups=4).sum().backward()
+    assert used == ["torch"]
+
+
 def test_automatic_choice_takes_the_first_that_fits(monkeypatch):
     dispatch._launchers.cache_clear()
     served = {"triton": "no triton", "cuda": "no cuda", "cpu": None, "torch": None}
