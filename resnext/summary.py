@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnext import fusion
@@ -93,16 +94,14 @@ def summary(
     not_fused = why_not_fused(model)  # before anything observes the model
     units: dict[str, Any] = {name: unit for name, unit in model.named_modules() if isinstance(unit, FusedModule)}
     fused = {conv: unit for name, unit in units.items() if name not in not_fused for conv in _convolutions(unit)}
-    # torchinfo would move the model to a GPU if there is one.
-    device = None if input_size is None else next((p.device for p in model.parameters()), None)
+    if input_size is not None:  # torchinfo would make float32, and move the model to a GPU if there is one
+        input_data = _random(model, input_size)
     with _modes_kept(model), _observed(model, fused) as served, FlopCounterMode(display=False) as counter:
         statistics = torchinfo.summary(
             model,
-            input_size,
-            input_data,
+            input_data=input_data,
             col_names=col_names,
             depth=depth,
-            device=device,
             mode=mode,
             row_settings=row_settings,
             verbose=0,
@@ -123,6 +122,13 @@ def summary(
     if verbose:
         print(result)
     return result
+
+
+def _random(model: nn.Module, input_size: Sequence[Any]) -> list[Tensor]:
+    """Inputs of the shape, or shapes, in the dtype and on the device of the model."""
+    shapes = [input_size] if isinstance(input_size[0], int) else input_size
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return [torch.rand(*shape, dtype=like.dtype, device=like.device) for shape in shapes]
 
 
 def _plan(unit: Any) -> Plan:

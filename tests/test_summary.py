@@ -234,6 +234,11 @@ def test_several_inputs(built):
     assert by_data.backends == found.backends
 
 
+def test_input_has_the_dtype_of_the_model(built):
+    found = resnext.summary(small().bfloat16(), SIZE, verbose=False)  # PyTorch refuses mixed dtypes
+    assert found.backends["layer1.0.conv2"] == "cpu"
+
+
 def test_printed_unless_quiet(capsys):
     model = small()
     found = resnext.summary(model, SIZE, depth=1)
