@@ -1,5 +1,7 @@
 """Fast grouped convolutions for PyTorch, and the ResNeXt and ResNet models built on them."""
 
+from resnext.checkpoint_files import read_checkpoint, save_checkpoint
+from resnext.checkpoints import LoadReport, load_checkpoint
 from resnext.convert import FuseReport, fuse_, unfuse_, why_not_fused
 from resnext.features import FeatureMaps
 from resnext.kernels import explain, grouped_conv2d, use_backend
@@ -38,6 +40,7 @@ from resnext.models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from resnext.pretrained import from_pretrained, save_pretrained
 from resnext.resnet import ResNet
 from resnext.summary import summary
 
@@ -48,6 +51,7 @@ __all__ = [
     "FeatureMaps",
     "FuseReport",
     "GroupedConv2d",
+    "LoadReport",
     "ResNeXt50Fused",
     "ResNeXt101_32x8dFused",
     "ResNeXt101_64x4dFused",
@@ -60,9 +64,12 @@ __all__ = [
     "__version__",
     "create_model",
     "explain",
+    "from_pretrained",
     "fuse_",
     "grouped_conv2d",
     "list_models",
+    "load_checkpoint",
+    "read_checkpoint",
     "resnet18",
     "resnet18_cifar",
     "resnet34",
@@ -83,6 +90,8 @@ __all__ = [
     "resnext101_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "save_checkpoint",
+    "save_pretrained",
     "summary",
     "unfuse_",
     "use_backend",

@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnext import ResNet
+from resnext import ResNet, load_checkpoint, read_checkpoint, save_checkpoint
 from resnext.blocks import Bottleneck
-from resnext.checkpoint_files import read_checkpoint, save_checkpoint
-from resnext.checkpoints import load_checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch")
 

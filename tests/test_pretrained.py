@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 import resnext
-from resnext import ResNet
+from resnext import ResNet, create_model, from_pretrained, save_pretrained
 from resnext.blocks import Bottleneck
-from resnext.models import create_model
-from resnext.pretrained import from_pretrained, save_pretrained
 from tests.checkpoint_layouts import randomise
 
 pytest.importorskip("safetensors")
