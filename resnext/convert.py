@@ -228,7 +228,7 @@ def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
     if isinstance(module, nn.Conv2d):
         if (reason := _why_not_grouped(module)) is None:
             if not isinstance(module, (Converted, GroupedConv2d)):
-                module.__class__ = _convolution_class(type(module))
+                _set_class(module, _convolution_class)
             report.fused.append(Fused(name, "convolution", cls))
         elif reason:
             report.skipped.append(Skipped(name, cls, reason))
@@ -239,12 +239,12 @@ def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
     plans, reason = (module._fused_plans, "") if kept else _plans(module)
     if plans:
         if not isinstance(module, FusedModule):
-            module.__class__ = _fused_class(type(module))
+            _set_class(module, _fused_class)
         module._fused_plans = plans
         report.fused.append(Fused(name, next(iter(plans.values())).kind, cls))
         return
     if isinstance(module, FusedModule):
-        _restore(module)
+        _restore(cast(nn.Module, module))
     if reason:
         report.skipped.append(Skipped(name, cls, reason))
 
@@ -323,6 +323,10 @@ def _has_own_pair(module: nn.Module) -> bool:
 # --- classes ---
 
 
+def _set_class(module: Any, derived: Callable[[Any], type[nn.Module]]) -> None:
+    module.__class__ = derived(type(module))
+
+
 @functools.cache
 def _fused_class(original: Any) -> type[nn.Module]:
     @functools.wraps(original.forward)  # which keeps the signature, for those who trace or inspect it
@@ -330,7 +334,7 @@ def _fused_class(original: Any) -> type[nn.Module]:
         made = None if kwargs else self._fused_plans.get(len(args))
         if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
             return original.forward(self, *args, **kwargs)
-        recompute = made.kind == "block" and getattr(self, "recompute", False)
+        recompute = made.kind == "block" and getattr(self, "recompute", False) is True
         with _forced(self._fused_backend):
             return fusion.run(self, made, args, recompute)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -98,13 +99,14 @@ def record(
     Raises:
         RecordError: With the reason.
     """
-    was_training = [(module, module.training) for module in root.modules()]
-    before = {module: _plain_attributes(module) for module in root.modules()}
+    modules = list(root.modules())
+    was_training = [module.training for module in modules]
+    before = [_state(module) for module in modules]
     generators = _generators()
     recordings = []
     try:
         for training in (True, False):
-            for module, _ in was_training:
+            for module in modules:
                 module.training = training
             tracer = _Tracer(is_leaf, owners)
             recordings.append(_recording(root, tracer, tracer.trace(root, _defaults(root, tensors)), tensors))
@@ -114,15 +116,11 @@ def record(
         text = str(error).strip().splitlines() or [""]
         raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
     finally:
-        for module, training in was_training:
+        for module, training in zip(modules, was_training, strict=True):
             module.training = training
-        changed = [module for module, kept in before.items() if not _same(_plain_attributes(module), kept)]
-        for module in changed:
-            for name in _plain_attributes(module):
-                del module.__dict__[name]
-            module.__dict__.update(before[module])
+        changed = [_restore_state(module, state) for module, state in zip(modules, before, strict=True)]
         drawn = _restore_generators(generators)
-    if changed:
+    if any(changed):
         raise RecordError("its forward sets attributes")
     if drawn:
         raise RecordError("its forward draws random numbers outside of modules")
@@ -145,6 +143,16 @@ def attributes_hold(module: nn.Module, shell: Shell) -> bool:
     return all(_equal(getattr(module, name, None), value) for name, value in shell.attributes)
 
 
+class _Value(fx.Proxy):
+    """Stands for a tensor; ``isinstance`` says so too, as a forward may ask."""
+
+    _is_param = False
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc,override]
+        return torch.Tensor
+
+
 class _Tracer(fx.Tracer):
     # A forward that changes a buffer does so when it runs, not while it is recorded.
     proxy_buffer_attributes = True
@@ -153,6 +161,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._is_leaf, self._owners = is_leaf, owners
         self._owner = ""
+        self._modes = _modes()
         self.node_owners: dict[fx.Node, str] = {}
         self.shells: dict[str, nn.Module] = {}
 
@@ -176,7 +185,15 @@ class _Tracer(fx.Tracer):
             if outermost:
                 self._owner = ""
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise RecordError("its forward switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         self.node_owners[node] = self._owner
         return node
@@ -242,8 +259,45 @@ def _equal(value: Any, other: Any) -> bool:
     return isinstance(value, plain) and type(value) is type(other) and value == other
 
 
-def _same(attributes: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    return attributes.keys() == others.keys() and all(value is others[name] for name, value in attributes.items())
+_State = dict[str, tuple[Any, tuple[Any, ...]]]
+
+
+def _state(module: nn.Module) -> _State:
+    """A module's attributes, and what is in those that are containers."""
+    return {name: (value, _contents(value)) for name, value in module.__dict__.items() if name != "training"}
+
+
+def _contents(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, dict):
+        return tuple(part for item in value.items() for part in item)
+    return tuple(value) if isinstance(value, (list, set)) else ()
+
+
+def _restore_state(module: nn.Module, state: _State) -> bool:
+    """Put a module's attributes back; returns whether that was needed."""
+    changed = module.__dict__.keys() - {"training"} != state.keys()
+    for name, (value, contents) in state.items():
+        now = module.__dict__.get(name)
+        same = now is value and len(_contents(now)) == len(contents)
+        if same and all(map(operator.is_, _contents(now), contents)):
+            continue
+        changed = True
+        if isinstance(value, dict):
+            value.clear()
+            value.update(zip(contents[::2], contents[1::2], strict=True))
+        elif isinstance(value, (list, set)):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(contents)
+        module.__dict__[name] = value
+    for name in module.__dict__.keys() - state.keys() - {"training"}:
+        del module.__dict__[name]
+    return changed
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a record does not show, since it is no operation."""
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _generators() -> tuple[Any, ...]:
