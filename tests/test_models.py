@@ -21,18 +21,18 @@ resnet = tv.resnet
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# Every builder: the class it returns, and the published number of parameters in millions.
+# The builders that torchvision has too, and the class of what they return.
 VARIANTS = {
-    "resnet18": ("ResNet18Fused", 11.7),
-    "resnet34": ("ResNet34Fused", 21.8),
-    "resnet50": ("ResNet50Fused", 25.6),
-    "resnet101": ("ResNet101Fused", 44.5),
-    "resnet152": ("ResNet152Fused", 60.2),
-    "resnext50_32x4d": ("ResNeXt50Fused", 25.0),
-    "resnext101_32x8d": ("ResNeXt101_32x8dFused", 88.8),
-    "resnext101_64x4d": ("ResNeXt101_64x4dFused", 83.5),
-    "wide_resnet50_2": ("ResNet50Fused", 68.9),
-    "wide_resnet101_2": ("ResNet101Fused", 126.9),
+    "resnet18": "ResNet18Fused",
+    "resnet34": "ResNet34Fused",
+    "resnet50": "ResNet50Fused",
+    "resnet101": "ResNet101Fused",
+    "resnet152": "ResNet152Fused",
+    "resnext50_32x4d": "ResNeXt50Fused",
+    "resnext101_32x8d": "ResNeXt101_32x8dFused",
+    "resnext101_64x4d": "ResNeXt101_64x4dFused",
+    "wide_resnet50_2": "ResNet50Fused",
+    "wide_resnet101_2": "ResNet101Fused",
 }
 
 
@@ -98,14 +98,13 @@ def assert_same_logits(ours: nn.Module, plain: nn.Module, x: Tensor) -> None:
 class TestStructure:
     @pytest.mark.parametrize("name", VARIANTS)
     def test_equals_torchvisions(self, name):
-        class_name, millions = VARIANTS[name]
+        class_name = VARIANTS[name]
         with torch.device("meta"):
             ours, plain = getattr(resnext, name)(), getattr(tv, name)()
         shapes, plain_shapes = ({k: v.shape for k, v in m.state_dict().items()} for m in (ours, plain))
         assert isinstance(ours, getattr(resnext, class_name))
         assert type(ours).__name__ == class_name
         assert list(shapes.items()) == list(plain_shapes.items())
-        assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 1) == millions
         children = [name for name, _ in plain.named_modules()]
         assert [name for name, _ in ours.named_modules()] == children
         threes = [m for m in ours.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
