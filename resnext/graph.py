@@ -148,8 +148,8 @@ class _Value(fx.Proxy):
 
     _is_param = False
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc,override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return torch.Tensor
 
 
