@@ -44,8 +44,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     if path.suffix == ".safetensors":
         safetensors = _import_safetensors("read_checkpoint")
         try:
-            return safetensors.load_file(path)
-        except Exception as error:  # safetensors' own class, whose place has changed between versions
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
             raise ValueError(
                 f"read_checkpoint: expected a safetensors file, got {path}: {error}; get it anew"
             ) from error
@@ -111,7 +111,7 @@ def save_checkpoint(
         safetensors = _import_safetensors("save_checkpoint")
         tensors = _separate_tensors(checkpoint)
         texts = {"format": "pt", **(metadata or {})}
-        return write_atomically(path, lambda file: safetensors.save_file(tensors, file, texts))
+        return write_atomically(path, lambda file: file.write_bytes(safetensors.torch.save(tensors, texts)))
     if metadata is not None:
         raise ValueError(
             f"save_checkpoint: expected no metadata for {path.suffix}, got {dict(metadata)}; add them to the mapping"
@@ -132,19 +132,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> Path:
     Raises:
         OSError: The file cannot be written.
     """
-    path = Path(path)
     target = Path(os.path.realpath(path))  # through a symbolic link, as if written in place
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()  # fails with the right OSError where the writers' own say less
+        temporary.touch()  # fails with the right OSError where torch.save says less
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # a rename may reach the disk before the contents, without
         os.replace(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # The writers' own classes for a full disk: torch's RuntimeError, safetensors' SafetensorError.
-        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
+        if isinstance(error, RuntimeError):  # what torch.save makes of a full disk
             raise OSError(
                 f"save_checkpoint: could not write {path}: {error}; check the space left on the disk"
             ) from error
@@ -180,8 +178,9 @@ def _needed_classes(path: Path, error: pickle.UnpicklingError) -> list[str]:
 
 
 def _not_a_checkpoint(path: Path, error: Exception) -> str:
-    detail = re.split(r"[\n.] ?", str(error), maxsplit=1)[0] or type(error).__name__
-    return f"read_checkpoint: expected a checkpoint, got {path}, damaged or of another kind ({detail}); get it anew"
+    # The unpickler's advice, to try again with weights_only=False, would not help.
+    detail = "" if isinstance(error, pickle.UnpicklingError) else f" ({(str(error) or repr(error)).splitlines()[0]})"
+    return f"read_checkpoint: expected a checkpoint, got {path}, damaged or something else{detail}; get it anew"
 
 
 def _import_safetensors(caller: str) -> ModuleType:
@@ -191,4 +190,4 @@ def _import_safetensors(caller: str) -> ModuleType:
         raise ImportError(
             f"{caller}: expected safetensors to be installed, got none; pip install safetensors, or use a .pth file"
         ) from error
-    return safetensors.torch
+    return safetensors
