@@ -7,6 +7,7 @@ refused: a module's record must be true for every later call.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
@@ -109,7 +110,9 @@ def record(
             for module in modules:
                 module.training = training
             tracer = _Tracer(is_leaf, owners)
-            recordings.append(_recording(root, tracer, tracer.trace(root, _defaults(root, tensors)), tensors))
+            with _no_autograd_functions():
+                graph = tracer.trace(root, _defaults(root, tensors))
+            recordings.append(_recording(root, tracer, graph, tensors))
     except RecordError:
         raise
     except Exception as error:  # whatever a forward does with placeholders
@@ -151,6 +154,18 @@ class _Value(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Tensor
+
+
+def _record_in_place(operation: Callable[[Any, Any], Any]) -> None:
+    # fx knows y + x alone, and Python makes that of y += x where it has to.
+    def method(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    setattr(_Value, f"__{operation.__name__}__", method)
+
+
+for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow):
+    _record_in_place(_operation)
 
 
 class _Tracer(fx.Tracer):
@@ -197,6 +212,23 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         self.node_owners[node] = self._owner
         return node
+
+
+@contextlib.contextmanager
+def _no_autograd_functions() -> Iterator[None]:
+    """Refuse calls of custom autograd Functions: their backward passes would be lost, and with them checkpointing."""
+    kept = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(each) is _Value for each in (*args, *kwargs.values())):
+            raise RecordError(f"its forward calls {cls.__name__}, an autograd Function")
+        return kept.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = kept  # type: ignore[method-assign]
 
 
 def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) -> Recording:
