@@ -213,12 +213,12 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
                 child(unit, step.conv),
                 child(unit, step.norm),
                 (values[step.x], values[step.prologue], values[step.residual], values[step.residual_affine]),
+                step.in_place,
                 recompute,
             )
         elif isinstance(step, ConvAffine):
-            conv = child(unit, step.pair[0])
-            values[step.out] = conv_affine(
-                values[step.x], *folded[step.pair], values[step.residual], step.relu, conv.stride, conv.groups
+            values[step.out] = _conv_affine(
+                child(unit, step.pair[0]), folded[step.pair], values[step.x], values[step.residual], step
             )
         elif isinstance(step, Activation):
             values[step.out] = _affine_add_relu(values[step.z], values[step.affine], None, None)
@@ -259,9 +259,11 @@ def _filled(argument: Any, values: list[Any]) -> Any:
 # --- training, and evaluation with gradients ---
 
 
-def _block_end(conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], recompute: bool) -> Tensor:
+def _block_end(conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], in_place: bool, recompute: bool) -> Tensor:
     def end(x: Tensor, prologue: Affine | None, residual: Tensor, residual_affine: Affine | None) -> Any:
         z, affine, statistics = _conv_norm(x, prologue, conv, bn)
+        if not _is_like(residual, z.shape, z.dtype, in_place):
+            return torch.relu(_normalised(z, affine) + _normalised(residual, residual_affine)), statistics
         return _affine_add_relu(z, affine, residual, residual_affine), statistics
 
     if recompute and torch.is_grad_enabled():
@@ -294,6 +296,18 @@ def _conv_norm(
             shift = shift + 0 * conv.bias
             statistics = statistics._replace(mean=statistics.mean + conv.bias.to(statistics.mean.dtype))
     return z, (center, scale, shift), statistics
+
+
+def _is_like(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, in_place: bool) -> bool:
+    """Whether a sum with ``residual`` has the shape and dtype of the other operand."""
+    return (in_place or residual.dtype == dtype) and torch.broadcast_shapes(residual.shape, shape) == tuple(shape)
+
+
+def _normalised(z: Tensor, affine: Affine | None) -> Tensor:
+    if affine is None:
+        return z
+    center, scale, shift = (vector[:, None, None] for vector in affine)
+    return (scale * (z.to(scale.dtype) - center) + shift).to(z.dtype)
 
 
 def _affine_add_relu(z: Tensor, affine: Any, residual: Tensor | None, residual_affine: Affine | None) -> Tensor:
@@ -335,6 +349,17 @@ class _Kept(NamedTuple):
 
 # Beside the modules and not in them: state_dict, pickle and copies know nothing of it.
 _KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def _conv_affine(conv: nn.Conv2d, folded: Folded, x: Tensor, residual: Tensor | None, step: ConvAffine) -> Tensor:
+    if residual is not None:
+        height, width = (-(-size // stride) for size, stride in zip(x.shape[2:], conv.stride, strict=True))
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if not _is_like(residual, (x.shape[0], conv.out_channels, height, width), dtype, step.in_place):
+            sum_ = conv_affine(x, *folded, None, False, conv.stride, conv.groups) + residual
+            return torch.relu(sum_) if step.relu else sum_
+    return conv_affine(x, *folded, residual, step.relu, conv.stride, conv.groups)
 
 
 def _infers(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:

@@ -46,7 +46,10 @@ class ConvStats:
 
 @dataclass(frozen=True)
 class BlockEnd:
-    """`ConvStats`, and relu(its affine of its result + residual), or + residual_affine(residual)."""
+    """`ConvStats`, and relu(its affine of its result + residual), or + residual_affine(residual).
+
+    ``in_place``: whether the sum has the branch's dtype whatever the residual's is.
+    """
 
     conv: str
     norm: str
@@ -54,6 +57,7 @@ class BlockEnd:
     prologue: int
     residual: int
     residual_affine: int
+    in_place: bool
     out: int
 
 
@@ -77,11 +81,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class ConvAffine:
-    """A convolution with its batch norm folded, residual and ReLU."""
+    """A convolution with its batch norm folded, residual and ReLU; ``in_place`` as in `BlockEnd`."""
 
     pair: tuple[str, str]
     x: int
     residual: int
+    in_place: bool
     relu: bool
     out: int
 
@@ -387,7 +392,8 @@ class _Planner:
             residual, residual_affine = shortcut, NONE
             if self._is_pair(shortcut) and self._is_lazy(shortcut):
                 (residual,), residual_affine = self.ops[shortcut].inputs, shortcut
-            return BlockEnd(last.conv, last.norm, last.x, last.prologue, residual, residual_affine, index)
+            in_place = self._adds_in_place(index)
+            return BlockEnd(last.conv, last.norm, last.x, last.prologue, residual, residual_affine, in_place, index)
         if index in self.activations:
             self._stands_for(op)
             norm = self.activations[index]
@@ -401,7 +407,13 @@ class _Planner:
     def _conv_affine(self, norm: int, residual: int, relu: bool, out: int) -> ConvAffine:
         conv = self.ops[self.ops[norm].inputs[0]]
         self.pairs.append((conv.name, self.ops[norm].name))
-        return ConvAffine(self.pairs[-1], conv.inputs[0], residual, relu, out)
+        in_place = residual != NONE and self._adds_in_place(out)
+        return ConvAffine(self.pairs[-1], conv.inputs[0], residual, in_place, relu, out)
+
+    def _adds_in_place(self, end: int) -> bool:
+        """Whether the sum that ends a block is written into the branch's memory."""
+        add = self.ops[end] if self.ops[end].role == "add" else self.ops[self.ops[end].inputs[0]]
+        return add.in_place and add.inputs[0] == self.ends[end][0]
 
     def _stands_for(self, op: _Op) -> None:
         if op.name:
