@@ -7,6 +7,7 @@ refused: a module's record must be true for every later call.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import inspect
@@ -110,7 +111,7 @@ def record(
             for module in modules:
                 module.training = training
             tracer = _Tracer(is_leaf, owners)
-            with _no_autograd_functions():
+            with _no_autograd_functions(), _taken_for_tensors():
                 graph = tracer.trace(root, _defaults(root, tensors))
             recordings.append(_recording(root, tracer, graph, tensors))
     except RecordError:
@@ -147,13 +148,7 @@ def attributes_hold(module: nn.Module, shell: Shell) -> bool:
 
 
 class _Value(fx.Proxy):
-    """Stands for a tensor; ``isinstance`` says so too, as a forward may ask."""
-
-    _is_param = False
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor
+    """Stands for a tensor, or for what is computed of one."""
 
 
 def _record_in_place(operation: Callable[[Any, Any], Any]) -> None:
@@ -212,6 +207,24 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         self.node_owners[node] = self._owner
         return node
+
+
+@contextlib.contextmanager
+def _taken_for_tensors() -> Iterator[None]:
+    """Let ``isinstance`` say that a `_Value` is a tensor, as a forward may ask.
+
+    Only where Python asks: C++ would read its memory (which it did with a ``__class__`` that says so).
+    """
+    kept = builtins.isinstance
+
+    def is_instance(value: Any, classes: Any) -> bool:
+        return kept(value, classes) or (type(value) is _Value and issubclass(torch.Tensor, classes))
+
+    builtins.isinstance = is_instance  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = kept
 
 
 @contextlib.contextmanager
