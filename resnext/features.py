@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from resnext.convert import fuse_
-from resnext.resnet import ResNet, checkpoint_stages
+from resnext.resnet import ResNet
+from resnext.stages import checkpoint_stages
 
 
 class FeatureInfo:

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from resnext.blocks import BasicBlock, Bottleneck, conv1x1, conv3x3
 from resnext.convert import fuse_, why_not_fused
-
-# Symbolic tracing refuses it, rather than recording what it calls and losing the saving of memory.
-fx.wrap("checkpoint")
+from resnext.stages import checkpoint_stages
 
 Norm = Callable[..., nn.Module]
 Act = Callable[[], nn.Module]
@@ -44,23 +41,6 @@ STEMS = {
     "keras": Stem(kernel_size=7, stride=2, pool_padding=0),
 }
 GLOBAL_POOLS = {"avg": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d}
-
-
-class CheckpointedStage(nn.Sequential):
-    """A stage of which backward keeps the input of each block only, and computes the rest again."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks in order."""
-        for block in self:
-            x = checkpoint(block, x, use_reentrant=False) if torch.is_grad_enabled() else block(x)
-        return x
-
-
-def checkpoint_stages(stages: Iterable[nn.Sequential], enable: bool) -> None:
-    """Make every stage a `CheckpointedStage`, or plain again."""
-    for stage in stages:
-        # By class and not by a flag: `forward` stays what was traced, and names and parameters what they are.
-        stage.__class__ = CheckpointedStage if enable else nn.Sequential
 
 
 class ResNet(nn.Module):
@@ -334,8 +314,8 @@ class ResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether backward keeps each block's input only and runs the block again: least memory, a third more time.
 
-        As with ``torch.utils.checkpoint`` on any model, running statistics of batch norms follow each batch twice. For
-        less saving at less cost, without that, see `recompute`.
+        Running statistics of batch norms follow each batch once all the same. For less saving at less cost see
+        `recompute`.
         """
         checkpoint_stages(self._stages(), enable)
 

@@ -88,8 +88,9 @@ ALLOWED = {
         "torch",
     },
     "resnext/blocks": {"resnext.convert", "torch"},
-    "resnext/resnet": {"resnext.blocks", "resnext.convert", "torch"},
-    "resnext/features": {"resnext.convert", "resnext.resnet", "torch"},
+    "resnext/stages": {"torch"},
+    "resnext/resnet": {"resnext.blocks", "resnext.convert", "resnext.stages", "torch"},
+    "resnext/features": {"resnext.convert", "resnext.resnet", "resnext.stages", "torch"},
     "resnext/models": {"resnext.blocks", "resnext.features", "resnext.resnet"},
     "resnext/summary": {
         "resnext.convert",

@@ -194,23 +194,27 @@ def test_classifier_replaced_by_hand():
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """A training step's output and gradients, and what was kept for backward of the size of an activation."""
+    """A training step's output, gradients and buffers, and the activations that were kept for backward."""
     kept = []
     model.zero_grad()
+    torch.manual_seed(4)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         out = model.train()(x)
     out.square().mean().backward()
-    return [out, *[parameter.grad for parameter in model.parameters()]], [t for t in kept if t.dim() == 4]
+    results = [out, *[parameter.grad for parameter in model.parameters()], *model.buffers()]
+    return results, [tensor for tensor in kept if tensor.dim() == 4]
 
 
-def test_grad_checkpointing():
-    model = small(layers=(2, 1, 1), groups=4, width_per_group=16)
+@pytest.mark.parametrize("prepare", [lambda model: model, resnext.unfuse_], ids=["fused", "plain"])
+def test_grad_checkpointing(prepare):
+    """The same results, running statistics included, and less kept."""
+    model = prepare(small(layers=(2, 1, 1), groups=4, width_per_group=16, drop_path_rate=0.5))
     plain = copy.deepcopy(model)
     model.set_grad_checkpointing()
     x = images()
     (got, kept), (expected, kept_plainly) = step(model, x), step(plain, x)
     torch.testing.assert_close(got, expected)
-    # Of the four blocks, one tensor each: a kept block would have the input, the convolutions' outputs and weights.
+    # Of each of the four blocks only the input: without, also the convolutions' outputs and weights.
     assert len(kept) <= len(kept_plainly) - 4 * 6
 
     again = pickle.loads(pickle.dumps(model))
@@ -218,6 +222,17 @@ def test_grad_checkpointing():
     assert len(step(again, x)[1]) == len(kept)
     model.set_grad_checkpointing(False)
     assert len(step(model, x)[1]) == len(kept_plainly)
+
+
+def test_grad_checkpointing_without_gradients_and_compiled():
+    model = small(BasicBlock, layers=(1, 1)).eval()
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        model.set_grad_checkpointing()
+        torch.testing.assert_close(model(x), expected)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, x)[0], step(model, x)[0])
 
 
 # --- wrong values ---
