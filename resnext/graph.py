@@ -150,6 +150,8 @@ def attributes_hold(module: nn.Module, shell: Shell) -> bool:
 class _Value(fx.Proxy):
     """Stands for a tensor, or for what is computed of one."""
 
+    _is_param = False  # which is how Python asks for an nn.Parameter
+
 
 def _record_in_place(operation: Callable[[Any, Any], Any]) -> None:
     # fx knows y + x alone, and Python makes that of y += x where it has to.
