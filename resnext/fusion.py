@@ -260,19 +260,24 @@ def _filled(argument: Any, values: list[Any]) -> Any:
 
 
 def _block_end(conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], in_place: bool, recompute: bool) -> Tensor:
-    def end(x: Tensor, prologue: Affine | None, residual: Tensor, residual_affine: Affine | None) -> Any:
-        z, affine, statistics = _conv_norm(x, prologue, conv, bn)
+    def add(z: Tensor, affine: Any, residual: Tensor, residual_affine: Affine | None) -> Tensor:
         if not _is_like(residual, z.shape, z.dtype, in_place):
-            return torch.relu(_normalised(z, affine) + _normalised(residual, residual_affine)), statistics
-        return _affine_add_relu(z, affine, residual, residual_affine), statistics
+            return torch.relu(_normalised(z, affine) + _normalised(residual, residual_affine))
+        return _affine_add_relu(z, affine, residual, residual_affine)
+
+    def end(x: Tensor, prologue: Affine | None, *shortcut: Any) -> tuple[Tensor, Statistics | None]:
+        z, affine, statistics = _conv_norm(x, prologue, conv, bn)
+        return add(z, affine, *shortcut), statistics
 
     if recompute and torch.is_grad_enabled():
         out, statistics = checkpoint(end, *operands, use_reentrant=False, preserve_rng_state=False)
-    else:
-        out, statistics = end(*operands)
-    # Not in `end`, which may run twice.
+        batch_norm.update_running_statistics(bn, statistics)  # not in `end`, which runs twice
+        return out
+    x, prologue, *shortcut = operands
+    z, affine, statistics = _conv_norm(x, prologue, conv, bn)
+    # Before the sum: checkpointing around the block stops its second run where backward has all that it needs.
     batch_norm.update_running_statistics(bn, statistics)
-    return out
+    return add(z, affine, *shortcut)
 
 
 def _conv_norm(
