@@ -291,7 +291,8 @@ class _Planner:
 
     def _is_lazy(self, norm: int) -> bool:
         """Whether nobody needs the values of a norm in training: its affine is applied where they are read."""
-        return norm in self.activations.values() or any(norm in operands for operands in self.ends.values())
+        ends = len(self.users[norm]) == 1 and any(norm in operands for operands in self.ends.values())
+        return ends or norm in self.activations.values()
 
     def _norm_of(self, conv: int) -> int:
         """The norm that comes with a convolution in training."""

@@ -503,7 +503,7 @@ MODELS = [
     Other("try", Tries, grouped=GROUPED),
     Other("checkpoint", Checkpointed, grouped=GROUPED),
     Other("in-place-activation", InPlaceActivation, grouped=GROUPED),
-    Other("in-place-module", InPlaceModule, grouped=GROUPED),
+    Other("in-place-module", InPlaceModule, BLOCK, GROUPED),
     Other("in-place-sum", InPlaceSum, {"": "chain"}, GROUPED),
     Other("in-place-input", InPlaceInput, BLOCK, GROUPED),
     Other("in-place-view", InPlaceView, grouped=GROUPED),
