@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resnext
-from resnext import GroupedConv2d, ResNet
+from resnext import FeatureMaps, GroupedConv2d, ResNet
 
 from .block_cases import resnet
 
@@ -85,6 +85,30 @@ def test_groups(name):
     assert all(isinstance(conv, GroupedConv2d) for conv in convolutions)
     assert [conv.groups for conv in convolutions] == [groups] * len(widths)
     assert [conv.weight.shape[1] for conv in convolutions] == widths
+
+
+# The side of a model's images, and channels and side of each stage's maps, as the articles' tables have them.
+MAPS = {
+    "resnet18": (224, [(64, 56), (128, 28), (256, 14), (512, 7)]),
+    "resnet50": (224, [(256, 56), (512, 28), (1024, 14), (2048, 7)]),
+    "resnet50_v1": (224, [(256, 56), (512, 28), (1024, 14), (2048, 7)]),
+    "resnet50_keras": (224, [(256, 55), (512, 28), (1024, 14), (2048, 7)]),
+    "resnext50_32x4d": (224, [(256, 56), (512, 28), (1024, 14), (2048, 7)]),
+    "resnext50_32x2d": (224, [(256, 56), (512, 28), (1024, 14), (2048, 7)]),
+    "resnet18_cifar": (32, [(64, 32), (128, 16), (256, 8), (512, 4)]),
+    "resnet50_cifar": (32, [(256, 32), (512, 16), (1024, 8), (2048, 4)]),
+    "resnext29_8x64d_cifar": (32, [(256, 32), (512, 16), (1024, 8)]),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_shapes_of_maps_and_logits(name):
+    side, maps = MAPS[name]
+    model, x = on_meta(name), torch.empty(2, 3, side, side, device="meta")
+    logits = model(x)
+    assert logits.shape == (2, model.num_classes)
+    got = FeatureMaps(model)(x)[1:]
+    assert [tuple(each.shape) for each in got] == [(2, channels, size, size) for channels, size in maps]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "resnext101_32x4d"])
