@@ -271,8 +271,8 @@ def _why_not_grouped(conv: nn.Conv2d) -> str | None:
 def _plans(module: nn.Module) -> tuple[dict[int, Plan], str]:
     """The plans of a module by number of arguments; or why there is none, if one might be expected."""
     plans: dict[int, Plan] = {}
-    reason = ""
-    for tensors in tensor_arguments(module):
+    reason = "it has a forward of its own" if "forward" in module.__dict__ else ""
+    for tensors in () if reason else tensor_arguments(module):
         try:
             made = plan(module, record(module, tensors, _is_leaf, _is_chain))
         except RecordError as error:
