@@ -243,9 +243,9 @@ def compare(name: str) -> Row:
         if double:
             rounding = largest_error(plain[kind], exact[kind])
             errors[kind] = Errors(difference, rounding, largest_error(ours_double[kind], exact[kind]))
-    wrong = [f"{kind}: {message}" for kind, error in errors.items() if (message := _wrong(kind, error))]
+    failures = [f"{kind}: {message}" for kind, error in errors.items() if (message := wrong(kind, error))]
     if list(model.state_dict()) != keys:
-        wrong.append("state_dict has other keys")
+        failures.append("state_dict has other keys")
     kinds = Counter(fused.kind for fused in converted.fused)
     return Row(
         name,
@@ -256,11 +256,11 @@ def compare(name: str) -> Row:
         seconds,
         {kind: asdict(error) for kind, error in errors.items()},
         "; ".join(notes),
-        "; ".join(wrong) or None,
+        "; ".join(failures) or None,
     )
 
 
-def _wrong(kind: str, errors: Errors) -> str | None:
+def wrong(kind: str, errors: Errors) -> str | None:
     """What is wrong about the errors of one kind."""
     if errors.double is not None and not errors.double <= LIMIT:
         return f"float64 results differ by {errors.double:.1e}"

@@ -233,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for option in ("json", "csv"):
         command_line.check_output(parser, option, getattr(args, option))
+    if args.workers < 1:
+        parser.error(f"--workers: expected at least 1, got {args.workers}")
     if args.resume and (args.json is None or not Path(args.json).exists()):
         parser.error(f"--resume: expected --json with a file of an earlier run, got {args.json}")
     return command_line.exit_code("zoo.py", lambda: _run(args, parser))
