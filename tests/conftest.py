@@ -109,3 +109,9 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(restore_threads: None) -> None:
+    """For small tensors, which other threads only slow down."""
+    torch.set_num_threads(1)
