@@ -259,7 +259,35 @@ def _check_activation(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a floating-point input, got {x.dtype}; convert it with .to(dtype)")
 
 
+# Of convolutions that were right: most calls repeat one. Values: the strides.
+_right: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+
 def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
+    integers = isinstance(stride, tuple) and all(type(each) is int for each in (*stride, groups))
+    plain = type(x) is Tensor and isinstance(weight, Tensor)  # whose shapes are not symbolic, so have a hash
+    if not (integers and plain) or torch.compiler.is_compiling():
+        return _checked_conv(name, x, weight, stride, groups)
+    key = (
+        x.shape,
+        x.dtype,
+        x.device,
+        x.layout,
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        weight.layout,
+        stride,
+        groups,
+    )
+    if (strides := _right.get(key)) is None:
+        if len(_right) > 10_000:  # images of every size
+            _right.clear()
+        strides = _right[key] = _checked_conv(name, x, weight, stride, groups)
+    return strides
+
+
+def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
     padding = tuple(k // 2 for k in weight.shape[2:])
     if message := checks.invalid_conv2d(x, weight, None, stride, padding or 0, 1, groups):
         raise ValueError(f"{name}: {message}")

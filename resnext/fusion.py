@@ -42,6 +42,8 @@ _USUAL_GEOMETRY = frozenset(
 
 def child(module: nn.Module, name: str) -> Any:
     """The submodule of that dotted name, or None."""
+    if "." not in name:
+        return module._modules.get(name)
     for part in name.split("."):
         module = module._modules.get(part)  # type: ignore[assignment]
         if module is None:
@@ -303,9 +305,11 @@ def _conv_norm(
     return z, (center, scale, shift), statistics
 
 
-def _is_like(residual: Tensor, shape: Sequence[int], dtype: torch.dtype, in_place: bool) -> bool:
+def _is_like(residual: Tensor, shape: tuple[int, ...], dtype: torch.dtype, in_place: bool) -> bool:
     """Whether a sum with ``residual`` has the shape and dtype of the other operand."""
-    return (in_place or residual.dtype == dtype) and torch.broadcast_shapes(residual.shape, shape) == tuple(shape)
+    if residual.dtype != dtype and not in_place:
+        return False
+    return residual.shape == shape or torch.broadcast_shapes(residual.shape, shape) == shape
 
 
 def _normalised(z: Tensor, affine: Affine | None) -> Tensor:
