@@ -59,7 +59,8 @@ class FuseReport(NamedTuple):
 
     Attributes:
         fused: The converted modules, those of earlier calls included.
-        skipped: Blocks and grouped 3x3 convolutions that could not be converted.
+        skipped: What could not be converted: modules with convolutions and norms of their own, and grouped 3x3
+            convolutions.
     """
 
     fused: list[Fused]
@@ -168,7 +169,8 @@ def fuse_(
             if isinstance(module, Converted):
                 module._fused_backend = backend
     report.fused.reverse()
-    report.skipped.reverse()
+    inside = _parts_of_plans(model)
+    report.skipped[:] = [each for each in reversed(report.skipped) if each.name not in inside]
     if strict and report.skipped:
         for module, cls, attributes in before:
             module.__class__ = cls
@@ -233,7 +235,7 @@ def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
         elif reason:
             report.skipped.append(Skipped(name, cls, reason))
         return
-    if _is_layer(module) or 0 in _parts(module):
+    if _is_layer(module) or (not _looks_like_block(module) and 0 in _parts(module)):
         return
     kept = isinstance(module, FusedModule) and _why_not(module) is None
     plans, reason = (module._fused_plans, "") if kept else _plans(module)
@@ -247,6 +249,13 @@ def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
         _restore(cast(nn.Module, module))
     if reason:
         report.skipped.append(Skipped(name, cls, reason))
+
+
+def _parts_of_plans(model: nn.Module) -> set[str]:
+    """The names of the modules whose forwards the plans of others replace."""
+    units = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedModule)]
+    plans = [(name, plan) for name, unit in units for plan in unit._fused_plans.values()]
+    return {f"{name}.{shell.name}".lstrip(".") for name, plan in plans for shell in plan.shells if shell.name}
 
 
 def _why_not_grouped(conv: nn.Conv2d) -> str | None:
@@ -280,7 +289,7 @@ def _plans(module: nn.Module) -> tuple[dict[int, Plan], str]:
         else:
             if made is not None:
                 plans[tensors] = made
-    return plans, "" if plans or not _has_own_pair(module) else reason
+    return plans, "" if plans or not _looks_like_block(module) else reason or _why_nothing_to_fuse(module)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -314,10 +323,25 @@ def _is_chain(module: nn.Module) -> bool:
     return isinstance(module, FusedModule)
 
 
-def _has_own_pair(module: nn.Module) -> bool:
-    """Whether a convolution and a batch norm are among a module's own children: it looks like a block."""
+def _looks_like_block(module: nn.Module) -> bool:
+    """Whether a convolution and a norm are among a module's own children."""
     children = list(module.children())
-    return any(isinstance(each, nn.Conv2d) for each in children) and any(map(batch_norm.is_known, children))
+    return any(isinstance(each, nn.Conv2d) for each in children) and any(map(_is_norm, children))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__module__.rpartition(".")[2]
+
+
+def _why_nothing_to_fuse(module: nn.Module) -> str:
+    others = {type(each).__name__: each for each in module.modules() if "activation" in type(each).__module__}
+    others.pop("ReLU", None)
+    if others:
+        return f"its activation is {', '.join(sorted(others))}, not ReLU"
+    norms = sorted({type(each).__name__ for each in module.children() if _is_norm(each)})
+    if not any(map(batch_norm.is_known, module.modules())):
+        return f"its norm is {', '.join(norms)}, not BatchNorm2d"
+    return "no ReLU follows a batch norm that follows a convolution"
 
 
 # --- classes ---
