@@ -1,7 +1,7 @@
 """A network before and after `resnext.fuse_`: what is converted, and how far apart the results are.
 
 The network gets random parameters and running statistics, and a batch of small random images. It runs in evaluation
-and one step of training, in float32 and in float64, before and after its conversion: four runs with the same
+and one step of training, in float32 and in float64, before and after its conversion, each time with the same
 parameters, images, gradient of the result and random numbers. In float64 nothing but the order of additions may differ,
 so that any error of structure shows. In float32 the measure is the error that the network itself makes. Gradients are
 shown in float32 and not judged: a ReLU whose input is zero up to rounding sends a pixel's gradient on or not, and so
@@ -28,8 +28,8 @@ TRAINED = 100_000_000  # parameters up to which a network is trained, and up to 
 DOUBLED = 700_000_000  # it is run in float64: one with more does not fit in 16 GB
 # Float64: far above its rounding errors, far below any other error.
 LIMIT = 1e-9
-# Float32, in units of the network's own rounding error: two errors of one size and any sign, and twice that because the
-# one is a sample too.
+# Float32, in units of the network's own rounding error: two errors of one size and any sign differ by twice as much; and
+# twice that because what is compared with is a sample too.
 FACTOR = 4.0
 
 Tensors = dict[str, Tensor]
@@ -41,7 +41,8 @@ class Errors:
 
     Attributes:
         difference: Converted from unconverted, both in float32.
-        rounding: Unconverted in float32 from unconverted in float64; None: not run in float64.
+        rounding: Unconverted in float32, in the worse of two layouts, from unconverted in float64; None: not run in
+            float64.
         double: Converted from unconverted, both in float64.
     """
 
@@ -228,6 +229,9 @@ def compare(name: str) -> Row:
     keys = list(model.state_dict())
 
     plain = run(model, images, train=train)
+    nhwc = images.contiguous(memory_format=torch.channels_last)
+    other = run(model.to(memory_format=torch.channels_last), nhwc, train=train) if double else {}
+    model.to(memory_format=torch.contiguous_format)
     exact = run(model.double(), images.double(), train=train) if double else {}
     model.float()
     start = time.perf_counter()
@@ -241,7 +245,7 @@ def compare(name: str) -> Row:
         difference = largest_error(ours[kind], plain[kind])
         errors[kind] = Errors(difference)
         if double:
-            rounding = largest_error(plain[kind], exact[kind])
+            rounding = max(largest_error(each[kind], exact[kind]) for each in (plain, other))
             errors[kind] = Errors(difference, rounding, largest_error(ours_double[kind], exact[kind]))
     failures = [f"{kind}: {message}" for kind, error in errors.items() if (message := wrong(kind, error))]
     if list(model.state_dict()) != keys:
