@@ -28,8 +28,8 @@ TRAINED = 100_000_000  # parameters up to which a network is trained, and up to 
 DOUBLED = 700_000_000  # it is run in float64: one with more does not fit in 16 GB
 # Float64: far above its rounding errors, far below any other error.
 LIMIT = 1e-9
-# Float32, in units of the network's own rounding error: two errors of one size and any sign differ by twice as much; and
-# twice that because what is compared with is a sample too.
+# Float32, in units of the network's own rounding error: two errors of one size differ by twice as much, and twice that
+# because what is compared with is a sample too.
 FACTOR = 4.0
 
 Tensors = dict[str, Tensor]
