@@ -7,20 +7,17 @@ refused: a module's record must be true for every later call.
 
 from __future__ import annotations
 
-import builtins
-import contextlib
-import copy
 import inspect
 import operator
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
+from resnext import effects
+from resnext.effects import Snapshot
 from resnext.layers import original_class
 
 # What every module has, and what belongs to the conversion; a recording may depend on all other attributes.
@@ -71,12 +68,14 @@ class Shell:
         type: Its class, before it was converted itself.
         children: The names of its children, and of those that are None.
         attributes: Its plain attributes, which the forward may have read.
+        contents: What was in those that are containers.
     """
 
     name: str
     type: type[nn.Module]
     children: tuple[tuple[str, bool], ...]
     attributes: tuple[tuple[str, Any], ...]
+    contents: Snapshot
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,19 @@ def record(
         RecordError: With the reason.
     """
     modules = list(root.modules())
+    shells = [module for module in modules if module is root or not is_leaf(module)]
+    if any(effects.is_generator(value) for module in shells for value in module.__dict__.values()):
+        raise RecordError("it has a generator of random numbers of its own")
     was_training = [module.training for module in modules]
-    before = [_state(module) for module in modules]
-    generators = _generators()
+    before = [effects.snapshot(module.__dict__) for module in modules]
+    states = effects.random_states()
     recordings = []
     try:
         for training in (True, False):
             for module in modules:
                 module.training = training
             tracer = _Tracer(is_leaf, owners)
-            with _no_autograd_functions(), _taken_for_tensors():
+            with effects.without_autograd_functions(_Value, tracer.refuse), effects.taken_for_tensors(_Value):
                 graph = tracer.trace(root, _defaults(root, tensors))
             recordings.append(_recording(root, tracer, graph, tensors))
     except RecordError:
@@ -122,9 +124,11 @@ def record(
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.training = training
-        changed = [_restore_state(module, state) for module, state in zip(modules, before, strict=True)]
-        drawn = _restore_generators(generators)
-    if any(changed):
+        changed = [contents for contents in before if not effects.holds(contents)]
+        for contents in changed:
+            effects.restore(contents)
+        drawn = effects.restore_random_states(states)
+    if changed:
         raise RecordError("its forward sets attributes")
     if drawn:
         raise RecordError("its forward draws random numbers outside of modules")
@@ -143,14 +147,25 @@ def tensor_arguments(module: nn.Module) -> range:
 
 
 def attributes_hold(module: nn.Module, shell: Shell) -> bool:
-    """Whether what a record takes for granted of a module's attributes still holds."""
-    return all(_equal(getattr(module, name, None), value) for name, value in shell.attributes)
+    """Whether what a record takes for granted of a module's attributes still holds.
+
+    Inside a compiler what is in containers is not looked at.
+    """
+    if not all(effects.same(getattr(module, name, None), value) for name, value in shell.attributes):
+        return False
+    return torch.compiler.is_compiling() or effects.holds(shell.contents)
 
 
 class _Value(fx.Proxy):
     """Stands for a tensor, or for what is computed of one."""
 
+    tracer: _Tracer
     _is_param = False  # which is how Python asks for an nn.Parameter
+
+    def __float__(self) -> float:
+        return self.tracer.refuse("its forward depends on values")
+
+    __int__ = __len__ = __float__  # type: ignore[assignment]  # no __index__: C++ would take a value for an integer
 
 
 def _record_in_place(operation: Callable[[Any, Any], Any]) -> None:
@@ -173,9 +188,18 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._is_leaf, self._owners = is_leaf, owners
         self._owner = ""
-        self._modes = _modes()
+        self._modes = effects.modes()
+        self.refusal = ""
         self.node_owners: dict[fx.Node, str] = {}
         self.shells: dict[str, nn.Module] = {}
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise; remembered too, as a forward may catch it."""
+        self.refusal = self.refusal or reason
+        raise RecordError(reason)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("its forward branches on values")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m)
@@ -204,49 +228,16 @@ class _Tracer(fx.Tracer):
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
-            raise RecordError("its forward switches gradients or autocast on or off")
+        if effects.modes() != self._modes:
+            self.refuse("its forward switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         self.node_owners[node] = self._owner
         return node
 
 
-@contextlib.contextmanager
-def _taken_for_tensors() -> Iterator[None]:
-    """Let ``isinstance`` say that a `_Value` is a tensor, as a forward may ask.
-
-    Only where Python asks: C++ would read its memory (which it did with a ``__class__`` that says so).
-    """
-    kept = builtins.isinstance
-
-    def is_instance(value: Any, classes: Any) -> bool:
-        return kept(value, classes) or (type(value) is _Value and issubclass(torch.Tensor, classes))
-
-    builtins.isinstance = is_instance  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        builtins.isinstance = kept
-
-
-@contextlib.contextmanager
-def _no_autograd_functions() -> Iterator[None]:
-    """Refuse calls of custom autograd Functions: their backward passes would be lost, and with them checkpointing."""
-    kept = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(type(each) is _Value for each in (*args, *kwargs.values())):
-            raise RecordError(f"its forward calls {cls.__name__}, an autograd Function")
-        return kept.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = kept  # type: ignore[method-assign]
-
-
 def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) -> Recording:
+    if tracer.refusal:
+        raise RecordError(tracer.refusal)
     nodes: list[Node] = []
     index: dict[fx.Node, int] = {}
     left_out: set[fx.Node] = set()  # arguments with their defaults, and fx's assertions on them
@@ -278,7 +269,9 @@ def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) 
 
 def _shell(name: str, module: nn.Module) -> Shell:
     children = tuple((child, value is None) for child, value in module._modules.items())
-    return Shell(name, original_class(module), children, tuple(_plain_attributes(module).items()))
+    attributes = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+    contents = effects.snapshot(tuple(attributes.values()))
+    return Shell(name, original_class(module), children, tuple(attributes.items()), contents)
 
 
 def _defaults(root: nn.Module, tensors: int) -> dict[str, Any]:
@@ -293,76 +286,6 @@ def _is_state(root: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return attribute in module._parameters or attribute in module._buffers
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
-
-
-def _equal(value: Any, other: Any) -> bool:
-    if value is other:
-        return True
-    plain = (bool, int, float, str, tuple)
-    return isinstance(value, plain) and type(value) is type(other) and value == other
-
-
-_State = dict[str, tuple[Any, tuple[Any, ...]]]
-
-
-def _state(module: nn.Module) -> _State:
-    """A module's attributes, and what is in those that are containers."""
-    return {name: (value, _contents(value)) for name, value in module.__dict__.items() if name != "training"}
-
-
-def _contents(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, dict):
-        return tuple(part for item in value.items() for part in item)
-    return tuple(value) if isinstance(value, (list, set)) else ()
-
-
-def _restore_state(module: nn.Module, state: _State) -> bool:
-    """Put a module's attributes back; returns whether that was needed."""
-    changed = module.__dict__.keys() - {"training"} != state.keys()
-    for name, (value, contents) in state.items():
-        now = module.__dict__.get(name)
-        same = now is value and len(_contents(now)) == len(contents)
-        if same and all(map(operator.is_, _contents(now), contents)):
-            continue
-        changed = True
-        if isinstance(value, dict):
-            value.clear()
-            value.update(zip(contents[::2], contents[1::2], strict=True))
-        elif isinstance(value, (list, set)):
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(contents)
-        module.__dict__[name] = value
-    for name in module.__dict__.keys() - state.keys() - {"training"}:
-        del module.__dict__[name]
-    return changed
-
-
-def _modes() -> tuple[Any, ...]:
-    """What a record does not show, since it is no operation."""
-    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
-
-
-def _generators() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.get_rng_state(), None if numpy is None else copy.copy(numpy.random.get_state())
-
-
-def _restore_generators(states: tuple[Any, ...]) -> bool:
-    """Put the generators of random numbers back; returns whether that was needed."""
-    of_random, of_torch, of_numpy = states
-    now = _generators()
-    drawn = now[0] != of_random or not torch.equal(now[1], of_torch)
-    random.setstate(of_random)
-    torch.set_rng_state(of_torch)
-    if of_numpy is not None:
-        drawn = drawn or now[2][2] != of_numpy[2] or bool((now[2][1] != of_numpy[1]).any())
-        sys.modules["numpy"].random.set_state(of_numpy)
-    return drawn
 
 
 def _refs(argument: Any) -> Iterator[Ref]:

@@ -68,7 +68,8 @@ ALLOWED = {
     },
     "resnext/layers": {"resnext.kernels", "torch"},
     "resnext/batch_norm": {"resnext.kernels", "torch"},
-    "resnext/graph": {"resnext.layers", "torch"},
+    "resnext/effects": {"torch"},
+    "resnext/graph": {"resnext.effects", "resnext.layers", "torch"},
     "resnext/plan": {"resnext.batch_norm", "resnext.graph", "resnext.kernels", "resnext.layers", "torch"},
     "resnext/fusion": {
         "resnext.batch_norm",
