@@ -155,8 +155,14 @@ def fuse_(
         What was converted, and what was not and why. Print it.
 
     Raises:
+        TypeError: ``model`` is no module, or is in TorchScript.
         ValueError: There is no such backend; or, with ``strict``, something could not be converted.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"fuse_: expected a torch.nn.Module that is not in TorchScript, got {type(model).__name__}; "
+            "convert the model before torch.jit.trace or torch.jit.script"
+        )
     with use_backend(backend):  # which knows the names
         pass
     before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]

@@ -108,6 +108,7 @@ def record(
     before = [effects.snapshot(module.__dict__) for module in modules]
     states = effects.random_states()
     recordings = []
+    failure: RecordError | None = None
     try:
         for training in (True, False):
             for module in modules:
@@ -116,11 +117,12 @@ def record(
             with effects.without_autograd_functions(_Value, tracer.refuse), effects.taken_for_tensors(_Value):
                 graph = tracer.trace(root, _defaults(root, tensors))
             recordings.append(_recording(root, tracer, graph, tensors))
-    except RecordError:
-        raise
+    except RecordError as error:
+        failure = error
     except Exception as error:  # whatever a forward does with placeholders
         text = str(error).strip().splitlines() or [""]
-        raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
+        failure = RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})")
+        failure.__cause__ = error
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.training = training
@@ -128,8 +130,10 @@ def record(
         for contents in changed:
             effects.restore(contents)
         drawn = effects.restore_random_states(states)
-    if changed:
+    if changed:  # which may be why it could not be recorded a second time
         raise RecordError("its forward sets attributes")
+    if failure is not None:
+        raise failure
     if drawn:
         raise RecordError("its forward draws random numbers outside of modules")
     if recordings[0].nodes != recordings[1].nodes:
