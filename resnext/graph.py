@@ -108,7 +108,6 @@ def record(
     before = [effects.snapshot(module.__dict__) for module in modules]
     states = effects.random_states()
     recordings = []
-    failure: RecordError | None = None
     try:
         for training in (True, False):
             for module in modules:
@@ -117,12 +116,11 @@ def record(
             with effects.without_autograd_functions(_Value, tracer.refuse), effects.taken_for_tensors(_Value):
                 graph = tracer.trace(root, _defaults(root, tensors))
             recordings.append(_recording(root, tracer, graph, tensors))
-    except RecordError as error:
-        failure = error
+    except RecordError:
+        raise
     except Exception as error:  # whatever a forward does with placeholders
         text = str(error).strip().splitlines() or [""]
-        failure = RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})")
-        failure.__cause__ = error
+        raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.training = training
@@ -130,10 +128,8 @@ def record(
         for contents in changed:
             effects.restore(contents)
         drawn = effects.restore_random_states(states)
-    if changed:  # which may be why it could not be recorded a second time
+    if changed:
         raise RecordError("its forward sets attributes")
-    if failure is not None:
-        raise failure
     if drawn:
         raise RecordError("its forward draws random numbers outside of modules")
     if recordings[0].nodes != recordings[1].nodes:
@@ -164,7 +160,7 @@ class _Value(fx.Proxy):
     """Stands for a tensor, or for what is computed of one."""
 
     tracer: _Tracer
-    _is_param = False  # which is how Python asks for an nn.Parameter
+    _is_param = _is_buffer = False  # which is how Python asks for an nn.Parameter or nn.Buffer
 
     def __float__(self) -> float:
         return self.tracer.refuse("its forward depends on values")
