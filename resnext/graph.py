@@ -269,7 +269,11 @@ def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) 
 
 def _shell(name: str, module: nn.Module) -> Shell:
     children = tuple((child, value is None) for child, value in module._modules.items())
-    attributes = {name: value for name, value in module.__dict__.items() if name not in _INTERNAL}
+    attributes = {
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in _INTERNAL and not name.startswith("__")  # where torch.distributed keeps a wrapper's state
+    }
     contents = effects.snapshot(tuple(attributes.values()))
     return Shell(name, original_class(module), children, tuple(attributes.items()), contents)
 
