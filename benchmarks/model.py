@@ -1,4 +1,4 @@
-"""Time whole networks of ours against torchvision's: images per second and latency, in training and inference.
+"""Time whole networks converted with `resnext.fuse_` against themselves: images per second, latency, both modes.
 
     python benchmarks/model.py --quick
     python benchmarks/model.py --model resnext50_32x4d --batch 1,8,64,256 --json out.json
@@ -30,7 +30,16 @@ from verify import less_accurate
 
 from resnext.kernels import use_backend
 
-MODELS = ("resnext50_32x4d", "resnet50", "resnet18")
+MODELS = (
+    "resnext50_32x4d",
+    "resnet50",
+    "resnet18",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "regnet_y_3_2gf",
+    "timm/seresnext50_32x4d",
+    "timm/regnety_040",
+)
 MODES = (TRAINING, INFERENCE)
 EAGER = ("ours", "nchw", "channels_last")
 DEFAULTS = {

@@ -1,4 +1,4 @@
-"""Blocks and whole networks as contenders: ours and torchvision's, with the same parameters.
+"""Blocks and whole networks as contenders: torchvision's or timm's, and what `resnext.fuse_` makes of them.
 
 In a 16-bit dtype training is mixed precision (autocast, float32 parameters); in inference the parameters are of that
 dtype too.
@@ -7,6 +7,7 @@ dtype too.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,7 +21,8 @@ from shapes import Block
 from timing import Timing
 from torch import Tensor, nn
 
-from resnext import blocks, models
+from resnext import fuse_
+from resnext.convert import FusedModule
 
 TRAINING, INFERENCE = "training", "inference"
 _KEPT: list[torch.library.Library] = []
@@ -45,7 +47,7 @@ def torchvision_resnet() -> ModuleType:
 
 @dataclass(frozen=True)
 class Pair:
-    """A module of ours and torchvision's, with the same parameters and buffers, in float32 and NCHW on the CPU."""
+    """A module, and converted with `fuse_`, with the same parameters and buffers, in float32 and NCHW on the CPU."""
 
     ours: nn.Module
     plain: nn.Module
@@ -53,15 +55,20 @@ class Pair:
 
 def block_pair(block: Block) -> Pair:
     """A block, its parameters the same in every run; the norms' are spread about 1 and 0, as in a trained network."""
-    plain_blocks = torchvision_resnet()
+    resnet = torchvision_resnet()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain, ours = (_build(block, module) for module in (plain_blocks, blocks))
+        plain = _build(block, resnet)
         for module in plain.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.2)
-    ours.load_state_dict(plain.state_dict())
+    return _pair(plain)
+
+
+def _pair(plain: nn.Module) -> Pair:
+    ours = copy.deepcopy(plain)
+    fuse_(ours)
     return Pair(ours, plain)
 
 
@@ -76,15 +83,21 @@ def _build(block: Block, module: ModuleType) -> nn.Module:
 
 
 def model_pair(name: str) -> Pair:
-    """A network by its name in both libraries, its parameters the same in every run."""
-    resnet = torchvision_resnet()
+    """A network by its name, its parameters the same in every run.
+
+    Args:
+        name: Of one of torchvision's, or ``"timm/"`` and that of one of timm's.
+    """
+    torchvision_resnet()  # first, since timm imports torchvision too
+    library, _, model = name.rpartition("/")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain = getattr(resnet, name)()
+        if library == "timm":
+            plain = importlib.import_module("timm").create_model(model)
+        else:
+            plain = importlib.import_module("torchvision.models").get_model(model)
         _settle(plain)
-    ours = getattr(models, name)()
-    ours.load_state_dict(plain.state_dict())
-    return Pair(ours, plain)
+    return _pair(plain)
 
 
 @torch.no_grad()
@@ -108,7 +121,7 @@ class Contender:
         layout: Of the module and its input.
         compiled: Arguments of ``torch.compile``; None: eager.
         graphed: Whether calls are replayed from a CUDA graph.
-        recompute: Whether our blocks trade time for memory (`resnext.ResNet.recompute`).
+        recompute: Whether our blocks trade time for memory (their attribute ``recompute``).
         training: Whether it can train.
     """
 
@@ -150,8 +163,9 @@ def make(name: str, pair: Pair, device: torch.device, dtype: torch.dtype, *, tra
     """A contender's module, ready to be called on inputs in its layout."""
     contender = CONTENDERS[name]
     module = copy.deepcopy(pair.ours if contender.ours else pair.plain)
-    if contender.recompute:
-        module.recompute = True
+    for each in module.modules():
+        if isinstance(each, FusedModule):
+            each.recompute = contender.recompute
     module = module.to(device, dtype if not training else None, memory_format=FORMATS[contender.layout])
     module.train(training)
     return module if contender.compiled is None else torch.compile(module, dynamic=False, **contender.compiled)
