@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from .converted import MODELS, images, pair
 from .test_compilers import one_block, operators, small_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
 
 BATCH = torch.export.Dim("batch", min=1, max=64)
 
@@ -48,16 +52,25 @@ def test_exported_model_trains():
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("prepared", [lambda model: model, unfuse_], ids=["converted", "unfused"])
-def test_ahead_of_time_inductor(prepared, tmp_path):
-    """As it is, the package calls this library's operators: it runs where they are imported. Unfused, anywhere."""
+@pytest.mark.parametrize("imports", ["resnext", "torch"])
+def test_ahead_of_time_inductor(imports, tmp_path):
+    """As it is, the package calls this library's operators and runs where they are imported; unfused, anywhere."""
     torch.compiler.reset()
     model, plain = (each.eval() for each in pair(one_block, torch.float32))
+    if imports == "torch":
+        unfuse_(model)
     x = small_images()
     with torch.no_grad():
-        program = torch.export.export(prepared(model), (x,))
+        program = torch.export.export(model, (x,))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), plain(x))
+        torch.save({"images": x, "logits": plain(x)}, tmp_path / "expected.pt")
+    code = (
+        f"import sys, torch, {imports}\n"
+        "model, expected = torch._inductor.aoti_load_package(sys.argv[1]), torch.load(sys.argv[2])\n"
+        "torch.testing.assert_close(model(expected['images']), expected['logits'])\n"
+        f"assert ('resnext' in sys.modules) == ({imports!r} == 'resnext')"
+    )
+    subprocess.run([sys.executable, "-c", code, package, tmp_path / "expected.pt"], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
