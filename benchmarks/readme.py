@@ -1,7 +1,7 @@
-"""Rewrite the tables in README.md from the committed results, so that no figure there is typed by hand.
+"""Rewrite the tables in README.md and ZOO.md from the committed results, so that no figure there is typed by hand.
 
 python benchmarks/readme.py            rewrite
-python benchmarks/readme.py --check    say whether README.md is up to date (exit code 1 if not)
+python benchmarks/readme.py --check    say whether they are up to date (exit code 1 if not)
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "ZOO.md")
 RESULTS = Path(__file__).resolve().parent / "results"
-# In README.md: <!-- results: <file below results/> --> ... <!-- end of results -->
+# In a page: <!-- results: <file below results/> --> ... <!-- end of results -->
 SECTION = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 PASSES = ("fwd", "dgrad", "wgrad")
 
@@ -83,7 +83,35 @@ def memory(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-KINDS = {"grouped_conv": convolutions, "model": networks, "memory": memory}
+def zoo(result: Mapping[str, Any]) -> list[str]:
+    """One run of zoo.py: a line per network."""
+
+    def error(row: Mapping[str, Any], kind: str) -> str:
+        if kind not in row["errors"]:
+            return "-"
+        difference, rounding = (row["errors"][kind][name] for name in ("difference", "rounding"))
+        return f"{difference:.0e}" if rounding is None else f"{difference:.0e} ({rounding:.0e})"
+
+    rows = [
+        [
+            *(row["name"], str(row["size"]), str(row["blocks"]), str(row["chains"]), str(row["convolutions"])),
+            str(sum(row["skipped"].values())),
+            *(error(row, kind) for kind in ("logits", "gradients")),
+            f"{row['seconds']:.2f}",
+            row["failure"] or row["note"],
+        ]
+        for row in result["rows"]
+    ]
+    header = ["network", "pixels", "blocks", "chains", "convolutions", "skipped", "logits", "gradients", "s", ""]
+    return [
+        f"{_about(result)}, batch {result['arguments']['batch']}. Relative errors against the unconverted network, in "
+        "parentheses its own against float64; seconds of the conversion.",
+        "",
+        *_table(header, rows),
+    ]
+
+
+KINDS = {"grouped_conv": convolutions, "model": networks, "memory": memory, "zoo": zoo}
 
 
 def section(path: str, result: Mapping[str, Any]) -> str:
@@ -93,7 +121,7 @@ def section(path: str, result: Mapping[str, Any]) -> str:
 
 
 def rewritten(text: str) -> str:
-    """README.md's text with every results section made anew."""
+    """A page's text with every results section made anew."""
 
     def replace(match: re.Match[str]) -> str:
         return match[1] + section(match["path"], json.loads((RESULTS / match["path"]).read_text())) + match[3]
@@ -102,18 +130,17 @@ def rewritten(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 if ``--check`` finds README.md out of date."""
+    """Run the command line; returns 0, or 1 if ``--check`` finds a page out of date."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
     args = parser.parse_args(argv)
-    before = README.read_text()
-    after = rewritten(before)
-    if args.check:
-        if before != after:
-            print("README.md: the tables differ from benchmarks/results; run python benchmarks/readme.py")
-        return int(before != after)
-    README.write_text(after)
-    return 0
+    outdated = [page for page in PAGES if page.read_text() != rewritten(page.read_text())]
+    for page in outdated:
+        if args.check:
+            print(f"{page.name}: the tables differ from benchmarks/results; run python benchmarks/readme.py")
+        else:
+            page.write_text(rewritten(page.read_text()))
+    return int(args.check and bool(outdated))
 
 
 if __name__ == "__main__":
