@@ -58,7 +58,7 @@ class FuseReport(NamedTuple):
     """What `fuse_` did; prints as a table.
 
     Attributes:
-        fused: The converted modules, those of earlier calls included.
+        fused: The converted modules, those of earlier calls included, outer ones first.
         skipped: What could not be converted: modules with convolutions and norms of their own, and grouped 3x3
             convolutions.
     """
@@ -146,7 +146,8 @@ def fuse_(
 
     Args:
         model: The model, or a part of one. Modes, gradients' flags and values are left as they are.
-        filter_fn: Called with each candidate and its name in the model; whether to convert it. None: all.
+        filter_fn: Called with each module and its name in the model; whether to convert it. None: all. Of modules that
+            it rejects the report says nothing.
         backend: What computes the converted modules' forward, as for `resnext.use_backend`; not inside
             ``torch.compile``, where the choice is automatic.
         strict: Raise if there is anything that ought to be converted and cannot be, and leave the model as it was.
