@@ -16,7 +16,7 @@ from resnext.checkpoint_files import read_checkpoint
 from resnext.checkpoint_keys import match
 
 # Where training scripts put weights among the other things they save, averaged ones first.
-_EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "shadow")
 _ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "module")
 
 # Counters: of batch norms, which old checkpoints lack and frozen ones never count, and of weight averaging.
@@ -72,8 +72,9 @@ def load_checkpoint(
     """Load weights from a file or a mapping into a model, whatever their keys are called.
 
     Weights are found inside what training scripts save: under ``state_dict_ema``, ``model_ema``, ``ema_state_dict``,
-    ``ema`` (unless ``use_ema`` is False), else ``state_dict``, ``model_state_dict``, ``model``, ``net``, ``network``,
-    ``module``, in this order. Prefixes go (``module.``, ``_orig_mod.``, ``backbone.``, ...), and names are translated
+    ``ema``, ``shadow`` (unless ``use_ema`` is False), else ``state_dict``, ``model_state_dict``, ``model``, ``net``,
+    ``network``, ``module``, in this order. Prefixes go (``module.``, ``_orig_mod.``, ``backbone.``, ...), and names
+    are translated
     between the layouts of torchvision, timm, mmpretrain and common implementations, in either direction
     (`resnext.checkpoint_keys.LAYOUTS`).
 
@@ -154,7 +155,7 @@ def _weights(checkpoint: Any, use_ema: bool, where: str) -> tuple[dict[str, Tens
                 f"in {where}; pass the state_dict itself"
             )
         for name in (*_EMA_ENTRIES, *_ENTRIES) if use_ema else _ENTRIES:
-            if isinstance(checkpoint.get(name), (Mapping, nn.Module)):
+            if _holds_tensors(checkpoint.get(name)):
                 notes.append(f"used the entry {name!r}")
                 checkpoint = checkpoint[name]
                 break
@@ -167,6 +168,12 @@ def _weights(checkpoint: Any, use_ema: bool, where: str) -> tuple[dict[str, Tens
             "pass the mapping that holds the weights"
         )
     return tensors, notes
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(isinstance(each, Tensor) or _holds_tensors(each) for each in value.values())
+    return isinstance(value, nn.Module)
 
 
 def _differ_in_channels(weight: Tensor, wanted: Tensor) -> bool:

@@ -161,8 +161,8 @@ def fuse_(
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"fuse_: expected a torch.nn.Module that is not in TorchScript, got {type(model).__name__}; "
-            "convert the model before torch.jit.trace or torch.jit.script"
+            f"fuse_: expected a torch.nn.Module that is not in TorchScript, got {type(model).__name__}; give a model, "
+            "and convert it before torch.jit.trace or torch.jit.script"
         )
     with use_backend(backend):  # which knows the names
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import functools
 import random
@@ -102,6 +103,22 @@ def taken_for_tensors(stand_in: type) -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = kept
+
+
+@contextlib.contextmanager
+def noted_reads() -> Iterator[dict[int, set[str]]]:
+    """Note the names of the attributes that are read of modules, by the module's ``id``."""
+    reads: dict[int, set[str]] = collections.defaultdict(set)
+
+    def read(self: nn.Module, name: str) -> Any:
+        reads[id(self)].add(name)
+        return object.__getattribute__(self, name)
+
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+    try:
+        yield reads
+    finally:
+        del nn.Module.__getattribute__
 
 
 @contextlib.contextmanager

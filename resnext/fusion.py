@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm
 from resnext.batch_norm import BatchNorm, Statistics
-from resnext.graph import Node, Ref, Shell, attributes_hold
+from resnext.graph import Node, Ref, Shell, changed_attribute
 from resnext.kernels import affine_add_relu, affine_relu_max_pool, conv_affine, conv_stats, why_not_conv_stats
 from resnext.layers import is_plain_conv, original_class
 from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
@@ -178,8 +178,8 @@ def _why_not_shell(shell: Shell, module: nn.Module | None) -> str | None:
     for child_name, is_none in shell.children:
         if (module._modules.get(child_name) is None) != is_none:
             return f"{name} has another child {child_name} than when it was converted"
-    if not attributes_hold(module, shell):
-        return f"{name} has other attributes than when it was converted"
+    if attribute := changed_attribute(module, shell):
+        return f"{attribute} of {name} is not what it was when it was converted"
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -67,7 +67,7 @@ class Shell:
         name: Its name in the recorded module; "" for that module itself.
         type: Its class, before it was converted itself.
         children: The names of its children, and of those that are None.
-        attributes: Its plain attributes, which the forward may have read.
+        attributes: The plain attributes that were read; None for those that were not there.
         contents: What was in those that are containers.
     """
 
@@ -109,13 +109,14 @@ def record(
     states = effects.random_states()
     recordings = []
     try:
-        for training in (True, False):
-            for module in modules:
-                module.training = training
-            tracer = _Tracer(is_leaf, owners)
-            with effects.without_autograd_functions(_Value, tracer.refuse), effects.taken_for_tensors(_Value):
-                graph = tracer.trace(root, _defaults(root, tensors))
-            recordings.append(_recording(root, tracer, graph, tensors))
+        with effects.noted_reads() as reads:
+            for training in (True, False):
+                for module in modules:
+                    module.training = training
+                tracer = _Tracer(is_leaf, owners)
+                with effects.without_autograd_functions(_Value, tracer.refuse), effects.taken_for_tensors(_Value):
+                    graph = tracer.trace(root, _defaults(root, tensors))
+                recordings.append(_recording(root, tracer, graph, tensors, reads))
     except RecordError:
         raise
     except Exception as error:  # whatever a forward does with placeholders
@@ -134,7 +135,7 @@ def record(
         raise RecordError("its forward draws random numbers outside of modules")
     if recordings[0].nodes != recordings[1].nodes:
         raise RecordError("its forward computes something else in training than in evaluation")
-    return recordings[0]
+    return recordings[1]  # which knows what both have read
 
 
 def tensor_arguments(module: nn.Module) -> range:
@@ -146,14 +147,17 @@ def tensor_arguments(module: nn.Module) -> range:
     return range(max(required, 1), len(parameters) + 1)
 
 
-def attributes_hold(module: nn.Module, shell: Shell) -> bool:
-    """Whether what a record takes for granted of a module's attributes still holds.
+def changed_attribute(module: nn.Module, shell: Shell) -> str | None:
+    """Which attribute that the forward reads is no longer what a record takes for granted, or None.
 
     Inside a compiler what is in containers is not looked at.
     """
-    if not all(effects.same(getattr(module, name, None), value) for name, value in shell.attributes):
-        return False
-    return torch.compiler.is_compiling() or effects.holds(shell.contents)
+    for name, value in shell.attributes:
+        if not effects.same(getattr(module, name, None), value):
+            return name
+    if torch.compiler.is_compiling() or effects.holds(shell.contents):
+        return None
+    return "something in an attribute"
 
 
 class _Value(fx.Proxy):
@@ -235,7 +239,9 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) -> Recording:
+def _recording(
+    root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int, reads: Mapping[int, set[str]]
+) -> Recording:
     if tracer.refusal:
         raise RecordError(tracer.refusal)
     nodes: list[Node] = []
@@ -264,18 +270,23 @@ def _recording(root: nn.Module, tracer: _Tracer, graph: fx.Graph, tensors: int) 
             nodes.append(Node(kinds[node.op], node.target, refs(node.args), refs(node.kwargs), owner))
         index[node] = len(nodes) - 1
     shells = {"": root} | tracer.shells
-    return Recording(tuple(nodes), tuple(_shell(name, module) for name, module in shells.items()))
+    named = [(name, module, sorted(reads[id(module)])) for name, module in shells.items()]
+    return Recording(tuple(nodes), tuple(_shell(*each) for each in named))
 
 
-def _shell(name: str, module: nn.Module) -> Shell:
+def _shell(name: str, module: nn.Module, reads: Sequence[str]) -> Shell:
     children = tuple((child, value is None) for child, value in module._modules.items())
-    attributes = {
-        name: value
-        for name, value in module.__dict__.items()
-        if name not in _INTERNAL and not name.startswith("__")  # where torch.distributed keeps a wrapper's state
-    }
+    attributes = {each: module.__dict__.get(each) for each in reads if _is_setting(module, each)}
     contents = effects.snapshot(tuple(attributes.values()))
     return Shell(name, original_class(module), children, tuple(attributes.items()), contents)
+
+
+def _is_setting(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is the module's own, or nobody's yet: no state, child, method or part of every module."""
+    if name in _INTERNAL or name.startswith("__"):
+        return False
+    kinds = (module._modules, module._parameters, module._buffers)
+    return name in module.__dict__ or not (hasattr(type(module), name) or any(name in kind for kind in kinds))
 
 
 def _defaults(root: nn.Module, tensors: int) -> dict[str, Any]:

@@ -351,3 +351,19 @@ class TestDifferences:
     def test_mappings_without_weights(self, model, checkpoint, message):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(model, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        lambda state: {"state_dict": state, "model_ema": {}},
+        lambda state: {"state_dict": state, "ema": {"decay": 0.99, "updates": 5}},
+        lambda state: {"epoch": 3, "ema": {"shadow": state, "decay": 0.99}},
+    ],
+    ids=["empty", "without weights", "weights deeper"],
+)
+def test_averaged_weights_are_taken_where_there_are_any(entries):
+    model = nn.Linear(2, 3)
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    load_checkpoint(model, entries(state))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -66,6 +66,11 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 # --- structure ---
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_cifar", "resnet50_keras", "resnext50_32x4d"])
+def test_models_run_fused_from_the_start(name):
+    assert resnext.why_not_fused(resnext.create_model(name)) == {}
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters(name):
     assert sum(parameter.numel() for parameter in on_meta(name).parameters()) == PARAMETERS[name]
