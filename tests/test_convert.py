@@ -110,7 +110,11 @@ WRONG = {
         TypeError,
         "fuse_: expected a torch.nn.Module .*, got OrderedDict",
     ),
-    "scripted": (lambda: fuse_(torch.jit.script(unit())), TypeError, "got RecursiveScriptModule; give a model, and convert it"),
+    "scripted": (
+        lambda: fuse_(torch.jit.script(unit())),
+        TypeError,
+        "got RecursiveScriptModule; give a model, and convert it",
+    ),
     "traced": (lambda: fuse_(torch.jit.trace(unit(), maps().float())), TypeError, "before torch.jit.trace"),
 }
 
