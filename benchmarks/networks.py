@@ -7,12 +7,12 @@ dtype too.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import conversion
 import torch
 import torch.nn.functional as F
 from command_line import Parser
@@ -89,13 +89,9 @@ def model_pair(name: str) -> Pair:
         name: Of one of torchvision's, or ``"timm/"`` and that of one of timm's.
     """
     torchvision_resnet()  # first, since timm imports torchvision too
-    library, _, model = name.rpartition("/")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if library == "timm":
-            plain = importlib.import_module("timm").create_model(model)
-        else:
-            plain = importlib.import_module("torchvision.models").get_model(model)
+        plain = conversion.build(name if "/" in name else f"torchvision/{name}")
         _settle(plain)
     return _pair(plain)
 

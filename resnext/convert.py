@@ -86,7 +86,6 @@ class Converted:
     """What the classes that `fuse_` derives have in common, beside the class they derive from."""
 
     _fused_from: type[nn.Module]
-    _fused_plans: dict[int, Plan] = {}  # noqa: RUF012  # by number of arguments; instances have their own
     _fused_backend = "auto"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -96,14 +95,15 @@ class Converted:
             state = {name: value for name, value in state.items() if name != "_fused_plans"}
         return _unpickled, (self._fused_from, *arguments[1:]), state, *rest
 
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        if isinstance(self, FusedModule):
-            self._fused_plans, _ = _plans(cast(nn.Module, self))
-
 
 class FusedModule(Converted):
     """A module with a plan."""
+
+    _fused_plans: dict[int, Plan] = {}  # noqa: RUF012  # by number of arguments; instances have their own
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._fused_plans, _ = _plans(cast(nn.Module, self))
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; what evaluation has folded is folded anew."""
@@ -166,7 +166,7 @@ def fuse_(
         )
     with use_backend(backend):  # which knows the names
         pass
-    before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
+    before = [(module, type(module), module.__dict__.copy()) for module in model.modules() if strict]
     report = FuseReport([], [])
     names = {module: name for name, module in model.named_modules()}
     for module in reversed(names):  # children first
@@ -226,9 +226,14 @@ def why_not_fused(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
 
 
 def _why_not(unit: FusedModule, x: Tensor | None = None) -> str | None:
-    if not unit._fused_plans:
+    if (made := plan_of(unit)) is None:
         return "it was made out of a converted module and not converted itself; call fuse_ again"
-    return fusion.why_not(unit, next(iter(unit._fused_plans.values())), x)  # type: ignore[arg-type]
+    return fusion.why_not(unit, made, x)  # type: ignore[arg-type]
+
+
+def plan_of(unit: FusedModule) -> Plan | None:
+    """The plan for calls of ``unit`` with as few tensors as it takes; None without any."""
+    return next(iter(unit._fused_plans.values()), None)
 
 
 def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
@@ -303,10 +308,7 @@ def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is one step of what its parent computes, rather than steps of their own."""
     if isinstance(module, FusedModule) and any(plan.kind == "block" for plan in module._fused_plans.values()):
         return True
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in module.__dict__:
-        return True
-    if _is_layer(module):
+    if fusion.why_not_quiet("it", module) or _is_layer(module):
         return True
     convolutions, norms = _parts(module)
     # One convolution may be somebody's own wrapper of it, with the norm outside.
@@ -366,7 +368,7 @@ def _fused_class(original: Any) -> type[nn.Module]:
         if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
             return original.forward(self, *args, **kwargs)
         recompute = made.kind == "block" and getattr(self, "recompute", False) is True
-        with _forced(self._fused_backend):
+        with forced(self._fused_backend):
             return fusion.run(self, made, args, recompute)
 
     return _derived(original, FusedModule, forward)
@@ -378,7 +380,7 @@ def _convolution_class(original: Any) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _forced(self._fused_backend):
+        with forced(self._fused_backend):
             if original is nn.Conv2d:
                 return base.forward(self, *args, **kwargs)
             with _Conv2dCalls():
@@ -401,5 +403,6 @@ def _unpickled(original: type[nn.Module], *arguments: Any) -> nn.Module:
     return cls.__new__(cls, *arguments)
 
 
-def _forced(backend: str) -> contextlib.AbstractContextManager[None]:
+def forced(backend: str) -> contextlib.AbstractContextManager[None]:
+    """The context in which a converted module computes that has this backend; none inside a compiler."""
     return contextlib.nullcontext() if backend == "auto" or torch.compiler.is_compiling() else use_backend(backend)

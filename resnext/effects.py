@@ -30,11 +30,11 @@ def snapshot(value: Any) -> Snapshot:
 
 def holds(before: Snapshot) -> bool:
     """Whether in all containers of a snapshot there is what was in them: the same objects, or equal plain values."""
-    return all(
-        len(container) == len(contents) // (1 + isinstance(container, dict)) and all(map(same, now, contents))
-        for container, contents in before
-        for now in (_contents(container),)
-    )
+    for container, contents in before:
+        now = _contents(container)
+        if len(now) != len(contents) or not all(map(same, now, contents)):
+            return False
+    return True
 
 
 def restore(before: Snapshot) -> None:
@@ -60,6 +60,17 @@ def same(value: Any, other: Any) -> bool:
 def is_generator(value: Any) -> bool:
     """Whether ``value`` draws random numbers from a state of its own."""
     return isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random")
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its own mode back, training or evaluation."""
+    kept = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in kept:
+            module.training = training
 
 
 def modes() -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm
 from resnext.batch_norm import BatchNorm, Statistics
-from resnext.graph import Node, Ref, Shell, changed_attribute
+from resnext.graph import Node, Shell, changed_attribute, replaced
 from resnext.kernels import affine_add_relu, affine_relu_max_pool, conv_affine, conv_stats, why_not_conv_stats
 from resnext.layers import is_plain_conv, original_class
 from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
@@ -105,7 +105,7 @@ def _why_not_now(x: Tensor | None) -> str | None:
     return None
 
 
-def _why_not_quiet(name: str, module: nn.Module) -> str | None:
+def why_not_quiet(name: str, module: nn.Module) -> str | None:
     """Who listens to the calls of ``module``, or None."""
     # One expression, as it stands in torch.nn.Module's own call: this is asked for every child in every call.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -121,14 +121,14 @@ def _why_not_role(name: str, module: nn.Module | None, kind: type[nn.Module]) ->
         return f"{name} is {type(module).__name__}, not {kind.__name__}"
     if isinstance(module, nn.MaxPool2d) and not is_stem_pool(module):
         return f"{name} is {module}, not a 3x3 pooling with stride 2 and padding 1"
-    return _why_not_quiet(name, module)  # type: ignore[arg-type]
+    return why_not_quiet(name, module)  # type: ignore[arg-type]
 
 
 def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
     """Why the kernels do not compute what a convolution computes, or None."""
     if conv is None or not is_plain_conv(conv):
         return f"{name} is {type(conv).__name__}, not Conv2d"
-    if reason := _why_not_quiet(name, conv):
+    if reason := why_not_quiet(name, conv):
         return reason
     if conv.padding_mode != "zeros":
         return f"{name}.padding_mode is {conv.padding_mode}, not zeros"
@@ -150,7 +150,7 @@ def _why_not_norm(name: str, bn: BatchNorm, conv_name: str, conv: nn.Conv2d, x: 
     """Why the kernels do not compute what ``bn`` computes behind ``conv``, or None."""
     if bn is None or not batch_norm.is_known(bn):
         return f"{name} is {type(bn).__name__}, not BatchNorm2d"
-    if reason := _why_not_quiet(name, bn):
+    if reason := why_not_quiet(name, bn):
         return reason
     if bn.eps <= 0:
         return f"{name}.eps is {bn.eps}, not positive"
@@ -171,7 +171,7 @@ def _why_not_shell(shell: Shell, module: nn.Module | None) -> str | None:
     name = shell.name or "the module"
     if module is None or (shell.name and original_class(module) is not shell.type):
         return f"{name} is {type(module).__name__}, not {shell.type.__name__}"
-    if shell.name and (reason := _why_not_quiet(name, module)):
+    if shell.name and (reason := why_not_quiet(name, module)):
         return reason
     if len(module._modules) != len(shell.children):
         return f"{name} has {len(module._modules)} children, not {len(shell.children)} as when it was converted"
@@ -200,7 +200,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     """
     values: list[Any] = [*arguments, *[None] * (plan.slots - len(arguments) + 1)]  # the last one is the slot NONE
     infers = _infers(unit, plan, arguments)
-    folded = _folded(unit, plan.pairs, arguments[0]) if infers else {}
+    folded = _folded(unit, plan.folds, arguments[0]) if infers else {}
     program = plan.infer if infers else plan.train
     for step, free in program.steps:
         if isinstance(step, ConvStats):
@@ -230,11 +230,11 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
             values[step.out] = _call(unit, step.node, values)
         for slot in free:
             values[slot] = None
-    return _filled(program.output, values)
+    return replaced(program.output, lambda ref: values[ref.index])
 
 
 def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:
-    args, kwargs = _filled(node.args, values), _filled(node.kwargs, values)
+    args, kwargs = replaced((node.args, node.kwargs), lambda ref: values[ref.index])
     if node.kind == "module":
         return child(unit, node.target)(*args, **kwargs)
     if node.kind == "function":
@@ -243,19 +243,6 @@ def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     module, _, name = node.target.rpartition(".")
     return getattr(child(unit, module) if module else unit, name)
-
-
-def _filled(argument: Any, values: list[Any]) -> Any:
-    """``argument`` with values in the place of references."""
-    if isinstance(argument, Ref):
-        return values[argument.index]
-    if isinstance(argument, (tuple, list)):
-        return type(argument)([_filled(item, values) for item in argument])
-    if isinstance(argument, dict):
-        return {name: _filled(item, values) for name, item in argument.items()}
-    if isinstance(argument, slice):
-        return slice(*[_filled(item, values) for item in (argument.start, argument.stop, argument.step)])
-    return argument
 
 
 # --- training, and evaluation with gradients ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -56,7 +56,22 @@ class Node:
     @property
     def refs(self) -> list[int]:
         """The nodes whose values it takes, one for each time."""
-        return [ref.index for ref in _refs((self.args, dict(self.kwargs)))]
+        found: list[int] = []
+        replaced((self.args, self.kwargs), lambda ref: found.append(ref.index))
+        return found
+
+
+def replaced(argument: Any, by: Callable[[Ref], Any]) -> Any:
+    """``argument`` with ``by(ref)`` in the place of each `Ref`, at any depth."""
+    if isinstance(argument, Ref):
+        return by(argument)
+    if isinstance(argument, (tuple, list)):
+        return type(argument)([replaced(item, by) for item in argument])
+    if isinstance(argument, dict):
+        return {name: replaced(item, by) for name, item in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*[replaced(item, by) for item in (argument.start, argument.stop, argument.step)])
+    return argument
 
 
 @dataclass(frozen=True)
@@ -104,12 +119,11 @@ def record(
     shells = [module for module in modules if module is root or not is_leaf(module)]
     if any(effects.is_generator(value) for module in shells for value in module.__dict__.values()):
         raise RecordError("it has a generator of random numbers of its own")
-    was_training = [module.training for module in modules]
     before = [effects.snapshot(module.__dict__) for module in modules]
     states = effects.random_states()
     recordings = []
     try:
-        with effects.noted_reads() as reads:
+        with effects.modes_kept(root), effects.noted_reads() as reads:
             for training in (True, False):
                 for module in modules:
                     module.training = training
@@ -123,8 +137,6 @@ def record(
         text = str(error).strip().splitlines() or [""]
         raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
     finally:
-        for module, training in zip(modules, was_training, strict=True):
-            module.training = training
         changed = [contents for contents in before if not effects.holds(contents)]
         for contents in changed:
             effects.restore(contents)
@@ -301,16 +313,3 @@ def _is_state(root: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return attribute in module._parameters or attribute in module._buffers
-
-
-def _refs(argument: Any) -> Iterator[Ref]:
-    if isinstance(argument, Ref):
-        yield argument
-    elif isinstance(argument, (tuple, list)):
-        for item in argument:
-            yield from _refs(item)
-    elif isinstance(argument, dict):
-        for item in argument.values():
-            yield from _refs(item)
-    elif isinstance(argument, slice):
-        yield from _refs((argument.start, argument.stop, argument.step))

@@ -20,8 +20,7 @@ from resnext.resnet import ResNet
 
 def _set_config(model: ResNet, architecture: str, arguments: Mapping[str, Any]) -> None:
     """Let `ResNet.config` say how ``model`` was built: by what name and keyword arguments."""
-    model._named.clear()
-    model._named.update(architecture=architecture, **arguments)
+    model._named = {"architecture": architecture, **arguments}
 
 
 class ResNet18Fused(ResNet):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnext import batch_norm
-from resnext.graph import Node, Recording, Ref, Shell
+from resnext.graph import Node, Recording, Ref, Shell, replaced
 from resnext.kernels import why_not_conv_stats
 from resnext.layers import is_plain_conv
 
@@ -120,6 +120,7 @@ class Plan:
         train: Steps that are right in every mode.
         infer: Steps for evaluation without gradients.
         pairs: Names of the convolutions and the norms behind them that the steps stand for.
+        folds: Those of them that ``infer`` runs with the norm folded into the convolution.
         convs: Names of further convolutions, without a norm.
         roles: Names of further modules that the steps stand for, with their classes.
         dropouts: Names of the modules that ``infer`` leaves out, which pass their input on in evaluation.
@@ -131,6 +132,7 @@ class Plan:
     train: Program
     infer: Program
     pairs: tuple[tuple[str, str], ...]
+    folds: tuple[tuple[str, str], ...]
     convs: tuple[str, ...]
     roles: tuple[tuple[str, type[nn.Module]], ...]
     dropouts: tuple[str, ...]
@@ -151,6 +153,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         train=train_program,
         infer=infer_program,
         pairs=pairs,
+        folds=tuple(dict.fromkeys(step.pair for step, _ in infer_program.steps if isinstance(step, ConvAffine))),
         convs=tuple(train.convs),
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
@@ -206,7 +209,8 @@ class _Planner:
     def _read(self, recording: Recording) -> None:
         value: list[int] = []  # of each node: the op that has it
         for node in recording.nodes:
-            node = replace(node, args=_moved(node.args, value), kwargs=_moved(dict(node.kwargs), value))
+            args, kwargs = replaced((node.args, node.kwargs), lambda ref: Ref(value[ref.index]))
+            node = replace(node, args=args, kwargs=kwargs)
             role, in_place = self._role(node)
             if role == "identity":
                 self.roles.append((node.target, nn.Identity))
@@ -449,15 +453,3 @@ def _reads(step: Step) -> list[int]:
     if isinstance(step, (Activation, Pool)):
         names.append("affine")
     return [slot for name in names if (slot := getattr(step, name, NONE)) != NONE]
-
-
-def _moved(argument: Any, value: list[int]) -> Any:
-    if isinstance(argument, Ref):
-        return Ref(value[argument.index])
-    if isinstance(argument, (tuple, list)):
-        return type(argument)(_moved(item, value) for item in argument)
-    if isinstance(argument, dict):
-        return {name: _moved(item, value) for name, item in argument.items()}
-    if isinstance(argument, slice):
-        return slice(*_moved((argument.start, argument.stop, argument.step), value))
-    return argument

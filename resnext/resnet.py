@@ -143,8 +143,7 @@ class ResNet(nn.Module):
 
         norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
         act_layer = _relu if act_layer is None else act_layer
-        # Filled in place by the named models: a converted module's attributes must stay the objects they are.
-        self._named: dict[str, Any] = {}
+        self._named: dict[str, Any] = {}  # what the named models are built from
         self.groups = groups
         self.base_width = width_per_group
         self.inplanes = 64  # channels at the end of what is built so far; feature pyramids read it to size themselves

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnext import fusion
-from resnext.convert import Converted, FusedModule, why_not_fused
-from resnext.kernels import serving_backend, use_backend
+from resnext.convert import Converted, FusedModule, forced, plan_of, why_not_fused
+from resnext.effects import modes_kept
+from resnext.kernels import serving_backend
 from resnext.layers import GroupedConv2d
 from resnext.plan import Plan
 
@@ -96,7 +97,7 @@ def summary(
     fused = {conv: unit for name, unit in units.items() if name not in not_fused for conv in _convolutions(unit)}
     if input_size is not None:  # torchinfo would make float32, and move the model to a GPU if there is one
         input_data = _random(model, input_size)
-    with _modes_kept(model), _observed(model, fused) as served, FlopCounterMode(display=False) as counter:
+    with modes_kept(model), _observed(model, fused) as served, FlopCounterMode(display=False) as counter:
         statistics = torchinfo.summary(
             model,
             input_data=input_data,
@@ -131,30 +132,15 @@ def _random(model: nn.Module, input_size: Sequence[Any]) -> list[Tensor]:
     return [torch.rand(*shape, dtype=like.dtype, device=like.device) for shape in shapes]
 
 
-def _plan(unit: Any) -> Plan:
-    return next(iter(unit._fused_plans.values()))
-
-
 def _convolutions(unit: Any) -> list[nn.Module]:
     """The convolutions that the plan of a `FusedModule` stands for."""
-    plan = _plan(unit)
+    plan = cast(Plan, plan_of(unit))
     return [fusion.child(unit, name) for name in (*(conv for conv, _ in plan.pairs), *plan.convs)]
 
 
 def _of_unit(unit: Any, served: Mapping[nn.Module, str]) -> str:
     backends = sorted({served[conv] for conv in _convolutions(unit) if conv in served})
-    return f"fused {_plan(unit).kind}: {', '.join(backends)}"
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its own mode back: torchinfo gives all of them the model's."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return f"fused {cast(Plan, plan_of(unit)).kind}: {', '.join(backends)}"
 
 
 @contextmanager
@@ -172,7 +158,7 @@ def _observed(model: nn.Module, fused: Mapping[nn.Module, nn.Module]) -> Iterato
         if (conv in fused or isinstance(conv, (Converted, GroupedConv2d))) and conv.padding_mode == "zeros":
             x = args[0] if args else kwargs["input"]
             backend = getattr(fused.get(conv, conv), "_fused_backend", "auto")
-            with nullcontext() if backend == "auto" else use_backend(backend):
+            with forced(backend):
                 served[conv] = serving_backend(
                     x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups, fused=conv in fused
                 )

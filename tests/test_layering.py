@@ -95,6 +95,7 @@ ALLOWED = {
     "resnext/models": {"resnext.blocks", "resnext.features", "resnext.resnet"},
     "resnext/summary": {
         "resnext.convert",
+        "resnext.effects",
         "resnext.fusion",
         "resnext.kernels",
         "resnext.layers",
