@@ -30,8 +30,9 @@ STABLE_TORCH_LIBRARY(resnext_C, m) {
       "conv_stats_wgrad(Tensor dz, Tensor? z, Tensor? mean, Tensor? dmean, Tensor? dvar, Tensor x, Tensor? center, "
       "Tensor? scale, Tensor? shift, Tensor(a!) dw, int stride_h, int stride_w, int groups, bool channels_last) -> ()");
   m.def(
-      "conv_affine(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, Tensor(a!) y, "
-      "int stride_h, int stride_w, int groups, bool channels_last) -> ()");
+      "conv_affine(Tensor x, Tensor weight, Tensor? packed, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, "
+      "Tensor(a!) y, int stride_h, int stride_w, int groups, bool channels_last) -> ()");
+  m.def("pack_pointwise(Tensor weight, Tensor(a!) packed) -> ()");
   m.def("statistics(Tensor z, Tensor(a!) mean, Tensor(b!) var, bool channels_last) -> ()");
   m.def(
       "statistics_bwd(Tensor dz, Tensor z, Tensor mean, Tensor dmean, Tensor dvar, Tensor(a!) g, bool channels_last) "

@@ -6,8 +6,14 @@
 
 namespace resnext {
 
+// The kernel size of a weight: 1 for the 1x1 convolutions that CPU kernels serve, else 3, which the checks insist on.
+inline int64_t kernel_of(const Tensor& weight, int64_t groups, bool channels_last) {
+  const bool pointwise = weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
+  return pointwise && groups == 1 && channels_last ? 1 : 3;
+}
+
 inline GroupedConvShape make_shape(const char* op, const Sizes4& x, int64_t out_channels, int64_t stride_h,
-                                   int64_t stride_w, int64_t groups, bool channels_last) {
+                                   int64_t stride_w, int64_t groups, bool channels_last, int64_t kernel) {
   STD_TORCH_CHECK((stride_h == 1 || stride_h == 2) && (stride_w == 1 || stride_w == 2), op,
                   ": expected strides of 1 or 2, got (", stride_h, ", ", stride_w, "); use the torch backend");
   STD_TORCH_CHECK(groups >= 1 && x[1] % groups == 0 && out_channels % groups == 0, op,
@@ -25,6 +31,7 @@ inline GroupedConvShape make_shape(const char* op, const Sizes4& x, int64_t out_
   shape.stride_h = stride_h;
   shape.stride_w = stride_w;
   shape.channels_last = channels_last;
+  shape.kernel = kernel;
   return shape;
 }
 
@@ -37,18 +44,18 @@ inline Sizes4 output_sizes(const GroupedConvShape& shape) {
 }
 
 inline Sizes4 weight_sizes(const GroupedConvShape& shape) {
-  return {shape.out_channels, shape.group_in(), 3, 3};
+  return {shape.out_channels, shape.group_in(), shape.kernel, shape.kernel};
 }
 
 // Forward: out (N, C_out, H_out, W_out) from x (N, C_in, H, W), weight (C_out, C_in/groups, 3, 3) and bias (C_out).
 inline GroupedConvShape check_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
                                   int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last,
-                                  const char* op = "grouped_conv2d") {
+                                  const char* op = "grouped_conv2d", int64_t kernel = 3) {
   const Checks check(op);
   check.dtype(x, "input");
   const GroupedConvShape shape = make_shape(op, check.sizes4(x, "input"),
-                                            check.sizes4(weight, "weight", "(C_out, C_in/groups, 3, 3)")[0], stride_h,
-                                            stride_w, groups, channels_last);
+                                            check.sizes4(weight, "weight", "(C_out, C_in/groups, k, k)")[0], stride_h,
+                                            stride_w, groups, channels_last, kernel);
   check.sizes(weight, "weight", weight_sizes(shape));
   check.like(weight, "weight", x, "input");
   check.dense(x, "input", channels_last);
@@ -61,12 +68,12 @@ inline GroupedConvShape check_fwd(const Tensor& x, const Tensor& weight, const O
 // Gradient of the input: out (N, C_in, H, W) from grad (N, C_out, H_out, W_out) and weight (C_out, C_in/groups, 3, 3).
 inline GroupedConvShape check_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h,
                                     int64_t stride_w, int64_t groups, bool channels_last,
-                                    const char* op = "grouped_conv2d") {
+                                    const char* op = "grouped_conv2d", int64_t kernel = 3) {
   const Checks check(op);
   check.dtype(grad, "grad");
   const GroupedConvShape shape =
       make_shape(op, check.sizes4(out, "output"), check.sizes4(grad, "grad", "(N, C_out, H_out, W_out)")[1], stride_h,
-                 stride_w, groups, channels_last);
+                 stride_w, groups, channels_last, kernel);
   check.sizes(grad, "grad", output_sizes(shape));
   check.sizes(weight, "weight", weight_sizes(shape));
   check.like(weight, "weight", grad, "grad");
@@ -80,12 +87,12 @@ inline GroupedConvShape check_dgrad(const Tensor& grad, const Tensor& weight, co
 // Gradient of the weight: out (C_out, C_in/groups, 3, 3) from grad (N, C_out, H_out, W_out) and x (N, C_in, H, W).
 inline GroupedConvShape check_wgrad(const Tensor& grad, const Tensor& x, const Tensor& out, int64_t stride_h,
                                     int64_t stride_w, int64_t groups, bool channels_last,
-                                    const char* op = "grouped_conv2d") {
+                                    const char* op = "grouped_conv2d", int64_t kernel = 3) {
   const Checks check(op);
   check.dtype(grad, "grad");
   const GroupedConvShape shape = make_shape(op, check.sizes4(x, "input"),
                                             check.sizes4(grad, "grad", "(N, C_out, H_out, W_out)")[1], stride_h,
-                                            stride_w, groups, channels_last);
+                                            stride_w, groups, channels_last, kernel);
   check.sizes(grad, "grad", output_sizes(shape));
   check.sizes(out, "output", weight_sizes(shape));
   check.like(x, "input", grad, "grad");
@@ -122,10 +129,11 @@ inline bool check_grad_prologue(const Checks& check, const Tensor& dz, const Opt
 inline GroupedConvShape check_conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
                                              const OptionalTensor& shift, const Tensor& weight, const Tensor& z,
                                              const OptionalTensor& mean, const OptionalTensor& var, int64_t stride_h,
-                                             int64_t stride_w, int64_t groups, bool channels_last) {
+                                             int64_t stride_w, int64_t groups, bool channels_last,
+                                             int64_t kernel = 3) {
   constexpr const char* kOp = "conv_stats";
   const GroupedConvShape shape =
-      check_fwd(x, weight, std::nullopt, z, stride_h, stride_w, groups, channels_last, kOp);
+      check_fwd(x, weight, std::nullopt, z, stride_h, stride_w, groups, channels_last, kOp, kernel);
   const Checks check(kOp);
   check_prologue(check, x, center, scale, shift);
   check.vector(mean, "mean", shape.out_channels, x, "input");
@@ -142,9 +150,9 @@ inline GroupedConvShape check_conv_stats_dgrad(const Tensor& dz, const OptionalT
                                                const OptionalTensor& shift, const Tensor& dx,
                                                const OptionalTensor& dscale, const OptionalTensor& dshift,
                                                int64_t stride_h, int64_t stride_w, int64_t groups,
-                                               bool channels_last) {
+                                               bool channels_last, int64_t kernel = 3) {
   constexpr const char* kOp = "conv_stats";
-  const GroupedConvShape shape = check_dgrad(dz, weight, dx, stride_h, stride_w, groups, channels_last, kOp);
+  const GroupedConvShape shape = check_dgrad(dz, weight, dx, stride_h, stride_w, groups, channels_last, kOp, kernel);
   const Checks check(kOp);
   check_grad_prologue(check, dz, z, mean, dmean, dvar, channels_last);
   if (x.has_value()) check.image(*x, "input", input_sizes(shape), dz, "grad", channels_last);
@@ -159,22 +167,26 @@ inline GroupedConvShape check_conv_stats_wgrad(const Tensor& dz, const OptionalT
                                                const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& x,
                                                const OptionalTensor& center, const OptionalTensor& scale,
                                                const OptionalTensor& shift, const Tensor& dw, int64_t stride_h,
-                                               int64_t stride_w, int64_t groups, bool channels_last) {
+                                               int64_t stride_w, int64_t groups, bool channels_last,
+                                               int64_t kernel = 3) {
   constexpr const char* kOp = "conv_stats";
-  const GroupedConvShape shape = check_wgrad(dz, x, dw, stride_h, stride_w, groups, channels_last, kOp);
+  const GroupedConvShape shape = check_wgrad(dz, x, dw, stride_h, stride_w, groups, channels_last, kOp, kernel);
   const Checks check(kOp);
   check_grad_prologue(check, dz, z, mean, dmean, dvar, channels_last);
   check_prologue(check, x, center, scale, shift);
   return shape;
 }
 
-inline GroupedConvShape check_conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
-                                          const OptionalTensor& shift, const OptionalTensor& residual, const Tensor& y,
-                                          int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+// `packed`: of a 1x1 convolution, what pack_pointwise made of the weight.
+inline GroupedConvShape check_conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed,
+                                          const OptionalTensor& scale, const OptionalTensor& shift,
+                                          const OptionalTensor& residual, const Tensor& y, int64_t stride_h,
+                                          int64_t stride_w, int64_t groups, bool channels_last, int64_t kernel = 3) {
   constexpr const char* kOp = "conv_affine";
   const GroupedConvShape shape =
-      check_fwd(x, weight, std::nullopt, y, stride_h, stride_w, groups, channels_last, kOp);
+      check_fwd(x, weight, std::nullopt, y, stride_h, stride_w, groups, channels_last, kOp, kernel);
   const Checks check(kOp);
+  check.given_with(packed, "a packed weight", kernel == 1, "a 1x1 kernel");
   check.vector(scale, "scale", shape.out_channels, x, "input");
   check.vector(shift, "shift", shape.out_channels, x, "input");
   if (residual.has_value()) check.image(*residual, "residual", output_sizes(shape), x, "input", channels_last);

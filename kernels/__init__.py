@@ -12,7 +12,15 @@ if __name__ != "resnext.kernels":
 
 from . import flops  # noqa: F401  registers what FLOP counters count
 from .dispatch import BackendError, explain, serving_backend, use_backend
-from .fused import affine_add_relu, affine_relu_max_pool, bn_affine, conv_affine, conv_stats, why_not_conv_stats
+from .fused import (
+    affine_add_relu,
+    affine_relu_max_pool,
+    bn_affine,
+    conv_affine,
+    conv_stats,
+    keep_packed,
+    why_not_conv_stats,
+)
 from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "grouped_conv2d",
     "grouped_conv2d_dgrad",
     "grouped_conv2d_wgrad",
+    "keep_packed",
     "serving_backend",
     "use_backend",
     "why_not_conv_stats",

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import matmul, reference
+from . import reference
 from .config import Affine
 from .reference import Stride
 
@@ -38,7 +38,7 @@ class Composed:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
         a = self._activation(x, prologue, channels_last)
-        z = _library(x, weight, stride, groups, channels_last).fwd(a, weight, None, stride, groups, channels_last)
+        z = reference.fwd(a, weight, None, stride, groups, channels_last)
         return z, *(self.elementwise.statistics(z, channels_last) if stats else (None, None))
 
     def conv_stats_bwd(
@@ -57,8 +57,7 @@ class Composed:
         dscale = dshift = None
         g = dz if grad_prologue is None else self.elementwise.statistics_bwd(dz, *grad_prologue, channels_last)
         a = self._activation(x, prologue, channels_last) if wanted[1] else x  # else only its shape matters
-        library = _library(x, weight, stride, groups, channels_last)
-        dx, dw = library.bwd(g, a, weight, stride, groups, channels_last, wanted)
+        dx, dw = reference.bwd(g, a, weight, stride, groups, channels_last, wanted)
         del g, a
         if dx is not None and prologue is not None:
             dx, _, dscale, dshift, _ = self.elementwise.affine_add_relu_bwd(
@@ -89,9 +88,3 @@ class Composed:
         if prologue is None:
             return x
         return self.elementwise.affine_add_relu(x, prologue, None, None, channels_last)
-
-
-def _library(x: Tensor, weight: Tensor, stride: Stride, groups: int, channels_last: bool) -> ModuleType:
-    """The module whose ``fwd`` and ``bwd`` convolve."""
-    by_product = matmul.serves(x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
-    return matmul if by_product else reference

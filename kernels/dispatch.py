@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, composed, matmul, onednn
+from . import checks, composed, onednn
 from .config import ConvProblem, pointwise_by_triton
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
@@ -203,15 +203,18 @@ def fused_launchers(*problem) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _fused_launchers(forced: str | None, *problem) -> Any:
-    _, _, weight_shape, _, groups, dtype, device, _ = problem
+    _, _, weight_shape, _, groups, dtype, device, channels_last = problem
     described = problem_of(*problem)
     name = choose(described, device)
     kernel_size = tuple(weight_shape[2:])
     # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
-    if kernel_size == (1, 1) and groups == 1 and name == "triton" and (forced or pointwise_by_triton(described)):
-        return _module("pointwise_conv")
+    if kernel_size == (1, 1) and groups == 1:
+        if name == "triton" and (forced or pointwise_by_triton(described)):
+            return _module("pointwise_conv")
+        if name == "cpu" and channels_last:
+            return _module("extension")
     return composed.Composed(elementwise(dtype, device))
 
 
@@ -229,8 +232,6 @@ def _affine_launchers(forced: str | None, *problem) -> Any:
     launchers = _fused_launchers(forced, *problem)
     if not isinstance(launchers, composed.Composed) or forced == "torch":
         return launchers
-    if matmul.serves(*problem[1:]):
-        return matmul
     return onednn if onednn.serves(*problem[5:7]) else launchers
 
 
@@ -263,7 +264,7 @@ def not_chosen(name: str, problem: ConvProblem) -> str | None:
     """Why the automatic choice passes over a backend that could serve a problem, or None."""
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
-    wide = min(problem.group_in, problem.group_out) >= 112
+    wide = problem.groups > 1 and min(problem.group_in, problem.group_out) >= 112
     if name == "cpu" and problem.op == "fwd" and problem.dtype == torch.float32 and wide:
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     return None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import Affine
 
@@ -136,9 +137,32 @@ def conv_affine(
     """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
     y = _empty(_output_size(x, weight, stride), x, channels_last)
     torch.ops.resnext_C.conv_affine(
-        x, weight, scale, shift, residual, relu, y, stride[0], stride[1], groups, channels_last
+        x, weight, _packed_of(weight), scale, shift, residual, relu, y, stride[0], stride[1], groups, channels_last
     )
     return y
+
+
+# Weight -> its version when it was packed, and what it was packed to.
+_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def keep_packed(weight: Tensor) -> None:
+    """Pack a 1x1 weight (C_out, C_in, 1, 1) for `conv_affine` once, instead of in every call with this very tensor.
+
+    The copy, float32, lives as long as the tensor. It does not count after a write to the tensor.
+    """
+    out_channels, in_channels = weight.shape[:2]
+    # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
+    packed = torch.empty(-(-out_channels // 32), -(-in_channels // 16) * 16, 32)
+    torch.ops.resnext_C.pack_pointwise(weight, packed)
+    _PACKED[weight] = (weight._version, packed)
+
+
+def _packed_of(weight: Tensor) -> Tensor | None:
+    if weight.shape[2] != 1 or (kept := _PACKED.get(weight)) is None:
+        return None
+    version, packed = kept
+    return packed if version == weight._version else None
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:

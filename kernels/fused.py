@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, fused_ops, reference
+from . import checks, dispatch, fused_ops, reference
 from .config import Affine
 
 
@@ -146,6 +146,32 @@ def conv_affine(
     if relu:
         return affine_add_relu(z, affine, residual)
     return reference.affine_add(z, affine, residual, None, channels_last)
+
+
+def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, groups: int = 1) -> bool:
+    """Let `conv_affine` keep what its kernel makes of a weight before multiplying, where there is one that gains by it.
+
+    Takes memory like that of the weight in float32, as long as this very tensor object lives; a write to it undoes it.
+
+    Args:
+        weight: (C_out, C_in / groups, k, k), which `conv_affine` will be called with.
+        x: A tensor of the dtype, device and memory format that it will be called with.
+        stride: One or two integers, each 1 or 2.
+        groups: Number of groups.
+
+    Returns:
+        Whether there is such a kernel: 1x1 convolutions on the CPU have one.
+    """
+    shape = (1, weight.shape[1] * groups, 1, 1)
+    channels_last = checks.is_channels_last(x)
+    problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
+    if tuple(weight.shape[2:]) != (1, 1) or x.device.type != "cpu" or weight.dtype != x.dtype:
+        return False
+    launchers = dispatch.affine_launchers(*problem)
+    if not hasattr(launchers, "keep_packed"):
+        return False
+    launchers.keep_packed(weight)
+    return True
 
 
 def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Affine:

@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from resnext import batch_norm
 from resnext.batch_norm import BatchNorm, Statistics
 from resnext.graph import Node, Shell, changed_attribute, replaced
-from resnext.kernels import affine_add_relu, affine_relu_max_pool, conv_affine, conv_stats, why_not_conv_stats
+from resnext.kernels import (
+    affine_add_relu,
+    affine_relu_max_pool,
+    conv_affine,
+    conv_stats,
+    keep_packed,
+    why_not_conv_stats,
+)
 from resnext.layers import is_plain_conv, original_class
 from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
 
@@ -338,7 +345,7 @@ class Folded(NamedTuple):
 class _Kept(NamedTuple):
     """What `_folded` keeps of a module."""
 
-    state: list[float]
+    state: list[float]  # what it was made from: numbers, addresses, versions
     folded: dict[tuple[str, str], Folded]
     aliases: list[Tensor]
 
@@ -388,8 +395,8 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
     if passing:
-        return {pair: _fold(unit, pair, x.dtype) for pair in pairs}
-    state = [child(unit, bn).eps for _, bn in pairs]
+        return {pair: _fold(unit, pair, x, keeps=False) for pair in pairs}
+    state = [child(unit, bn).eps for _, bn in pairs] + [x.is_contiguous(memory_format=torch.channels_last)]
     for tensor in tensors:
         state += (tensor.data_ptr(), tensor._version)
     if x.is_cuda:  # another stream could come before the vectors are there
@@ -398,24 +405,28 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
     if kept is None or kept.state != state:
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
-            folded = {pair: _fold(unit, pair, x.dtype, into_weight=True) for pair in pairs}
+            folded = {pair: _fold(unit, pair, x, keeps=True) for pair in pairs}
             # The aliases hold the memory, so that no other tensor gets the same address.
             kept = _KEPT[unit] = _Kept(state, folded, [tensor.detach() for tensor in tensors])
     return kept.folded
 
 
-def _fold(unit: nn.Module, pair: tuple[str, str], dtype: torch.dtype, into_weight: bool = False) -> Folded:
-    """Fold; ``into_weight``: the scale too, where a library's convolution adds a shift but does not scale.
+def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Folded:
+    """Fold for inputs like ``x``; ``keeps``: for many calls, so that weights are worth some work.
 
-    In float32 that rounds no more coarsely than the sums do.
+    The scale goes into the weight where a library's convolution adds a shift but does not scale. In float32 that rounds
+    no more coarsely than the sums do.
     """
     conv, bn = child(unit, pair[0]), child(unit, pair[1])
     weight, bias = conv.weight, conv.bias
-    mean, scale, shift = batch_norm.affine(bn, None, dtype)
+    mean, scale, shift = batch_norm.affine(bn, None, x.dtype)
     shift = shift - scale * (mean if bias is None else mean - bias)
-    dense = conv.groups == 1
-    if into_weight and dense and weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return Folded(weight * scale[:, None, None, None], None, shift)
+    if keeps and conv.groups == 1 and weight.device.type == "cpu":
+        own = weight.detach()  # whose packed copy lives as long as what is folded
+        if keep_packed(own, x, conv.stride):
+            return Folded(own, scale, shift)
+        if weight.dtype == torch.float32:
+            return Folded(weight * scale[:, None, None, None], None, shift)
     return Folded(weight, scale, shift)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resnext import explain, grouped_conv2d, use_backend
-from resnext.kernels import BackendError, composed, dispatch, extension, matmul, onednn, reference
+from resnext.kernels import BackendError, composed, dispatch, extension, onednn, reference
 
 X, W = torch.randn(2, 8, 5, 6), torch.randn(8, 2, 3, 3)
 CPU = torch.device("cpu")
@@ -291,14 +291,18 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     composed_of_cpp = composed.Composed(extension)
     assert dispatch.fused_launchers(*fused_problem(grouped, 16)) is extension
     assert dispatch.fused_launchers(*fused_problem(dense)) == composed_of_cpp
-    assert dispatch.fused_launchers(*fused_problem(pointwise)) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(pointwise)) is extension
+    assert dispatch.fused_launchers(*fused_problem((2048, 1024, 1, 1))) is extension
+    assert dispatch.fused_launchers(*fused_problem(pointwise, channels_last=False)) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem((256, 32, 1, 1), groups=2)) == composed_of_cpp
     wide = fused_problem((224, 112, 3, 3), 2)  # where PyTorch's convolution was measured to be faster
     assert dispatch.fused_launchers(*wide) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(grouped, 16, torch.float64)) == composed.Composed(reference)
     assert dispatch.affine_launchers(*fused_problem(grouped, 16)) is extension
-    assert dispatch.affine_launchers(*fused_problem(pointwise)) is onednn
-    assert dispatch.affine_launchers(*fused_problem(pointwise, size=5)) is matmul
-    assert dispatch.affine_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) == composed_of_cpp
+    assert dispatch.affine_launchers(*fused_problem(pointwise)) is extension
+    assert dispatch.affine_launchers(*fused_problem(pointwise, channels_last=False)) is onednn
+    assert dispatch.affine_launchers(*fused_problem(dense)) is onednn
+    assert dispatch.affine_launchers(*fused_problem(dense, dtype=torch.bfloat16)) == composed_of_cpp
     with use_backend("cpu"):
         assert dispatch.fused_launchers(*fused_problem(dense)) is extension
 

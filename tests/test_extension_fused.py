@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from resnext.kernels import extension
 
 from . import fused_numerics
-from .fused_numerics import ELEMENTWISE_SHAPES, GROUPED_CASES, FusedCase, make, make_affine
+from .fused_numerics import ELEMENTWISE_SHAPES, GROUPED_CASES, POINTWISE_CASES, FusedCase, make, make_affine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (True, False)
@@ -24,6 +24,12 @@ LARGER = [
     FusedCase("narrows-in-group", 1, 32, 8, 5, 6, 4, stride=(2, 2)),
     FusedCase("2x2-image-stride2", 1, 16, 16, 2, 2, 4, stride=(2, 2)),
     FusedCase("wgrad-in-chunks", 3, 16, 16, 31, 33, 4),
+]
+LARGER_POINTWISE = [
+    FusedCase("several-panels", 3, 48, 40, 23, 19, kernel=1),
+    FusedCase("panels-of-different-sizes", 1, 1040, 72, 9, 11, kernel=1),
+    FusedCase("stride2-several-panels", 2, 36, 34, 27, 33, kernel=1, stride=(2, 2)),
+    FusedCase("wgrad-in-chunks", 2, 24, 280, 31, 33, kernel=1),
 ]
 SHAPES = {**ELEMENTWISE_SHAPES, "several-parts": (3, 20, 11, 63), "several-parts-of-a-plane": (1, 2, 70, 80)}
 
@@ -50,6 +56,24 @@ def test_convolutions_without_their_options(capability, case):
         fused_numerics.check_conv_affine(extension, case, **layout, relu=False)
         fused_numerics.check_conv_affine(extension, case, **layout, scaled=False, residual=False)
         fused_numerics.check_conv_affine(extension, case, **layout, shifted=False, residual=False, relu=False)
+
+
+@pytest.mark.parametrize("case", [*POINTWISE_CASES, *LARGER_POINTWISE], ids=lambda case: case.id)
+def test_pointwise_convolutions(capability, case):
+    for dtype in DTYPES:
+        fused_numerics.check_conv_stats(extension, case, dtype, channels_last=True)
+        fused_numerics.check_conv_affine(extension, case, dtype, channels_last=True)
+
+
+@pytest.mark.parametrize("case", [POINTWISE_CASES[1], LARGER_POINTWISE[2]], ids=lambda case: case.id)
+def test_pointwise_convolutions_without_their_options(capability, case):
+    layout = {"channels_last": True}
+    fused_numerics.check_conv_stats(extension, case, **layout, centered=False)
+    fused_numerics.check_conv_stats(extension, case, **layout, prologue=False)
+    fused_numerics.check_conv_stats(extension, case, **layout, stats=False)
+    fused_numerics.check_conv_affine(extension, case, **layout, relu=False)
+    fused_numerics.check_conv_affine(extension, case, **layout, scaled=False, residual=False)
+    fused_numerics.check_conv_affine(extension, case, **layout, shifted=False, residual=False, relu=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -86,7 +110,7 @@ def make_tensors(case: FusedCase, channels_last: bool, dtype: torch.dtype = torc
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "x": (case.batch, case.in_channels, case.height, case.width),
-        "weight": (case.out_channels, case.in_channels // case.groups, 3, 3),
+        "weight": (case.out_channels, case.in_channels // case.groups, case.kernel, case.kernel),
         "dz": case.output_shape,
     }
     tensors = {name: make(shape, dtype, generator, channels_last=channels_last) for name, shape in shapes.items()}
@@ -105,6 +129,36 @@ def test_results_do_not_depend_on_threads_or_repetition(capability, restore_thre
             torch.set_num_threads(threads)
             actual = everything(case, tensors, channels_last)
             assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), threads
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
+def test_pointwise_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, stride):
+    case = FusedCase("threads", 3, 96, 96, 39, 53, kernel=1, stride=stride)
+    tensors = make_tensors(case, channels_last=True)
+    torch.set_num_threads(1)
+    wanted = everything(case, tensors, channels_last=True)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        actual = everything(case, tensors, channels_last=True)
+        assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_weight_serves_until_the_weight_changes(capability, dtype):
+    case = FusedCase("packed", 2, 24, 40, 5, 7, kernel=1)
+    tensors = make_tensors(case, channels_last=True, dtype=dtype)
+    x, weight = tensors["x"], tensors.pop("weight")
+    rest = (None, None, None, False, (1, 1), 1, True)
+    wanted = extension.conv_affine(x, weight, *rest)
+    extension.keep_packed(weight)
+    assert torch.equal(extension._packed_of(weight)[0, :24, 0], weight[0, :, 0, 0].float())
+    assert torch.equal(extension.conv_affine(x, weight, *rest), wanted)
+    weight.zero_()
+    assert extension._packed_of(weight) is None
+    assert not extension.conv_affine(x, weight, *rest).any()
+    kept = len(extension._PACKED)
+    del weight
+    assert len(extension._PACKED) == kept - 1
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -198,6 +252,7 @@ def test_wanted_masks(built):
 
 
 IMAGE, VECTOR = torch.zeros(2, 8, 5, 5), torch.zeros(8)
+NHWC_IMAGE = IMAGE.to(memory_format=torch.channels_last)
 WRONG = {
     "prologue-in-half": (
         "conv_stats_fwd",
@@ -241,8 +296,38 @@ WRONG = {
     ),
     "residual-of-other-dtype": (
         "conv_affine",
-        (IMAGE, torch.zeros(8, 4, 3, 3), None, None, IMAGE.half(), True, IMAGE, 1, 1, 2, False),
+        (IMAGE, torch.zeros(8, 4, 3, 3), None, None, None, IMAGE.half(), True, IMAGE, 1, 1, 2, False),
         "conv_affine: expected residual of the dtype of input, Float, got Half",
+    ),
+    "1x1-in-groups": (
+        "conv_affine",
+        (NHWC_IMAGE, torch.zeros(8, 4, 1, 1), *[None] * 4, True, NHWC_IMAGE, 1, 1, 2, True),
+        r"conv_affine: expected weight of shape \(8, 4, 3, 3\), got \(8, 4, 1, 1\)",
+    ),
+    "1x1-in-nchw": (
+        "conv_affine",
+        (IMAGE, torch.zeros(8, 8, 1, 1), *[None] * 4, True, IMAGE, 1, 1, 1, False),
+        r"conv_affine: expected weight of shape \(8, 8, 3, 3\), got \(8, 8, 1, 1\)",
+    ),
+    "packed-weight-of-a-3x3": (
+        "conv_affine",
+        (IMAGE, torch.zeros(8, 4, 3, 3), torch.zeros(1, 16, 32), *[None] * 3, True, IMAGE, 1, 1, 2, False),
+        "conv_affine: expected a 1x1 kernel with a packed weight, got none",
+    ),
+    "packed-weight-of-other-size": (
+        "conv_affine",
+        (NHWC_IMAGE, torch.zeros(8, 8, 1, 1), torch.zeros(1, 8, 32), *[None] * 3, True, NHWC_IMAGE, 1, 1, 1, True),
+        r"conv_affine: expected a contiguous float32 packed weight of shape \(1, 16, 32\), got Float \(1, 8, 32\)",
+    ),
+    "packed-into-16-bit": (
+        "pack_pointwise",
+        (torch.zeros(8, 8, 1, 1), torch.zeros(1, 16, 32).half()),
+        r"pack_pointwise: expected a contiguous float32 packed weight of shape \(1, 16, 32\), got Half",
+    ),
+    "3x3-to-pack": (
+        "pack_pointwise",
+        (torch.zeros(8, 8, 3, 3), torch.zeros(1, 16, 32)),
+        r"pack_pointwise: expected weight of shape \(8, 8, 1, 1\), got \(8, 8, 3, 3\)",
     ),
     "vector-of-other-length": (
         "statistics",

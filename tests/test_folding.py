@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from resnext import fusion
+from resnext.kernels import extension
 
 from .block_cases import IDENTITY, PROJECTION, forward_and_gradients, reason_of
 
@@ -82,10 +83,27 @@ def test_inference_keeps_what_does_not_change():
         kept = fusion._KEPT[block]
         block(x)
         assert fusion._KEPT[block] is kept
-        # A 1x1 convolution on a CPU has the scale in its weight.
+        # A 1x1 convolution in NCHW on a CPU, which is a library's, has the scale in its weight.
         assert [folded.scale is None for folded in kept.folded.values()] == [True, False, True, True]
     block.train()
     assert block not in fusion._KEPT
+
+
+@pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
+def test_inference_keeps_packed_weights_of_1x1_convolutions_in_nhwc():
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images()
+    in_nhwc = x.contiguous(memory_format=torch.channels_last)
+    block.eval()
+    with torch.no_grad():
+        wanted = block(x)
+        torch.testing.assert_close(block(in_nhwc), wanted)
+        folded = fusion._KEPT[block].folded.values()
+        assert [f.scale is None for f in folded] == [False] * 4
+        assert [extension._packed_of(f.weight) is not None for f in folded] == [True, False, True, True]
+        torch.testing.assert_close(block(x), wanted)
+        nn.init.zeros_(block.conv3.weight)
+        assert not torch.allclose(block(in_nhwc), wanted)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))], ids=["deepcopy", "pickle"])

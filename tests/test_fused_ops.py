@@ -18,9 +18,7 @@ from resnext.kernels import (
     composed,
     conv_affine,
     conv_stats,
-    dispatch,
     fused_ops,
-    matmul,
     onednn,
     reference,
     use_backend,
@@ -86,23 +84,9 @@ def test_composed_convolutions(case, dtype, channels_last):
 
 
 @pytest.mark.parametrize("case", POINTWISE_CASES, ids=lambda case: case.id)
-def test_libraries_of_the_1x1_convolution(case):
-    """Whichever serves a size, both are right for it."""
-    for library in (matmul, onednn):
-        for choice in ({}, {"relu": False, "residual": False}, {"scaled": False}, {"shifted": False}):
-            fused_numerics.check_conv_affine(library, case, stores=3, **choice)
-
-
-@pytest.mark.parametrize("size", [7, 23])
-def test_few_pixels_are_a_matrix_product_and_many_are_onednns(size):
-    shapes = (1, 16, size, size), (32, 16, 1, 1)
-    arguments = ((1, 1), 1, torch.float32, torch.device("cpu"), True)
-    assert dispatch.affine_launchers("fwd", *shapes, *arguments) is (matmul if size == 7 else onednn)
-    for stride in ((1, 1), (2, 2)):
-        case = fused_numerics.FusedCase(
-            "pixels", 1, 16, 32, size * stride[0], size * stride[1], kernel=1, stride=stride
-        )
-        fused_numerics.check_conv_stats(COMPOSED, case, stores=2)
+def test_onednns_convolution(case):
+    for choice in ({}, {"relu": False, "residual": False}, {"scaled": False}, {"shifted": False}):
+        fused_numerics.check_conv_affine(onednn, case, stores=3, **choice)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

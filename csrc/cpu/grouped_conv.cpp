@@ -8,6 +8,7 @@
 
 #include "capability.h"
 #include "driver.h"
+#include "pointwise_conv.h"
 
 namespace resnext::cpu {
 namespace {
@@ -174,15 +175,27 @@ struct GradPrologue {
   }
 };
 
+void run_forward(const Tensor& x, const ReadMap& read, const Tensor& weight, const float* packed, const Tensor& out,
+                 const WriteMap& write, const GroupedConvShape& shape, std::array<float*, 2> results = {}) {
+  if (shape.kernel == 1) {
+    return run_pointwise({x, out, weight, packed, /*transposed=*/false}, read, write, shape, results);
+  }
+  Correlation c = forward(x, out, shape.stride_h, shape.stride_w, shape.channels_last);
+  c.read = read;
+  c.write = write;
+  run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape.groups, results);
+}
+
 void conv_stats_fwd(const Tensor x, const OptionalTensor center, const OptionalTensor scale, const OptionalTensor shift,
                     const Tensor weight, Tensor z, const OptionalTensor mean, const OptionalTensor var,
                     int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
-  check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last);
+  const GroupedConvShape shape =
+      check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last,
+                           kernel_of(weight, groups, channels_last));
   const InputPrologue prologue(x, center, scale, shift);
-  Correlation c = forward(x, z, stride_h, stride_w, channels_last);
-  c.read = prologue.read;
-  c.write.kind = mean.has_value() ? WriteMap::kMoments : WriteMap::kNone;
-  run_correlation(c, weight, std::nullopt, /*transposed=*/false, groups, {floats_of(mean), floats_of(var)});
+  WriteMap write{};
+  write.kind = mean.has_value() ? WriteMap::kMoments : WriteMap::kNone;
+  run_forward(x, prologue.read, weight, nullptr, z, write, shape, {floats_of(mean), floats_of(var)});
 }
 
 void conv_stats_dgrad(const Tensor dz, const OptionalTensor z, const OptionalTensor mean, const OptionalTensor dmean,
@@ -190,18 +203,25 @@ void conv_stats_dgrad(const Tensor dz, const OptionalTensor z, const OptionalTen
                       const OptionalTensor center, const OptionalTensor scale, const OptionalTensor shift, Tensor dx,
                       const OptionalTensor dscale, const OptionalTensor dshift, int64_t stride_h, int64_t stride_w,
                       int64_t groups, bool channels_last) {
-  check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
-                         stride_w, groups, channels_last);
+  const GroupedConvShape shape =
+      check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
+                             stride_w, groups, channels_last, kernel_of(weight, groups, channels_last));
   const GradPrologue prologue(z, mean, dmean, dvar);
   const OwnedAffine affine = affine_of(dx.size(1), center, scale, shift);
+  WriteMap write{};
+  if (x.has_value()) {
+    write.kind = WriteMap::kReluGradient;
+    write.affine = affine.affine;
+    write.other = x->data_ptr();
+  }
+  const std::array<float*, 2> results = {floats_of(dshift), floats_of(dscale)};
+  if (shape.kernel == 1) {
+    return run_pointwise({dz, dx, weight, nullptr, /*transposed=*/true}, prologue.read, write, shape, results);
+  }
   Correlation c = input_gradient(dz, dx, stride_h, stride_w, channels_last);
   c.read = prologue.read;
-  if (x.has_value()) {
-    c.write.kind = WriteMap::kReluGradient;
-    c.write.affine = affine.affine;
-    c.write.other = x->data_ptr();
-  }
-  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups, {floats_of(dshift), floats_of(dscale)});
+  c.write = write;
+  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups, results);
 }
 
 void conv_stats_wgrad(const Tensor dz, const OptionalTensor z, const OptionalTensor mean, const OptionalTensor dmean,
@@ -209,9 +229,11 @@ void conv_stats_wgrad(const Tensor dz, const OptionalTensor z, const OptionalTen
                       const OptionalTensor scale, const OptionalTensor shift, Tensor dw, int64_t stride_h,
                       int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw,
-                                                        stride_h, stride_w, groups, channels_last);
+                                                        stride_h, stride_w, groups, channels_last,
+                                                        kernel_of(dw, groups, channels_last));
   const GradPrologue grad_prologue(z, mean, dmean, dvar);
   const InputPrologue prologue(x, center, scale, shift);
+  if (shape.kernel == 1) return run_pointwise_gradient(dz, grad_prologue.read, x, prologue.read, dw, shape);
   WeightGradient g{};
   g.grad = image_of(dz, channels_last);
   g.x = image_of(x, channels_last);
@@ -220,17 +242,20 @@ void conv_stats_wgrad(const Tensor dz, const OptionalTensor z, const OptionalTen
   run_wgrad(g, dw, shape);
 }
 
-void conv_affine(const Tensor x, const Tensor weight, const OptionalTensor scale, const OptionalTensor shift,
-                 const OptionalTensor residual, bool relu, Tensor y, int64_t stride_h, int64_t stride_w, int64_t groups,
-                 bool channels_last) {
-  check_conv_affine(x, weight, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
+void conv_affine(const Tensor x, const Tensor weight, const OptionalTensor packed, const OptionalTensor scale,
+                 const OptionalTensor shift, const OptionalTensor residual, bool relu, Tensor y, int64_t stride_h,
+                 int64_t stride_w, int64_t groups, bool channels_last) {
+  const GroupedConvShape shape =
+      check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last,
+                        kernel_of(weight, groups, channels_last));
   const OwnedAffine affine = affine_of(y.size(1), std::nullopt, scale, shift);
-  Correlation c = forward(x, y, stride_h, stride_w, channels_last);
-  c.write.kind = residual.has_value() ? WriteMap::kAffineAdd : WriteMap::kAffine;
-  c.write.affine = affine.affine;
-  c.write.other = residual.has_value() ? residual->data_ptr() : nullptr;
-  c.write.relu = relu;
-  run_correlation(c, weight, std::nullopt, /*transposed=*/false, groups);
+  WriteMap write{};
+  write.kind = residual.has_value() ? WriteMap::kAffineAdd : WriteMap::kAffine;
+  write.affine = affine.affine;
+  write.other = residual.has_value() ? residual->data_ptr() : nullptr;
+  write.relu = relu;
+  const float* packed_weight = packed_data(packed, x.size(1), y.size(1), "conv_affine");
+  run_forward(x, {}, weight, packed_weight, y, write, shape);
 }
 
 std::string cpu_capability() { return active_kernels().name; }

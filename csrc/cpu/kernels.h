@@ -13,6 +13,8 @@ namespace resnext::cpu {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16, kUint8 };  // uint8: the max pool's taps, small whole numbers
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kUint8 ? 1 : 2; }
+
 // A dense activation tensor, in NHWC or NCHW order.
 struct Image {
   void* data;  // the kernels only read sources
@@ -134,6 +136,52 @@ struct WeightGradient {
   Dtype dtype;
 };
 
+// The pixels that the two images of a 1x1 convolution have in common: those of the smaller one.
+struct PixelGrid {
+  int64_t batch, height, width;
+};
+
+// An image, NHWC, of whose rows and columns a grid takes every step-th.
+struct GridImage {
+  Image image;
+  int64_t step_h, step_w;
+};
+
+constexpr int64_t kPanelLanes = 16;    // channels come in multiples of this: as many as the widest vector has
+constexpr int64_t kTileChannels = 32;  // destination channels whose weights lie together
+
+// The weight of a 1x1 convolution, (C_out, C_in): of a forward pass (destination, source channel), or transposed.
+struct WeightMatrix {
+  const void* data;
+  Dtype dtype;
+  bool transposed;
+  int64_t src_channels, dst_channels;
+};
+
+// A panel's pixels share what is read of them, and are a part of what is summed over the images. Without packed weights
+// every tile is packed where it is used.
+struct PixelProduct {
+  GridImage src, dst;
+  PixelGrid grid;
+  ReadMap read;
+  WriteMap write;
+  WeightMatrix weight;
+  const float* packed;
+  int64_t panel_pixels;
+};
+
+// dw partials: [chunk of pixels][channel of grad, padded to kPanelLanes][channel of x, padded to kTileChannels]; tasks
+// take `block_channels` of grad, and pixels by panels.
+struct PixelGradient {
+  GridImage grad, x;
+  PixelGrid grid;
+  ReadMap read_grad, read_x;
+  int64_t block_channels, chunks, panel_pixels;
+  float* partial;
+  void* dw;  // (C_out, C_in)
+  Dtype dtype;
+};
+
 // Operations without a convolution, element by element; images that an operation does not use, or that are not wanted,
 // are null. Parts: of part_pixels pixels of the whole batch (NHWC) or of a plane (NCHW).
 struct Elementwise {
@@ -181,6 +229,13 @@ struct Kernels {
   int64_t (*wgrad_scratch)(const WeightGradient&);
   void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
   void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
+
+  void (*pack_matrix)(const WeightMatrix&, float* packed, int64_t begin_tile, int64_t end_tile);
+  int64_t (*product_scratch)(const PixelProduct&);
+  void (*multiply)(const PixelProduct&, float* scratch, int64_t begin, int64_t end);  // over panels * tiles
+  int64_t (*gradient_scratch)(const PixelGradient&);
+  void (*pixel_gradient)(const PixelGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
+  void (*reduce_gradient)(const PixelGradient&, int64_t begin_row, int64_t end_row);
 
   void (*elementwise)(const Elementwise&, int64_t begin, int64_t end);  // over parts (NHWC), batch * channels (NCHW)
 

@@ -8,12 +8,14 @@
 #include "layout.inl.h"
 #include "correlate.inl.h"
 #include "wgrad.inl.h"
+#include "pointwise.inl.h"
 #include "elementwise.inl.h"
 #include "max_pool.inl.h"
 
 #define RESNEXT_KERNELS(name)                                                                                \
   {                                                                                                          \
     name, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
-        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad, elementwise, max_pool_scratch,      \
+        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad, pack_matrix, product_scratch,       \
+        multiply, gradient_scratch, pixel_gradient, reduce_gradient, elementwise, max_pool_scratch,          \
         max_pool, max_pool_gradient_scratch, max_pool_gradient                                               \
   }

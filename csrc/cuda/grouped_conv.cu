@@ -84,11 +84,11 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
   target.store();
 }
 
-void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const OptionalTensor& shift,
-                 const OptionalTensor& residual, bool relu, Tensor y, int64_t stride_h, int64_t stride_w,
-                 int64_t groups, bool channels_last) {
+void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
+                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, Tensor y, int64_t stride_h,
+                 int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape =
-      check_conv_affine(x, weight, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
+      check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
   const Call call(x);
   Output target(y, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_conv_affine(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),

@@ -1,0 +1,326 @@
+// The 1x1 convolution in NHWC: matrix products over pixels, with the maps on read and write that correlate.inl.h has.
+//
+//   multiply           dst[pixel][j] = sum over i of src[pixel][i] * weight[i][j]      forward, and input gradient
+//   pixel_gradient     dw[o][i] = sum over pixels of grad[pixel][o] * x[pixel][i]      weight gradient
+//
+// Sources are read, mapped, into panels of so many pixels that they stay in the L2 cache, as
+// [block of pixels][vector of channels][pixel of the block][lane]: the inner loops read both operands in the order of
+// memory. Lanes, pixels and weights that are not there are zero.
+//
+// fp32 accumulation, in an order that depends on neither threads nor instruction sets: channels, or pixels of a chunk.
+
+// Accumulators: pixels (or channels of grad) times vectors.
+constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
+constexpr int kGradientChannels = kRegisters >= 32 ? 8 : 4;
+constexpr int kProductVectors = 2;
+constexpr int kProductLanes = kProductVectors * kLanes;
+
+// The pixel of an image that is number `index` of a grid.
+RESNEXT_INLINE int64_t pixel_of(const PixelGrid& grid, const GridImage& at, int64_t index) {
+  if (at.step_h == 1 && at.step_w == 1) return index;
+  const int64_t w = index % grid.width;
+  const int64_t h = index / grid.width % grid.height;
+  const int64_t n = index / grid.width / grid.height;
+  return (n * at.image.height + h * at.step_h) * at.image.width + w * at.step_w;
+}
+
+// What a panel holds: pixels [first, first + pixels) of a grid, channels [c, c + channels).
+struct PanelPart {
+  int64_t first, pixels, c, channels;
+};
+
+RESNEXT_INLINE int64_t panel_lanes(int64_t channels) { return round_up(channels, kPanelLanes); }
+
+template <bool kWhole, class T, template <class, class> class Map>
+RESNEXT_INLINE Vec read_lanes(const T* data, const T* other, const ReadMap& read, int64_t c, int64_t offset,
+                              int64_t count) {
+  const Map<T, ChannelLanes> map(read, {c, count});
+  Vec other_lanes{};
+  if (Map<T, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
+  return map(load_lanes<kWhole>(data + offset, count), other_lanes);
+}
+
+template <class T, template <class, class> class Map>
+void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, PanelPart part, int64_t block_pixels,
+                   float* panel) {
+  const T* data = static_cast<const T*>(from.image.data);
+  const T* other = static_cast<const T*>(read.other);
+  const int64_t lanes = panel_lanes(part.channels);
+  const int64_t stride = block_pixels * kLanes;
+  for (int64_t pixel = 0; pixel < part.pixels; ++pixel) {
+    const int64_t offset = pixel_of(grid, from, part.first + pixel) * from.image.channels;
+    float* to = panel + pixel / block_pixels * block_pixels * lanes + pixel % block_pixels * kLanes;
+    int64_t i = 0;
+    for (; i + kLanes <= part.channels; i += kLanes, to += stride) {
+      store(to, read_lanes<true, T, Map>(data, other, read, part.c + i, offset + part.c + i, kLanes));
+    }
+    for (; i < lanes; i += kLanes, to += stride) {
+      const int64_t count = i < part.channels ? part.channels - i : 0;
+      store(to, read_lanes<false, T, Map>(data, other, read, part.c + i, offset + part.c + i, count));
+    }
+  }
+  for (int64_t pixel = part.pixels; pixel % block_pixels != 0; ++pixel) {
+    float* to = panel + pixel / block_pixels * block_pixels * lanes + pixel % block_pixels * kLanes;
+    for (int64_t i = 0; i < lanes; i += kLanes, to += stride) store(to, Vec{});
+  }
+}
+
+template <class T>
+void read_panel_of(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
+                   int64_t block_pixels, float* panel) {
+  switch (read.kind) {
+    case ReadMap::kNone:
+      return read_panel_as<T, KeepValue>(from, grid, read, part, block_pixels, panel);
+    case ReadMap::kAffineRelu:
+      return read_panel_as<T, AffineRelu>(from, grid, read, part, block_pixels, panel);
+    case ReadMap::kAddAffine:
+      return read_panel_as<T, AddAffine>(from, grid, read, part, block_pixels, panel);
+  }
+}
+
+void read_panel(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
+                int64_t block_pixels, float* panel) {
+  switch (from.image.dtype) {
+    case Dtype::kFloat16:
+      return read_panel_of<Half>(from, grid, read, part, block_pixels, panel);
+    case Dtype::kBFloat16:
+      return read_panel_of<BFloat16>(from, grid, read, part, block_pixels, panel);
+    default:
+      return read_panel_of<float>(from, grid, read, part, block_pixels, panel);
+  }
+}
+
+// --- weights: [tile][source channel][kTileChannels], whatever the instruction set ---
+
+RESNEXT_INLINE int64_t packed_tile_size(const WeightMatrix& weight) {
+  return panel_lanes(weight.src_channels) * kTileChannels;
+}
+
+template <class T>
+void pack_tile_of(const WeightMatrix& weight, int64_t tile, float* packed) {
+  const T* data = static_cast<const T*>(weight.data);
+  const int64_t src = weight.src_channels;
+  for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
+    const int64_t dst = tile * kTileChannels + lane;
+    const int64_t count = dst < weight.dst_channels ? min_of(kLanes, weight.dst_channels - dst) : 0;
+    if (weight.transposed) {  // (source channel, destination channel)
+      for (int64_t i = 0; i < panel_lanes(src); ++i) {
+        const Vec lanes = load_first(data + i * weight.dst_channels + dst, i < src ? count : 0);
+        store(packed + i * kTileChannels + lane, lanes);
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < panel_lanes(src); i += kLanes) {
+      const int64_t terms = i < src ? min_of(kLanes, src - i) : 0;
+      Vec square[kLanes];
+      RESNEXT_UNROLL
+      for (int row = 0; row < kLanes; ++row) {
+        square[row] = row < count ? load_first(data + (dst + row) * src + i, terms) : Vec{};
+      }
+      transpose(square);
+      RESNEXT_UNROLL
+      for (int term = 0; term < kLanes; ++term) store(packed + (i + term) * kTileChannels + lane, square[term]);
+    }
+  }
+}
+
+void pack_tile(const WeightMatrix& weight, int64_t tile, float* packed) {
+  switch (weight.dtype) {
+    case Dtype::kFloat16:
+      return pack_tile_of<Half>(weight, tile, packed);
+    case Dtype::kBFloat16:
+      return pack_tile_of<BFloat16>(weight, tile, packed);
+    default:
+      return pack_tile_of<float>(weight, tile, packed);
+  }
+}
+
+void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, int64_t end_tile) {
+  for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
+    pack_tile(weight, tile, packed + tile * packed_tile_size(weight));
+  }
+}
+
+// --- forward, and input gradient ---
+
+// out[pixel][lane] of one block of pixels and kProductLanes destination channels.
+RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t lanes, float* out) {
+  Vec acc[kProductPixels][kProductVectors] = {};
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Vec w[kProductVectors];
+      RESNEXT_UNROLL
+      for (int v = 0; v < kProductVectors; ++v) w[v] = in_register(load(weight + v * kLanes));
+      weight += kTileChannels;
+      RESNEXT_UNROLL
+      for (int p = 0; p < kProductPixels; ++p) {
+        const Vec x = in_register(broadcast(panel[p * kLanes + lane]));
+        RESNEXT_UNROLL
+        for (int v = 0; v < kProductVectors; ++v) acc[p][v] += x * w[v];
+      }
+    }
+    panel += kProductPixels * kLanes;
+  }
+  RESNEXT_UNROLL
+  for (int p = 0; p < kProductPixels; ++p) {
+    RESNEXT_UNROLL
+    for (int v = 0; v < kProductVectors; ++v) store(out + p * kTileChannels + v * kLanes, acc[p][v]);
+  }
+}
+
+RESNEXT_INLINE int64_t whole_blocks(int64_t pixels) { return round_up(pixels, kProductPixels); }
+
+int64_t product_scratch(const PixelProduct& p) {
+  const int64_t tile = p.packed == nullptr ? packed_tile_size(p.weight) : 0;
+  return whole_blocks(p.panel_pixels) * (panel_lanes(p.src.image.channels) + kTileChannels) + tile;
+}
+
+// `pixels` pixels of an image that follow each other in memory, as an image of one row.
+RESNEXT_INLINE Image pixel_run(const Image& image, int64_t first, int64_t pixels) {
+  Image run = image;
+  run.data = static_cast<char*>(image.data) + first * image.channels * size_of(image.dtype);
+  run.batch = run.height = 1;
+  run.width = pixels;
+  return run;
+}
+
+// Maps and writes one tile of a panel's results, and takes their statistics.
+void write_tile(const PixelProduct& p, const PanelPart& part, int64_t panel_index, float* results) {
+  const auto write_run = [&](int64_t pixel, int64_t pixels, const float* from) {
+    WriteMap write = p.write;
+    if (write.partial != nullptr) write.partial += panel_index * kPartialSums * p.dst.image.channels;
+    if (write.other != nullptr) {
+      write.other = static_cast<const char*>(write.other) + pixel * p.dst.image.channels * size_of(p.dst.image.dtype);
+    }
+    write_row(pixel_run(p.dst.image, pixel, pixels), write, 0, 0, part.c, part.channels, kTileChannels, from);
+  };
+  if (p.dst.step_h != 1 || p.dst.step_w != 1) {
+    for (int64_t i = 0; i < part.pixels; ++i) {
+      write_run(pixel_of(p.grid, p.dst, part.first + i), 1, results + i * kTileChannels);
+    }
+    return;
+  }
+  write_run(part.first, part.pixels, results);
+  if (p.write.kind != WriteMap::kMoments) return;
+  if (p.dst.image.dtype != Dtype::kFloat32) {  // of what is stored
+    read_row(pixel_run(p.dst.image, part.first, part.pixels), {}, 0, 0, part.c, part.channels, kTileChannels, results);
+  }
+  float* record = p.write.partial + panel_index * kPartialSums * p.dst.image.channels;
+  for (int64_t lane = 0; lane < part.channels; lane += kLanes) {
+    add_moments(results + lane, kTileChannels, part.pixels,
+                ChannelLanes{part.c + lane, min_of(kLanes, part.channels - lane)}, 0, record, p.dst.image.channels);
+  }
+}
+
+void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
+  const int64_t src_channels = p.src.image.channels;
+  const int64_t dst_channels = p.dst.image.channels;
+  const int64_t lanes = panel_lanes(src_channels);
+  const int64_t tiles = ceil_div(dst_channels, kTileChannels);
+  const int64_t all_pixels = p.grid.batch * p.grid.height * p.grid.width;
+  float* panel = scratch;
+  float* results = panel + whole_blocks(p.panel_pixels) * lanes;
+  float* own_tile = results + whole_blocks(p.panel_pixels) * kTileChannels;
+  int64_t panel_index = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task / tiles * p.panel_pixels;
+    const int64_t pixels = min_of(p.panel_pixels, all_pixels - first);
+    if (task / tiles != panel_index) {
+      panel_index = task / tiles;
+      read_panel(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
+    }
+    const int64_t tile = task % tiles;
+    const int64_t c = tile * kTileChannels;
+    const int64_t channels = min_of(kTileChannels, dst_channels - c);
+    if (p.packed == nullptr) pack_tile(p.weight, tile, own_tile);
+    const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
+    for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
+      for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
+        product_block(panel + pixel * lanes, weight + lane, lanes, results + pixel * kTileChannels + lane);
+      }
+    }
+    write_tile(p, {first, pixels, c, channels}, panel_index, results);
+  }
+}
+
+// --- weight gradient ---
+
+// Adds to kGradientChannels rows of dw, kProductLanes of their columns. Both operands lie as [pixel][lane]; x has a
+// panel's pixels from one vector to the next.
+RESNEXT_INLINE void gradient_block(const float* grad, const float* x, int64_t pixels, float* dw, int64_t row) {
+  Vec acc[kGradientChannels][kProductVectors];
+  RESNEXT_UNROLL
+  for (int o = 0; o < kGradientChannels; ++o) {
+    RESNEXT_UNROLL
+    for (int v = 0; v < kProductVectors; ++v) acc[o][v] = load(dw + o * row + v * kLanes);
+  }
+  const int64_t vector = pixels * kLanes;
+  int64_t i = 0;
+  do {  // the test at the end: or GCC keeps the accumulators in memory
+    Vec value[kProductVectors];
+    RESNEXT_UNROLL
+    for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * vector + i));
+    RESNEXT_UNROLL
+    for (int o = 0; o < kGradientChannels; ++o) {
+      const Vec g = in_register(broadcast(grad[i + o]));
+      RESNEXT_UNROLL
+      for (int v = 0; v < kProductVectors; ++v) acc[o][v] += g * value[v];
+    }
+    i += kLanes;
+  } while (i < vector);
+  RESNEXT_UNROLL
+  for (int o = 0; o < kGradientChannels; ++o) {
+    RESNEXT_UNROLL
+    for (int v = 0; v < kProductVectors; ++v) store(dw + o * row + v * kLanes, acc[o][v]);
+  }
+}
+
+RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x.image.channels, kTileChannels); }
+
+int64_t gradient_scratch(const PixelGradient& g) {
+  return g.panel_pixels * (x_lanes(g) + panel_lanes(g.block_channels));
+}
+
+void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
+  const int64_t row = x_lanes(g);
+  const int64_t all_pixels = g.grid.batch * g.grid.height * g.grid.width;
+  const int64_t rows = round_up(g.grad.image.channels, kPanelLanes);
+  float* x = scratch;
+  float* grad = scratch + g.panel_pixels * row;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t chunk = task % g.chunks;
+    const int64_t c = task / g.chunks * g.block_channels;
+    const int64_t channels = min_of(g.block_channels, g.grad.image.channels - c);
+    float* dw = g.partial + (chunk * rows + c) * row;
+    __builtin_memset(dw, 0, panel_lanes(channels) * row * sizeof(float));
+    const int64_t chunk_end = all_pixels * (chunk + 1) / g.chunks;
+    for (int64_t first = all_pixels * chunk / g.chunks; first < chunk_end; first += g.panel_pixels) {
+      const int64_t pixels = min_of(g.panel_pixels, chunk_end - first);
+      read_panel(g.x, g.grid, g.read_x, {first, pixels, 0, g.x.image.channels}, pixels, x);
+      for (int64_t lane = panel_lanes(g.x.image.channels); lane < row; lane += kLanes) {
+        __builtin_memset(x + lane * pixels, 0, pixels * kLanes * sizeof(float));
+      }
+      read_panel(g.grad, g.grid, g.read_grad, {first, pixels, c, channels}, pixels, grad);
+      for (int64_t i = 0; i < row; i += kProductLanes) {
+        for (int64_t o = 0; o < panel_lanes(channels); o += kGradientChannels) {
+          gradient_block(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels, dw + o * row + i,
+                         row);
+        }
+      }
+    }
+  }
+}
+
+// Sums the chunks of some rows of dw, in order.
+void reduce_gradient(const PixelGradient& g, int64_t begin_row, int64_t end_row) {
+  const int64_t row = x_lanes(g);
+  const int64_t size = round_up(g.grad.image.channels, kPanelLanes) * row;
+  for (int64_t o = begin_row; o < end_row; ++o) {
+    float* total = g.partial + o * row;
+    for (int64_t chunk = 1; chunk < g.chunks; ++chunk) {
+      const float* added = total + chunk * size;
+      for (int64_t i = 0; i < row; i += kLanes) store(total + i, load(total + i) + load(added + i));
+    }
+    write_floats(g.dw, g.dtype, o * g.x.image.channels, g.x.image.channels, total);
+  }
+}

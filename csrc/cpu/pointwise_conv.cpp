@@ -1,0 +1,155 @@
+// The 1x1 convolutions of the CPU operators: plan, pack the weights, run the kernels of the active instruction set.
+#include "pointwise_conv.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "capability.h"
+
+namespace resnext::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t kPanelFloats = 88 * 1024;  // of a source: a third of an L2 cache of 1 MiB
+
+// Pixels of a panel of `lanes` channels: many enough that weights are not read too often, few enough for the cache, and
+// whole blocks of the widest kernel. All panels are of about one size.
+int64_t pixels_of_panel(int64_t pixels, int64_t lanes) {
+  constexpr int64_t kBlock = 14;
+  const int64_t most = std::clamp<int64_t>(kPanelFloats / lanes, 4 * kBlock, 9 * kBlock) / kBlock * kBlock;
+  return round_up(ceil_div(pixels, ceil_div(pixels, most)), kBlock);
+}
+
+GridImage grid_image(const Tensor& tensor, bool strided, const GroupedConvShape& shape) {
+  const Image image = image_of(tensor, /*channels_last=*/true);
+  return strided ? GridImage{image, shape.stride_h, shape.stride_w} : GridImage{image, 1, 1};
+}
+
+// The input gradient of a strided convolution is zero where no output looked.
+void clear(const Tensor& tensor) {
+  constexpr int64_t kGrain = 1 << 18;
+  char* data = static_cast<char*>(tensor.data_ptr());
+  torch::stable::parallel_for(0, tensor.numel() * size_of(dtype_of(tensor)), kGrain,
+                              [&](int64_t begin, int64_t end) { std::memset(data + begin, 0, end - begin); });
+}
+
+std::array<int64_t, 3> packed_sizes(int64_t src_channels, int64_t dst_channels) {
+  return {ceil_div(dst_channels, kTileChannels), round_up(src_channels, kPanelLanes), kTileChannels};
+}
+
+void pack(const Kernels& kernels, const WeightMatrix& weight, float* packed) {
+  const auto [tiles, lanes, tile_channels] = packed_sizes(weight.src_channels, weight.dst_channels);
+  torch::stable::parallel_for(
+      0, tiles, std::max<int64_t>(1, 16384 / (lanes * tile_channels)),
+      [&](int64_t begin, int64_t end) { kernels.pack_matrix(weight, packed, begin, end); });
+}
+
+}  // namespace
+
+void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, WriteMap write,
+                   const GroupedConvShape& shape, std::array<float*, 2> results) {
+  const Kernels& kernels = active_kernels();
+  PixelProduct p{};
+  p.src = grid_image(operands.src, !operands.transposed, shape);
+  p.dst = grid_image(operands.dst, operands.transposed, shape);
+  p.grid = {shape.batch, shape.out_height, shape.out_width};
+  p.read = read;
+  p.write = write;
+  const int64_t channels = p.dst.image.channels;
+  p.weight = {operands.weight.data_ptr(), dtype_of(operands.weight), operands.transposed, p.src.image.channels,
+              channels};
+  const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
+  p.panel_pixels = pixels_of_panel(pixels, round_up(p.src.image.channels, kPanelLanes));
+  const int64_t panels = ceil_div(pixels, p.panel_pixels);
+
+  const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels);
+  Buffer packed;
+  p.packed = operands.packed;
+  if (p.packed == nullptr && panels > 1) {  // a single panel packs every tile once anyway
+    packed = allocate(tiles * lanes * tile_channels);
+    pack(kernels, p.weight, packed.get());
+    p.packed = packed.get();
+  }
+  if (p.dst.step_h != 1 || p.dst.step_w != 1) clear(operands.dst);
+
+  const bool sums = write.kind == WriteMap::kMoments || write.kind == WriteMap::kReluGradient;
+  const Parts parts = {1, panels, pixels, p.panel_pixels};
+  const Buffer partial = sums ? allocate_partial(parts, channels) : nullptr;
+  p.write.partial = partial.get();
+  p.write.channels = channels;
+  torch::stable::parallel_for(0, panels * tiles, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate(kernels.product_scratch(p));
+    kernels.multiply(p, scratch.get(), begin, end);
+  });
+  if (write.kind == WriteMap::kMoments) {
+    merge_moments(partial.get(), parts, channels, results[0], results[1]);
+  } else if (write.kind == WriteMap::kReluGradient) {
+    for (int i = 0; i < 2; ++i) merge_sums(partial.get(), parts, channels, i, results[i]);
+  }
+}
+
+void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const Tensor& x, const ReadMap& read_x,
+                            const Tensor& dw, const GroupedConvShape& shape) {
+  // By the problem alone, so that the result does not depend on the number of threads. Chunks have enough pixels to be
+  // worth adding up their partial results.
+  constexpr int64_t kWantedTasks = 16;
+  constexpr int64_t kBlockChannels = 256;
+  constexpr int64_t kPixelsPerChunk = 512;
+  const Kernels& kernels = active_kernels();
+  PixelGradient g{};
+  g.grad = grid_image(grad, /*strided=*/false, shape);
+  g.x = grid_image(x, /*strided=*/true, shape);
+  g.grid = {shape.batch, shape.out_height, shape.out_width};
+  g.read_grad = read_grad;
+  g.read_x = read_x;
+  g.dw = dw.data_ptr();
+  g.dtype = dtype_of(dw);
+  const int64_t rows = round_up(shape.out_channels, kPanelLanes);
+  const int64_t row = round_up(shape.in_channels, kTileChannels);
+  const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
+  g.block_channels = std::min(shape.out_channels, kBlockChannels);
+  const int64_t blocks = ceil_div(shape.out_channels, g.block_channels);
+  g.chunks = std::clamp<int64_t>(pixels / kPixelsPerChunk, 1, ceil_div(kWantedTasks, blocks));
+  g.panel_pixels = std::clamp<int64_t>(kPanelFloats / (row + round_up(g.block_channels, kPanelLanes)), 32, 128);
+  const Buffer partial = allocate(g.chunks * rows * row);
+  g.partial = partial.get();
+  torch::stable::parallel_for(0, blocks * g.chunks, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = allocate(kernels.gradient_scratch(g));
+    kernels.pixel_gradient(g, scratch.get(), begin, end);
+  });
+  torch::stable::parallel_for(0, shape.out_channels, std::max<int64_t>(1, 16384 / (g.chunks * row)),
+                              [&](int64_t begin, int64_t end) { kernels.reduce_gradient(g, begin, end); });
+}
+
+const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
+  if (!packed.has_value()) return nullptr;
+  const auto sizes = packed_sizes(in_channels, out_channels);
+  const bool right = packed->dim() == 3 && packed->size(0) == sizes[0] && packed->size(1) == sizes[1] &&
+                     packed->size(2) == sizes[2] && packed->scalar_type() == ScalarType::Float &&
+                     packed->is_contiguous();
+  STD_TORCH_CHECK(right, op, ": expected a contiguous float32 packed weight of shape ", format_sizes(sizes.data(), 3),
+                  ", got ", toString(packed->scalar_type()), " ", format_sizes(*packed), "; pack the weight anew");
+  return static_cast<const float*>(packed->data_ptr());
+}
+
+namespace {
+
+void pack_pointwise(const Tensor weight, Tensor packed) {
+  constexpr const char* kOp = "pack_pointwise";
+  const Checks check(kOp);
+  check.dtype(weight, "weight");
+  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in, 1, 1)");
+  check.sizes(weight, "weight", {sizes[0], sizes[1], 1, 1});
+  check.dense(weight, "weight", /*channels_last=*/true);
+  float* data = const_cast<float*>(packed_data(packed, sizes[1], sizes[0], kOp));
+  pack(active_kernels(), {weight.data_ptr(), dtype_of(weight), /*transposed=*/false, sizes[1], sizes[0]}, data);
+}
+
+}  // namespace
+}  // namespace resnext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(resnext_C, CPU, m) { m.impl("pack_pointwise", TORCH_BOX(&resnext::cpu::pack_pointwise)); }

@@ -1,0 +1,28 @@
+// 1x1 convolutions in NHWC, plain and fused (see pointwise.inl.h): planning, and running on the active instruction set.
+#pragma once
+
+#include <array>
+
+#include "../shape.h"
+#include "driver.h"
+
+namespace resnext::cpu {
+
+// y = conv(x), or dx = the input gradient of dy (`transposed`). `results`: mean and variance, or dshift and dscale,
+// where the write map makes them. `packed`: the weight as pack_pointwise leaves it, or null.
+struct PointwiseOperands {
+  const Tensor &src, &dst, &weight;
+  const float* packed;
+  bool transposed;
+};
+void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, WriteMap write,
+                   const GroupedConvShape& shape, std::array<float*, 2> results = {});
+
+// dw of dy and x.
+void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const Tensor& x, const ReadMap& read_x,
+                            const Tensor& dw, const GroupedConvShape& shape);
+
+// Checks that `packed` is what pack_pointwise makes of a weight with these channels; returns its data.
+const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op);
+
+}  // namespace resnext::cpu
