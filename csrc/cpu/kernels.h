@@ -170,13 +170,14 @@ struct PixelProduct {
   int64_t panel_pixels;
 };
 
-// dw partials: [chunk of pixels][channel of grad, padded to kPanelLanes][channel of x, padded to kTileChannels]; tasks
-// take `block_channels` of grad, and pixels by panels.
+// Tasks take blocks of both images' channels, chunks of the pixels. Each has a slice of partial results,
+// [chunk][block of grad][block of x], of the size that a function of that name tells.
 struct PixelGradient {
   GridImage grad, x;
   PixelGrid grid;
   ReadMap read_grad, read_x;
-  int64_t block_channels, chunks, panel_pixels;
+  int64_t grad_block, x_block;  // channels
+  int64_t chunks, panel_pixels;
   float* partial;
   void* dw;  // (C_out, C_in)
   Dtype dtype;
@@ -233,9 +234,10 @@ struct Kernels {
   void (*pack_matrix)(const WeightMatrix&, float* packed, int64_t begin_tile, int64_t end_tile);
   int64_t (*product_scratch)(const PixelProduct&);
   void (*multiply)(const PixelProduct&, float* scratch, int64_t begin, int64_t end);  // over panels * tiles
+  int64_t (*gradient_slice_size)(const PixelGradient&);
   int64_t (*gradient_scratch)(const PixelGradient&);
-  void (*pixel_gradient)(const PixelGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
-  void (*reduce_gradient)(const PixelGradient&, int64_t begin_row, int64_t end_row);
+  void (*pixel_gradient)(const PixelGradient&, float* scratch, int64_t begin, int64_t end);  // over slices
+  void (*reduce_gradient)(const PixelGradient&, float* scratch, int64_t begin_row, int64_t end_row);
 
   void (*elementwise)(const Elementwise&, int64_t begin, int64_t end);  // over parts (NHWC), batch * channels (NCHW)
 

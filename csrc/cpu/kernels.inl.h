@@ -16,6 +16,6 @@
   {                                                                                                          \
     name, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
         correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad, pack_matrix, product_scratch,       \
-        multiply, gradient_scratch, pixel_gradient, reduce_gradient, elementwise, max_pool_scratch,          \
-        max_pool, max_pool_gradient_scratch, max_pool_gradient                                               \
+        multiply, gradient_slice_size, gradient_scratch, pixel_gradient, reduce_gradient, elementwise,       \
+        max_pool_scratch, max_pool, max_pool_gradient_scratch, max_pool_gradient                             \
   }

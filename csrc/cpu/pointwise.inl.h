@@ -1,7 +1,7 @@
 // The 1x1 convolution in NHWC: matrix products over pixels, with the maps on read and write that correlate.inl.h has.
 //
-//   multiply           dst[pixel][j] = sum over i of src[pixel][i] * weight[i][j]      forward, and input gradient
-//   pixel_gradient     dw[o][i] = sum over pixels of grad[pixel][o] * x[pixel][i]      weight gradient
+//   multiply          dst[pixel][j] = sum over i of src[pixel][i] * weight[i][j]      forward, and input gradient
+//   pixel_gradient    dw[o][i] = sum over pixels of grad[pixel][o] * x[pixel][i]      weight gradient
 //
 // Sources are read, mapped, into panels of so many pixels that they stay in the L2 cache, as
 // [block of pixels][vector of channels][pixel of the block][lane]: the inner loops read both operands in the order of
@@ -185,7 +185,7 @@ RESNEXT_INLINE Image pixel_run(const Image& image, int64_t first, int64_t pixels
 }
 
 // Maps and writes one tile of a panel's results, and takes their statistics.
-void write_tile(const PixelProduct& p, const PanelPart& part, int64_t panel_index, float* results) {
+void write_block(const PixelProduct& p, const PanelPart& part, int64_t before, int64_t panel_index, float* results) {
   const auto write_run = [&](int64_t pixel, int64_t pixels, const float* from) {
     WriteMap write = p.write;
     if (write.partial != nullptr) write.partial += panel_index * kPartialSums * p.dst.image.channels;
@@ -208,7 +208,7 @@ void write_tile(const PixelProduct& p, const PanelPart& part, int64_t panel_inde
   float* record = p.write.partial + panel_index * kPartialSums * p.dst.image.channels;
   for (int64_t lane = 0; lane < part.channels; lane += kLanes) {
     add_moments(results + lane, kTileChannels, part.pixels,
-                ChannelLanes{part.c + lane, min_of(kLanes, part.channels - lane)}, 0, record, p.dst.image.channels);
+                ChannelLanes{part.c + lane, min_of(kLanes, part.channels - lane)}, before, record, p.dst.image.channels);
   }
 }
 
@@ -236,23 +236,23 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        product_block(panel + pixel * lanes, weight + lane, lanes, results + pixel * kTileChannels + lane);
+        product_block(panel + pixel * lanes, weight + lane, lanes, results + lane);
       }
+      write_block(p, {first + pixel, min_of(kProductPixels, pixels - pixel), c, channels}, pixel, panel_index, results);
     }
-    write_tile(p, {first, pixels, c, channels}, panel_index, results);
   }
 }
 
 // --- weight gradient ---
 
-// Adds to kGradientChannels rows of dw, kProductLanes of their columns. Both operands lie as [pixel][lane]; x has a
-// panel's pixels from one vector to the next.
-RESNEXT_INLINE void gradient_block(const float* grad, const float* x, int64_t pixels, float* dw, int64_t row) {
+// Adds to a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as [pixel][lane]; x
+// has its second vector behind the panel's pixels of the first.
+RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, float* dw) {
   Vec acc[kGradientChannels][kProductVectors];
   RESNEXT_UNROLL
   for (int o = 0; o < kGradientChannels; ++o) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) acc[o][v] = load(dw + o * row + v * kLanes);
+    for (int v = 0; v < kProductVectors; ++v) acc[o][v] = load(dw + o * kProductLanes + v * kLanes);
   }
   const int64_t vector = pixels * kLanes;
   int64_t i = 0;
@@ -271,56 +271,70 @@ RESNEXT_INLINE void gradient_block(const float* grad, const float* x, int64_t pi
   RESNEXT_UNROLL
   for (int o = 0; o < kGradientChannels; ++o) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) store(dw + o * row + v * kLanes, acc[o][v]);
+    for (int v = 0; v < kProductVectors; ++v) store(dw + o * kProductLanes + v * kLanes, acc[o][v]);
   }
 }
 
-RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x.image.channels, kTileChannels); }
+// A slice: [kProductLanes channels of x][kGradientChannels channels of grad][channel of grad][channel of x].
+RESNEXT_INLINE int64_t grad_lanes(const PixelGradient& g) { return panel_lanes(g.grad_block); }
+RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x_block, kTileChannels); }
+
+int64_t gradient_slice_size(const PixelGradient& g) { return grad_lanes(g) * x_lanes(g); }
 
 int64_t gradient_scratch(const PixelGradient& g) {
-  return g.panel_pixels * (x_lanes(g) + panel_lanes(g.block_channels));
+  const int64_t panels = g.panel_pixels * (grad_lanes(g) + x_lanes(g));
+  const int64_t row = round_up(g.x.image.channels, kTileChannels);
+  return panels > row ? panels : row;
 }
 
 void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
-  const int64_t row = x_lanes(g);
+  const int64_t x_blocks = ceil_div(g.x.image.channels, g.x_block);
+  const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
   const int64_t all_pixels = g.grid.batch * g.grid.height * g.grid.width;
-  const int64_t rows = round_up(g.grad.image.channels, kPanelLanes);
   float* x = scratch;
-  float* grad = scratch + g.panel_pixels * row;
+  float* grad = scratch + g.panel_pixels * x_lanes(g);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task % g.chunks;
-    const int64_t c = task / g.chunks * g.block_channels;
-    const int64_t channels = min_of(g.block_channels, g.grad.image.channels - c);
-    float* dw = g.partial + (chunk * rows + c) * row;
-    __builtin_memset(dw, 0, panel_lanes(channels) * row * sizeof(float));
+    const int64_t chunk = task / x_blocks / grad_blocks;
+    const int64_t grad_c = task / x_blocks % grad_blocks * g.grad_block;
+    const int64_t x_c = task % x_blocks * g.x_block;
+    const int64_t grad_channels = min_of(g.grad_block, g.grad.image.channels - grad_c);
+    const int64_t x_channels = min_of(g.x_block, g.x.image.channels - x_c);
+    float* slice = g.partial + task * gradient_slice_size(g);
+    __builtin_memset(slice, 0, gradient_slice_size(g) * sizeof(float));
     const int64_t chunk_end = all_pixels * (chunk + 1) / g.chunks;
     for (int64_t first = all_pixels * chunk / g.chunks; first < chunk_end; first += g.panel_pixels) {
       const int64_t pixels = min_of(g.panel_pixels, chunk_end - first);
-      read_panel(g.x, g.grid, g.read_x, {first, pixels, 0, g.x.image.channels}, pixels, x);
-      for (int64_t lane = panel_lanes(g.x.image.channels); lane < row; lane += kLanes) {
-        __builtin_memset(x + lane * pixels, 0, pixels * kLanes * sizeof(float));
-      }
-      read_panel(g.grad, g.grid, g.read_grad, {first, pixels, c, channels}, pixels, grad);
-      for (int64_t i = 0; i < row; i += kProductLanes) {
-        for (int64_t o = 0; o < panel_lanes(channels); o += kGradientChannels) {
-          gradient_block(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels, dw + o * row + i,
-                         row);
+      read_panel(g.x, g.grid, g.read_x, {first, pixels, x_c, x_channels}, pixels, x);
+      __builtin_memset(x + panel_lanes(x_channels) * pixels, 0,
+                       (x_lanes(g) - panel_lanes(x_channels)) * pixels * sizeof(float));
+      read_panel(g.grad, g.grid, g.read_grad, {first, pixels, grad_c, grad_channels}, pixels, grad);
+      for (int64_t i = 0; i < x_channels; i += kProductLanes) {
+        for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
+          gradient_tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels,
+                        slice + i * grad_lanes(g) + o * kProductLanes);
         }
       }
     }
   }
 }
 
-// Sums the chunks of some rows of dw, in order.
-void reduce_gradient(const PixelGradient& g, int64_t begin_row, int64_t end_row) {
-  const int64_t row = x_lanes(g);
-  const int64_t size = round_up(g.grad.image.channels, kPanelLanes) * row;
+// Sums the chunks of some rows of dw, in order, and stores them.
+void reduce_gradient(const PixelGradient& g, float* scratch, int64_t begin_row, int64_t end_row) {
+  const int64_t channels = g.x.image.channels;
+  const int64_t x_blocks = ceil_div(channels, g.x_block);
+  const int64_t chunk_size = ceil_div(g.grad.image.channels, g.grad_block) * x_blocks * gradient_slice_size(g);
   for (int64_t o = begin_row; o < end_row; ++o) {
-    float* total = g.partial + o * row;
-    for (int64_t chunk = 1; chunk < g.chunks; ++chunk) {
-      const float* added = total + chunk * size;
-      for (int64_t i = 0; i < row; i += kLanes) store(total + i, load(total + i) + load(added + i));
+    for (int64_t c = 0; c < channels; c += kProductLanes) {
+      const int64_t slice = o / g.grad_block * x_blocks + c / g.x_block;
+      const float* from = g.partial + slice * gradient_slice_size(g) + c % g.x_block * grad_lanes(g) +
+                          o % g.grad_block * kProductLanes;
+      RESNEXT_UNROLL
+      for (int v = 0; v < kProductVectors; ++v) {
+        Vec sum = load(from + v * kLanes);
+        for (int64_t chunk = 1; chunk < g.chunks; ++chunk) sum += load(from + chunk * chunk_size + v * kLanes);
+        store(scratch + c + v * kLanes, sum);
+      }
     }
-    write_floats(g.dw, g.dtype, o * g.x.image.channels, g.x.image.channels, total);
+    write_floats(g.dw, g.dtype, o * channels, channels, scratch);
   }
 }

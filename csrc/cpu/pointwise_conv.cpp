@@ -20,7 +20,7 @@ constexpr int64_t kPanelFloats = 88 * 1024;  // of a source: a third of an L2 ca
 // whole blocks of the widest kernel. All panels are of about one size.
 int64_t pixels_of_panel(int64_t pixels, int64_t lanes) {
   constexpr int64_t kBlock = 14;
-  const int64_t most = std::clamp<int64_t>(kPanelFloats / lanes, 4 * kBlock, 9 * kBlock) / kBlock * kBlock;
+  const int64_t most = std::clamp<int64_t>(kPanelFloats / lanes, 4 * kBlock, 6 * kBlock) / kBlock * kBlock;
   return round_up(ceil_div(pixels, ceil_div(pixels, most)), kBlock);
 }
 
@@ -94,11 +94,13 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
 
 void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const Tensor& x, const ReadMap& read_x,
                             const Tensor& dw, const GroupedConvShape& shape) {
-  // By the problem alone, so that the result does not depend on the number of threads. Chunks have enough pixels to be
-  // worth adding up their partial results.
+  // By the problem alone, so that the result does not depend on the number of threads. A task's partial results and
+  // panels stay in the L2 cache; chunks have enough pixels to be worth adding up.
   constexpr int64_t kWantedTasks = 16;
-  constexpr int64_t kBlockChannels = 256;
-  constexpr int64_t kPixelsPerChunk = 512;
+  constexpr int64_t kGradBlock = 256;
+  constexpr int64_t kXBlock = 512;
+  constexpr int64_t kPanelPixels = 96;
+  constexpr int64_t kPixelsPerChunk = 5 * kPanelPixels;
   const Kernels& kernels = active_kernels();
   PixelGradient g{};
   g.grad = grid_image(grad, /*strided=*/false, shape);
@@ -106,23 +108,25 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   g.grid = {shape.batch, shape.out_height, shape.out_width};
   g.read_grad = read_grad;
   g.read_x = read_x;
+  g.grad_block = std::min(shape.out_channels, kGradBlock);
+  g.x_block = std::min(shape.in_channels, kXBlock);
+  g.panel_pixels = kPanelPixels;
   g.dw = dw.data_ptr();
   g.dtype = dtype_of(dw);
-  const int64_t rows = round_up(shape.out_channels, kPanelLanes);
-  const int64_t row = round_up(shape.in_channels, kTileChannels);
+  const int64_t blocks = ceil_div(shape.out_channels, g.grad_block) * ceil_div(shape.in_channels, g.x_block);
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
-  g.block_channels = std::min(shape.out_channels, kBlockChannels);
-  const int64_t blocks = ceil_div(shape.out_channels, g.block_channels);
   g.chunks = std::clamp<int64_t>(pixels / kPixelsPerChunk, 1, ceil_div(kWantedTasks, blocks));
-  g.panel_pixels = std::clamp<int64_t>(kPanelFloats / (row + round_up(g.block_channels, kPanelLanes)), 32, 128);
-  const Buffer partial = allocate(g.chunks * rows * row);
+  const Buffer partial = allocate(g.chunks * blocks * kernels.gradient_slice_size(g));
   g.partial = partial.get();
-  torch::stable::parallel_for(0, blocks * g.chunks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, g.chunks * blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernels.gradient_scratch(g));
     kernels.pixel_gradient(g, scratch.get(), begin, end);
   });
-  torch::stable::parallel_for(0, shape.out_channels, std::max<int64_t>(1, 16384 / (g.chunks * row)),
-                              [&](int64_t begin, int64_t end) { kernels.reduce_gradient(g, begin, end); });
+  torch::stable::parallel_for(0, shape.out_channels, std::max<int64_t>(1, 16384 / (g.chunks * shape.in_channels)),
+                              [&](int64_t begin, int64_t end) {
+                                const Buffer scratch = allocate(kernels.gradient_scratch(g));
+                                kernels.reduce_gradient(g, scratch.get(), begin, end);
+                              });
 }
 
 const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
