@@ -4,6 +4,7 @@ Backends in order of preference: ``triton``, ``cuda`` (C++/CUDA extension), ``cp
 PyTorch, which takes everything). This is the only module that reads the environment:
 
 * ``RESNEXT_BACKEND``: force one backend for the whole process (see `use_backend`);
+* ``RESNEXT_CPU_CAPABILITY``: the instruction set of the ``cpu`` backend: ``avx512``, ``avx2`` or ``portable``;
 * ``TRITON_INTERPRET``: whether Triton runs in its interpreter, which also takes CPU tensors.
 """
 
@@ -253,6 +254,7 @@ def unsupported(name: str, dtype: torch.dtype, device: torch.device) -> str | No
 
     if reason := extension.load():
         return reason
+    _force_capability()
     if name == "cuda" and (reason := _too_old(device)):
         return reason
     if name == "cuda" and not extension.has_cuda():
@@ -268,6 +270,20 @@ def not_chosen(name: str, problem: ConvProblem) -> str | None:
     if name == "cpu" and problem.op == "fwd" and problem.dtype == torch.float32 and wide:
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     return None
+
+
+@functools.cache
+def _force_capability() -> None:
+    """Let the extension use the instruction set that the environment asks for."""
+    if not (capability := os.environ.get("RESNEXT_CPU_CAPABILITY")):
+        return
+    try:
+        torch.ops.resnext_C.set_cpu_capability(capability)
+    except RuntimeError:
+        raise ValueError(
+            "RESNEXT_CPU_CAPABILITY: expected avx512, avx2 or portable, and a machine that has it, got "
+            f"{capability!r}; unset it for the best there is"
+        ) from None
 
 
 @functools.cache

@@ -171,6 +171,21 @@ def test_wrong_environment_is_an_error_with_the_names():
     assert "RESNEXT_BACKEND: expected one of auto, triton, cuda, cpu, torch, got 'quick'" in result.stderr
 
 
+def test_environment_forces_the_instruction_set(built):
+    code = (
+        "import torch; from resnext import grouped_conv2d\n"
+        "y = grouped_conv2d(torch.ones(1, 8, 3, 3), torch.ones(8, 2, 3, 3), groups=4)\n"
+        "print(torch.ops.resnext_C.cpu_capability(), y[0, 0, 1, 1].item())"
+    )
+    assert run_python(code, RESNEXT_CPU_CAPABILITY="portable").stdout == "portable 18.0\n"
+    result = run_python(code, RESNEXT_CPU_CAPABILITY="mmx")
+    assert result.returncode == 1
+    assert (
+        "RESNEXT_CPU_CAPABILITY: expected avx512, avx2 or portable, and a machine that has it, got 'mmx'"
+        in result.stderr
+    )
+
+
 def test_works_without_triton_and_without_the_extension(monkeypatch):
     """What a machine with neither a compiler nor a GPU has: plain PyTorch, and no warning."""
     monkeypatch.setattr(extension, "load", lambda: "the extension is not built")
