@@ -12,9 +12,12 @@ BIN := $(VENV)/bin
 # Named versions keep pip from taking another torch along with some dependency.
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 TRITON ?= triton==3.6.0
+# GCC's; the CPU kernels are compiled with them by `make sanitize`.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZED := build/sanitized
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: dev lint test wheel bench gpu clean
+.PHONY: dev lint test sanitize wheel bench gpu clean
 
 dev: $(VENV)/.installed
 
@@ -36,6 +39,15 @@ lint: dev
 
 test: dev
 	$(BIN)/python -m pytest tests
+
+# The CPU kernels' tests under the address and undefined-behaviour sanitizers; building takes minutes.
+sanitize: dev
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" RESNEXT_BUILD_CUDA=0 \
+		$(BIN)/python setup.py -q build --build-base $(SANITIZED)-objects --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m pytest tests/test_extension.py tests/test_extension_fused.py
 
 # By way of the source distribution, so that nothing left over in build/ gets in.
 wheel: dev

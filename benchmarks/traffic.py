@@ -7,6 +7,7 @@ operand that a kernel reads twice is still counted once. Counted kernel by kerne
   only allocated. Exceptions: backward of a convolution is two kernels, input gradient and weight gradient, that both
   read the output's gradient; batch norm in training reduces its input before it can use it, and so reads it twice, and
   in backward the gradient and the input.
+  A weight that was packed before is read as that.
 * Our own operators in Python count as what they call.
 * A Triton launch moves each tensor it is given once.
 """
@@ -77,8 +78,11 @@ def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         dx, dw, db = result
         passes = [(grad, weight, dx)] * (dx is not None) + [(grad, x, dw)] * (dw is not None)
         return sum(map(_size, passes)) + _size([db])
-    inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
-    written = [leaf for argument, leaf in _arguments(func, args, kwargs) if _is_written(argument)]
+    arguments = list(_arguments(func, args, kwargs))
+    packed = any(argument.name == "packed" and leaf is not None for argument, leaf in arguments)
+    inputs = [leaf for argument, leaf in arguments if not (packed and argument.name == "weight")]
+    outputs = tree_leaves(result)
+    written = [leaf for argument, leaf in arguments if _is_written(argument)]
     if not written and {_place(t) for t in outputs} & {_place(t) for t in inputs} - {None}:
         return 0  # a view
     if func.namespace == "resnext_C" or name in _OVERWRITES or ".out" in str(func):

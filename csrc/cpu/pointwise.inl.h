@@ -13,6 +13,7 @@
 constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
 constexpr int kGradientChannels = kRegisters >= 32 ? 8 : 4;
 constexpr int kProductVectors = 2;
+constexpr int kGradientPixels = 4;  // of one iteration: short loops' ends are predicted
 constexpr int kProductLanes = kProductVectors * kLanes;
 
 // The pixel of an image that is number `index` of a grid.
@@ -172,7 +173,7 @@ RESNEXT_INLINE int64_t whole_blocks(int64_t pixels) { return round_up(pixels, kP
 
 int64_t product_scratch(const PixelProduct& p) {
   const int64_t tile = p.packed == nullptr ? packed_tile_size(p.weight) : 0;
-  return whole_blocks(p.panel_pixels) * (panel_lanes(p.src.image.channels) + kTileChannels) + tile;
+  return whole_blocks(p.panel_pixels) * panel_lanes(p.src.image.channels) + kProductPixels * kTileChannels + tile;
 }
 
 // `pixels` pixels of an image that follow each other in memory, as an image of one row.
@@ -184,34 +185,39 @@ RESNEXT_INLINE Image pixel_run(const Image& image, int64_t first, int64_t pixels
   return run;
 }
 
-// Maps and writes one tile of a panel's results, and takes their statistics.
-void write_block(const PixelProduct& p, const PanelPart& part, int64_t before, int64_t panel_index, float* results) {
-  const auto write_run = [&](int64_t pixel, int64_t pixels, const float* from) {
-    WriteMap write = p.write;
-    if (write.partial != nullptr) write.partial += panel_index * kPartialSums * p.dst.image.channels;
-    if (write.other != nullptr) {
-      write.other = static_cast<const char*>(write.other) + pixel * p.dst.image.channels * size_of(p.dst.image.dtype);
-    }
-    write_row(pixel_run(p.dst.image, pixel, pixels), write, 0, 0, part.c, part.channels, kTileChannels, from);
-  };
+// Maps and writes results for pixels that follow each other in the destination.
+RESNEXT_INLINE void write_run(const Image& dst, WriteMap write, int64_t first, const PanelPart& part,
+                              const float* results) {
+  if (write.other != nullptr) {
+    write.other = static_cast<const char*>(write.other) + first * dst.channels * size_of(dst.dtype);
+  }
+  write_row(pixel_run(dst, first, part.pixels), write, 0, 0, part.c, part.channels, kTileChannels, results);
+}
+
+// Writes the results of a block of pixels and a tile of channels, and takes their statistics: `before` pixels of the
+// panel have been counted, whose sums are `write.partial`.
+void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& part, int64_t before, float* results) {
+  const Image& dst = p.dst.image;
   if (p.dst.step_h != 1 || p.dst.step_w != 1) {
     for (int64_t i = 0; i < part.pixels; ++i) {
-      write_run(pixel_of(p.grid, p.dst, part.first + i), 1, results + i * kTileChannels);
+      write_run(dst, write, pixel_of(p.grid, p.dst, part.first + i), {0, 1, part.c, part.channels},
+                results + i * kTileChannels);
     }
     return;
   }
-  write_run(part.first, part.pixels, results);
-  if (p.write.kind != WriteMap::kMoments) return;
-  if (p.dst.image.dtype != Dtype::kFloat32) {  // of what is stored
-    read_row(pixel_run(p.dst.image, part.first, part.pixels), {}, 0, 0, part.c, part.channels, kTileChannels, results);
+  write_run(dst, write, part.first, part, results);
+  if (write.kind != WriteMap::kMoments) return;
+  if (dst.dtype != Dtype::kFloat32) {  // of what is stored
+    read_row(pixel_run(dst, part.first, part.pixels), {}, 0, 0, part.c, part.channels, kTileChannels, results);
   }
-  float* record = p.write.partial + panel_index * kPartialSums * p.dst.image.channels;
   for (int64_t lane = 0; lane < part.channels; lane += kLanes) {
-    add_moments(results + lane, kTileChannels, part.pixels,
-                ChannelLanes{part.c + lane, min_of(kLanes, part.channels - lane)}, before, record, p.dst.image.channels);
+    add_moments(results + lane, kTileChannels, part.pixels, {part.c + lane, min_of(kLanes, part.channels - lane)},
+                before, write.partial, dst.channels);
   }
 }
 
+// Results are written block by block: rows of a power of two bytes compete for a few sets of the caches, which hold the
+// lines of one block but not of a panel.
 void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
@@ -220,25 +226,28 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
   const int64_t all_pixels = p.grid.batch * p.grid.height * p.grid.width;
   float* panel = scratch;
   float* results = panel + whole_blocks(p.panel_pixels) * lanes;
-  float* own_tile = results + whole_blocks(p.panel_pixels) * kTileChannels;
-  int64_t panel_index = -1;
+  float* own_tile = results + kProductPixels * kTileChannels;
+  int64_t read = -1;  // the panel
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task / tiles * p.panel_pixels;
-    const int64_t pixels = min_of(p.panel_pixels, all_pixels - first);
-    if (task / tiles != panel_index) {
-      panel_index = task / tiles;
-      read_panel(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
-    }
     const int64_t tile = task % tiles;
     const int64_t c = tile * kTileChannels;
     const int64_t channels = min_of(kTileChannels, dst_channels - c);
+    const int64_t first = task / tiles * p.panel_pixels;
+    const int64_t pixels = min_of(p.panel_pixels, all_pixels - first);
+    if (task / tiles != read) {
+      read = task / tiles;
+      read_panel(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
+    }
+    WriteMap write = p.write;
+    if (write.partial != nullptr) write.partial += read * kPartialSums * dst_channels;
     if (p.packed == nullptr) pack_tile(p.weight, tile, own_tile);
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
         product_block(panel + pixel * lanes, weight + lane, lanes, results + lane);
       }
-      write_block(p, {first + pixel, min_of(kProductPixels, pixels - pixel), c, channels}, pixel, panel_index, results);
+      const PanelPart part = {first + pixel, min_of(kProductPixels, pixels - pixel), c, channels};
+      write_block(p, write, part, pixel, results);
     }
   }
 }
@@ -257,16 +266,18 @@ RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pix
   const int64_t vector = pixels * kLanes;
   int64_t i = 0;
   do {  // the test at the end: or GCC keeps the accumulators in memory
-    Vec value[kProductVectors];
     RESNEXT_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * vector + i));
-    RESNEXT_UNROLL
-    for (int o = 0; o < kGradientChannels; ++o) {
-      const Vec g = in_register(broadcast(grad[i + o]));
+    for (int pixel = 0; pixel < kGradientPixels; ++pixel, i += kLanes) {
+      Vec value[kProductVectors];
       RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) acc[o][v] += g * value[v];
+      for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * vector + i));
+      RESNEXT_UNROLL
+      for (int o = 0; o < kGradientChannels; ++o) {
+        const Vec g = in_register(broadcast(grad[i + o]));
+        RESNEXT_UNROLL
+        for (int v = 0; v < kProductVectors; ++v) acc[o][v] += g * value[v];
+      }
     }
-    i += kLanes;
   } while (i < vector);
   RESNEXT_UNROLL
   for (int o = 0; o < kGradientChannels; ++o) {
@@ -282,7 +293,7 @@ RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x_blo
 int64_t gradient_slice_size(const PixelGradient& g) { return grad_lanes(g) * x_lanes(g); }
 
 int64_t gradient_scratch(const PixelGradient& g) {
-  const int64_t panels = g.panel_pixels * (grad_lanes(g) + x_lanes(g));
+  const int64_t panels = round_up(g.panel_pixels, kGradientPixels) * (grad_lanes(g) + x_lanes(g));
   const int64_t row = round_up(g.x.image.channels, kTileChannels);
   return panels > row ? panels : row;
 }
@@ -292,7 +303,7 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
   const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
   const int64_t all_pixels = g.grid.batch * g.grid.height * g.grid.width;
   float* x = scratch;
-  float* grad = scratch + g.panel_pixels * x_lanes(g);
+  float* grad = scratch + round_up(g.panel_pixels, kGradientPixels) * x_lanes(g);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / x_blocks / grad_blocks;
     const int64_t grad_c = task / x_blocks % grad_blocks * g.grad_block;
@@ -303,11 +314,12 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
     __builtin_memset(slice, 0, gradient_slice_size(g) * sizeof(float));
     const int64_t chunk_end = all_pixels * (chunk + 1) / g.chunks;
     for (int64_t first = all_pixels * chunk / g.chunks; first < chunk_end; first += g.panel_pixels) {
-      const int64_t pixels = min_of(g.panel_pixels, chunk_end - first);
-      read_panel(g.x, g.grid, g.read_x, {first, pixels, x_c, x_channels}, pixels, x);
+      const int64_t count = min_of(g.panel_pixels, chunk_end - first);
+      const int64_t pixels = round_up(count, kGradientPixels);
+      read_panel(g.x, g.grid, g.read_x, {first, count, x_c, x_channels}, pixels, x);
       __builtin_memset(x + panel_lanes(x_channels) * pixels, 0,
                        (x_lanes(g) - panel_lanes(x_channels)) * pixels * sizeof(float));
-      read_panel(g.grad, g.grid, g.read_grad, {first, pixels, grad_c, grad_channels}, pixels, grad);
+      read_panel(g.grad, g.grid, g.read_grad, {first, count, grad_c, grad_channels}, pixels, grad);
       for (int64_t i = 0; i < x_channels; i += kProductLanes) {
         for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
           gradient_tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels,

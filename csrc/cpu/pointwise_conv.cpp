@@ -99,8 +99,8 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   constexpr int64_t kWantedTasks = 16;
   constexpr int64_t kGradBlock = 256;
   constexpr int64_t kXBlock = 512;
-  constexpr int64_t kPanelPixels = 96;
-  constexpr int64_t kPixelsPerChunk = 5 * kPanelPixels;
+  constexpr int64_t kPanelPixels = 64;
+  constexpr int64_t kPixelsPerChunk = 8 * kPanelPixels;
   const Kernels& kernels = active_kernels();
   PixelGradient g{};
   g.grad = grid_image(grad, /*strided=*/false, shape);
