@@ -51,7 +51,6 @@ void wgrad_rows(const WgradArgs& args) {
   constexpr int kBlock = kShared > 1 ? kLanes / kShared : kMaxGradBlock;
   // Enough accumulators to hide the latency of multiply-adds: 8 or more.
   constexpr int kChains = kBlock >= 4 ? 1 : 4 / kBlock;
-  constexpr int kPixels = kChains > 1 ? kChains : 1;
   Vec acc[kChains][kBlock][3] = {};
   RESNEXT_UNROLL
   for (int o = 0; o < kBlock; ++o) {
@@ -63,11 +62,11 @@ void wgrad_rows(const WgradArgs& args) {
     const float* x = args.rows[row].x;
     const float* grad = args.rows[row].grad;
     int64_t q = args.pixels;
-    if constexpr (kPixels > 1) {
-      for (; q >= kPixels; q -= kPixels) {
-        wgrad_pixels<kStep, kShared, kBlock, kChains, kPixels>(x, grad, args.x_lanes, args.grad_lanes, acc);
-        x += kPixels * kStep * args.x_lanes;
-        grad += kPixels * args.grad_lanes;
+    if constexpr (kChains > 1) {
+      for (; q >= kChains; q -= kChains) {
+        wgrad_pixels<kStep, kShared, kBlock, kChains, kChains>(x, grad, args.x_lanes, args.grad_lanes, acc);
+        x += kChains * kStep * args.x_lanes;
+        grad += kChains * args.grad_lanes;
       }
       if (q == 0) continue;
     }
