@@ -75,7 +75,8 @@ class Layer:
         return itemsize * (activations + self.out_channels * self.group_width * 9)
 
 
-# Network -> its distinct layers and how often each occurs in one pass over the network. torchvision's and timm's names.
+# Network -> its distinct layers and how often each occurs in one pass over the network. torchvision's and timm's names,
+# and our own for the ResNeXt that neither has.
 NETWORKS: Mapping[str, Mapping[Layer, int]] = {
     "resnext50_32x4d": {
         Layer(128, 128, 56, 56, 1, 32): 3,
@@ -85,6 +86,15 @@ NETWORKS: Mapping[str, Mapping[Layer, int]] = {
         Layer(512, 512, 14, 14, 1, 32): 5,
         Layer(1024, 1024, 14, 14, 2, 32): 1,
         Layer(1024, 1024, 7, 7, 1, 32): 2,
+    },
+    "resnext50_32x2d": {
+        Layer(64, 64, 56, 56, 1, 32): 3,
+        Layer(128, 128, 56, 56, 2, 32): 1,
+        Layer(128, 128, 28, 28, 1, 32): 3,
+        Layer(256, 256, 28, 28, 2, 32): 1,
+        Layer(256, 256, 14, 14, 1, 32): 5,
+        Layer(512, 512, 14, 14, 2, 32): 1,
+        Layer(512, 512, 7, 7, 1, 32): 2,
     },
     "resnext101_32x8d": {
         Layer(256, 256, 56, 56, 1, 32): 3,
@@ -103,6 +113,26 @@ NETWORKS: Mapping[str, Mapping[Layer, int]] = {
         Layer(1024, 1024, 14, 14, 1, 64): 22,
         Layer(2048, 2048, 14, 14, 2, 64): 1,
         Layer(2048, 2048, 7, 7, 1, 64): 2,
+    },
+    "regnety_016": {
+        Layer(48, 48, 112, 112, 2, 2): 1,
+        Layer(48, 48, 56, 56, 1, 2): 1,
+        Layer(120, 120, 56, 56, 2, 5): 1,
+        Layer(120, 120, 28, 28, 1, 5): 5,
+        Layer(336, 336, 28, 28, 2, 14): 1,
+        Layer(336, 336, 14, 14, 1, 14): 16,
+        Layer(888, 888, 14, 14, 2, 37): 1,
+        Layer(888, 888, 7, 7, 1, 37): 1,
+    },
+    "regnetx_032": {
+        Layer(96, 96, 112, 112, 2, 2): 1,
+        Layer(96, 96, 56, 56, 1, 2): 1,
+        Layer(192, 192, 56, 56, 2, 4): 1,
+        Layer(192, 192, 28, 28, 1, 4): 5,
+        Layer(432, 432, 28, 28, 2, 9): 1,
+        Layer(432, 432, 14, 14, 1, 9): 14,
+        Layer(1008, 1008, 14, 14, 2, 21): 1,
+        Layer(1008, 1008, 7, 7, 1, 21): 1,
     },
     "regnety_040": {
         Layer(128, 128, 112, 112, 2, 2): 1,

@@ -127,6 +127,8 @@ def _invalid_sizes(
     groups: int,
 ) -> str | None:
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if type(value) is int and value >= least:
+            continue
         if isinstance(value, str):
             if name != "padding" or value not in ("same", "valid"):
                 return f"expected {name} to be integers{' or same or valid' * (name == 'padding')}, got {value!r}"

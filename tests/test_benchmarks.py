@@ -31,6 +31,7 @@ from shapes import NETWORKS, PASSES, Layer  # noqa: E402
 from timing import Budget, Timing, interleave  # noqa: E402
 from verify import mismatch  # noqa: E402
 
+from resnext import models  # noqa: E402
 from resnext.kernels import reference  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -41,6 +42,8 @@ ONE_LAYER = ["--device", "cpu", "--layers", "1024x7x7_s1_gw32", "--batch", "1", 
 
 def _model(network: str) -> torch.nn.Module:
     with torch.device("meta"):
+        if network == "resnext50_32x2d":
+            return models.resnext50_32x2d()
         if network.startswith("resnext"):
             return getattr(pytest.importorskip("torchvision").models, network)()
         return pytest.importorskip("timm").create_model(network)

@@ -72,13 +72,14 @@ OwnedAffine statistics_gradient(const Tensor& mean, const Tensor& dmean, const T
   return {{floats_of(mean), scale, shift}, std::move(storage)};
 }
 
+int64_t wanted_tasks() { return 4 * static_cast<int64_t>(torch::stable::get_num_threads()); }
+
 RowCuts cut_rows(const Image& written, int64_t blocks, bool sums) {
   constexpr int64_t kPartPixels = 256;
   const int64_t part_rows = sums ? std::clamp<int64_t>(kPartPixels / written.width, 1, written.height) : 1;
   const int64_t parts = (written.height + part_rows - 1) / part_rows;
-  const int64_t wanted_tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t tasks = written.batch * blocks;
-  return {part_rows, parts, std::clamp<int64_t>((wanted_tasks + tasks - 1) / tasks, 1, parts)};
+  return {part_rows, parts, std::clamp<int64_t>((wanted_tasks() + tasks - 1) / tasks, 1, parts)};
 }
 
 Parts parts_of(const RowCuts& cuts, const Image& image) {

@@ -34,6 +34,9 @@ OwnedAffine affine_of(int64_t channels, const OptionalTensor& center, const Opti
 // What statistics of `count` values add to the gradient of z: dmean / count + (2 * dvar / count) * (z - mean).
 OwnedAffine statistics_gradient(const Tensor& mean, const Tensor& dmean, const Tensor& dvar, int64_t count);
 
+// Tasks of about equal length that keep all threads busy to the end.
+int64_t wanted_tasks();
+
 // Cuts the rows of the image that a band task writes. With sums, a part has enough pixels for its partial results to be
 // small beside it.
 RowCuts cut_rows(const Image& written, int64_t blocks, bool sums);

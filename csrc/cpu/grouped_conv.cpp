@@ -18,20 +18,26 @@ FilterStrides filter_strides(const Tensor& weight) {
   return inputs_inside ? FilterStrides{1, weight.size(1)} : FilterStrides{9, 1};
 }
 
-Axis forward_axis(int64_t stride) { return {static_cast<int>(stride), 1, {{3, -1, {0, 1, 2}}, {}}}; }
+Axis forward_rows(int64_t stride) { return {static_cast<int>(stride), 1, {{3, -1, {0, 1, 2}}, {}}}; }
 
 // With stride 2, an even position of the input took part through the middle tap only, an odd one through the last tap
 // of one output and the first tap of the next.
-Axis gradient_axis(int64_t stride) {
+Axis gradient_rows(int64_t stride) {
   if (stride == 1) return {1, 1, {{3, -1, {2, 1, 0}}, {}}};
   return {1, 2, {{1, 0, {1}}, {2, 0, {2, 0}}}};
 }
 
-// Bundles whose rows are worked on together: their panels should fit the L1 cache. NHWC reads the block's channels of a
-// pixel at once, NCHW reads one stream per channel; hence the wider block for NHWC (both measured).
-int64_t bundle_block(const Layout& layout, bool channels_last) {
-  const int64_t channels = channels_last ? 32 : 16;
-  return std::clamp<int64_t>(channels / layout.src_lanes, 1, layout.bundles);
+// Bundles whose rows are worked on together, in each of `tasks` parts of the work. NHWC reads the block's channels of a
+// pixel at once, and long pieces come faster: as many channels as leave every thread a few tasks. NCHW reads one stream
+// per channel. (The limits are measured.)
+int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
+  const int64_t narrowest = channels_last ? 32 : 16;
+  const int64_t widest = channels_last ? 256 : 16;
+  const int64_t blocks = (wanted_tasks() + tasks - 1) / tasks;
+  const int64_t channels = std::clamp<int64_t>(layout.bundles * layout.src_lanes / blocks, narrowest, widest);
+  const int64_t bundles = std::clamp<int64_t>(channels / layout.src_lanes, 1, layout.bundles);
+  const int64_t balanced = (layout.bundles + bundles - 1) / bundles;
+  return (layout.bundles + balanced - 1) / balanced;
 }
 
 // `results`: mean and variance, or dshift and dscale, where the write map makes them.
@@ -46,7 +52,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                                  bias.has_value() ? bias->data_ptr() : nullptr,
                                  dtype_of(weight),
                                  transposed,
-                                 c.cols,
+                                 transposed && c.cols.phases == 1,
                                  c.layout,
                                  packed_weight.get(),
                                  packed_bias.get()};
@@ -59,7 +65,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
 
   c.weight = packed_weight.get();
   c.bias = packed_bias.get();
-  c.block = bundle_block(c.layout, c.src.channels_last);
+  c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
   const int64_t blocks = (c.layout.bundles + c.block - 1) / c.block;
   const bool sums = c.write.kind == WriteMap::kMoments || c.write.kind == WriteMap::kReluGradient;
   c.cuts = cut_rows(c.dst, blocks, sums);
@@ -82,8 +88,8 @@ Correlation forward(const Tensor& x, const Tensor& out, int64_t stride_h, int64_
   Correlation c{};
   c.src = image_of(x, channels_last);
   c.dst = image_of(out, channels_last);
-  c.rows = forward_axis(stride_h);
-  c.cols = forward_axis(stride_w);
+  c.rows = forward_rows(stride_h);
+  c.cols = {static_cast<int>(stride_w), 1};
   return c;
 }
 
@@ -92,8 +98,8 @@ Correlation input_gradient(const Tensor& grad, const Tensor& out, int64_t stride
   Correlation c{};
   c.src = image_of(grad, channels_last);
   c.dst = image_of(out, channels_last);
-  c.rows = gradient_axis(stride_h);
-  c.cols = gradient_axis(stride_w);
+  c.rows = gradient_rows(stride_h);
+  c.cols = {1, static_cast<int>(stride_w)};
   return c;
 }
 
@@ -102,22 +108,21 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   g.stride_h = shape.stride_h;
   g.stride_w = shape.stride_w;
   g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out());
-  g.block = bundle_block(g.layout, shape.channels_last);
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each has enough
   // pixels to be worth adding up its partial result, and all partial results together stay small.
-  constexpr int64_t kWantedTasks = 64;
+  constexpr int64_t kMostChunks = 32;
   constexpr int64_t kPixelsPerChunk = 512;
-  constexpr int64_t kPartialFloats = int64_t{1} << 23;
+  constexpr int64_t kPartialFloats = int64_t{1} << 20;
   const int64_t slice_size = kernels.wgrad_slice_size(g.layout);
-  const int64_t blocks = (g.layout.bundles + g.block - 1) / g.block;
   const int64_t rows = shape.batch * shape.out_height;
-  g.chunks = std::clamp<int64_t>(
-      std::min({(kWantedTasks + blocks - 1) / blocks, rows * shape.out_width / kPixelsPerChunk,
-                kPartialFloats / (g.layout.bundles * slice_size)}),
-      1, rows);
+  g.chunks = std::clamp<int64_t>(std::min({kMostChunks, rows * shape.out_width / kPixelsPerChunk,
+                                           kPartialFloats / (g.layout.bundles * slice_size)}),
+                                 1, rows);
+  g.block = bundle_block(g.layout, shape.channels_last, g.chunks);
+  const int64_t blocks = (g.layout.bundles + g.block - 1) / g.block;
   const Buffer partial = allocate(g.chunks * g.layout.bundles * slice_size);
   g.partial = partial.get();
   torch::stable::parallel_for(0, blocks * g.chunks, 1, [&](int64_t begin, int64_t end) {

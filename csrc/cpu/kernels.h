@@ -3,7 +3,7 @@
 //
 // Both the forward pass and the input gradient are one operation here, a *correlation*: every destination row is a sum
 // over up to three source rows, and along a row every destination pixel is a sum over one to three neighbouring source
-// pixels. Stride 2 makes the input gradient a correlation per *phase* (even and odd rows or columns), without a single
+// pixels. Stride 2 makes the input gradient a correlation per *phase* (even and odd rows and columns), without a single
 // multiplication by zero.
 #pragma once
 
@@ -79,26 +79,35 @@ struct Axis {
   Phase phase[2];
 };
 
+// Along a row, tap k of three connects source pixel s with destination pixel d: s = in_step * d + k - 1 with one phase,
+// d = 2 * s + k - 1 with two.
+struct Columns {
+  int in_step;
+  int phases;
+};
+
 // How channels are laid on vectors. A *bundle* is a set of source and destination channels that only see each other:
-//  - rotating: as many whole groups as one vector holds (narrow groups with as many inputs as outputs);
-//  - otherwise: one group, whose destination channels are cut into tiles of `tile_vectors` vectors.
+//  - narrow groups: as many as share one vector, their channels interleaved: lane = channel of the group * shared +
+//    group. A source channel of all of them, repeated over a vector, is then one load, and meets every destination
+//    channel of its own group only;
+//  - otherwise (shared is 1): one group, whose destination channels are cut into tiles of `tile_vectors` vectors.
 struct Layout {
-  bool rotating;
   int64_t groups, group_src, group_dst;
+  int64_t shared;  // groups of a bundle, a power of two (the last bundle may have fewer)
   int64_t bundles;
-  int64_t src_channels, dst_channels;  // channels of a bundle (the last one may have fewer when rotating)
+  int64_t src_channels, dst_channels;  // channels of a bundle
   int64_t src_lanes;                   // src_channels rounded up to whole vectors
-  int64_t depth;                       // terms per tap: the group's source channels
   int64_t tiles, tile_vectors;
 };
 
-// Packed weights: [bundle][tile][kernel row][column phase][depth][tap of the phase][tile lane]; packed bias:
+// Packed weights: [bundle][tile][kernel row][source channel of the group][tap][tile lane]; packed bias:
 // [bundle][tile][tile lane].
 struct Correlation {
   Image src, dst;
   ReadMap read;
   WriteMap write;
-  Axis rows, cols;
+  Axis rows;
+  Columns cols;
   Layout layout;
   const float* weight;
   const float* bias;
@@ -117,7 +126,7 @@ struct WeightPacking {
   const void* bias;  // (C_out) or null
   Dtype dtype;
   bool transposed;  // the source channels of the correlation are the weight's output channels
-  Axis cols;
+  bool mirrored;    // the taps of a row in reverse
   Layout layout;
   float* packed_weight;
   float* packed_bias;

@@ -1,31 +1,47 @@
 // How channels are laid on vectors, and the packing of weights that follows from it.
 
-// Widths with rotating kernels. Rotating pays where at least two groups share a vector.
-constexpr bool rotates(int64_t width) {
-  return 2 * width <= kLanes && (width <= 4 || width == 6 || width == 8);
-}
-
 Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
   Layout layout{};
   layout.groups = groups;
   layout.group_src = group_src;
   layout.group_dst = group_dst;
-  layout.depth = group_src;
-  layout.rotating = group_src == group_dst && rotates(group_src);
-  if (layout.rotating) {
-    layout.src_channels = layout.dst_channels = kLanes / group_src * group_src;
-    layout.bundles = ceil_div(groups * group_src, layout.src_channels);
-    layout.tiles = layout.tile_vectors = 1;
-  } else {
-    const int64_t vectors = ceil_div(group_dst, kLanes);
-    layout.bundles = groups;
-    layout.src_channels = group_src;
-    layout.dst_channels = group_dst;
-    layout.tile_vectors = vectors % 2 == 0 ? 2 : 1;
-    layout.tiles = vectors / layout.tile_vectors;
-  }
+  int64_t width = 1;  // lanes of a group, if a vector has room for several
+  while (width < group_src || width < group_dst) width *= 2;
+  layout.shared = width < kLanes ? kLanes / width : 1;
+  layout.bundles = ceil_div(groups, layout.shared);
+  layout.src_channels = layout.shared * group_src;
+  layout.dst_channels = layout.shared * group_dst;
+  const int64_t vectors = ceil_div(layout.dst_channels, kLanes);
+  layout.tile_vectors = vectors % 2 == 0 ? 2 : 1;
+  layout.tiles = vectors / layout.tile_vectors;
   layout.src_lanes = round_up(layout.src_channels, kLanes);
   return layout;
+}
+
+// The lane of channel `member` of a group that is number `group` among those that share a vector.
+RESNEXT_INLINE int64_t lane_of(const Layout& layout, int64_t group, int64_t member) {
+  return member * layout.shared + group;
+}
+
+// Which channel of a bundle each lane of a panel's vectors holds, for `width` channels per group.
+IntVec channels_of_lanes(const Layout& layout, int64_t width) {
+  IntVec channels = in_order();
+  if (layout.shared == 1) return channels;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t channel = lane % layout.shared * width + lane / layout.shared;
+    channels[lane] = static_cast<int32_t>(min_of(channel, kLanes - 1));
+  }
+  return channels;
+}
+
+// And the way back.
+IntVec lanes_of_channels(const Layout& layout, int64_t width) {
+  IntVec lanes = in_order();
+  if (layout.shared == 1) return lanes;
+  for (int channel = 0; channel < layout.shared * width; ++channel) {
+    lanes[channel] = static_cast<int32_t>(lane_of(layout, channel / width, channel % width));
+  }
+  return lanes;
 }
 
 RESNEXT_INLINE int64_t tile_lanes(const Layout& layout) { return layout.tile_vectors * kLanes; }
@@ -36,8 +52,8 @@ RESNEXT_INLINE int64_t bundle_dst_channels(const Layout& layout, int64_t bundle)
   return min_of(layout.dst_channels, layout.groups * layout.group_dst - bundle * layout.dst_channels);
 }
 
-// Floats of one kernel row of one tile: its column phases follow each other.
-RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.depth * 3 * tile_lanes(layout); }
+// Floats of one kernel row of one tile.
+RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.group_src * 3 * tile_lanes(layout); }
 
 int64_t packed_weight_size(const Layout& layout) { return layout.bundles * layout.tiles * 3 * packed_row_size(layout); }
 
@@ -49,90 +65,102 @@ int64_t weight_scratch(const Layout& layout) {
   return round_up(filters * 9 > layout.dst_channels ? filters * 9 : layout.dst_channels, kLanes);
 }
 
-// Where the packed tile keeps each of the nine taps: at offset[tap] + i * stride[tap], for term i of the reduction.
-struct PackedTaps {
-  int64_t offset[9];
-  int64_t stride[9];
-};
-PackedTaps packed_taps(const Layout& layout, const Axis& cols) {
-  PackedTaps taps{};
-  const int64_t lanes = tile_lanes(layout);
-  for (int64_t row = 0; row < 3; ++row) {
-    int64_t phase_offset = row * packed_row_size(layout);
-    for (int f = 0; f < cols.phases; ++f) {
-      const Phase& phase = cols.phase[f];
-      for (int k = 0; k < phase.count; ++k) {
-        taps.offset[row * 3 + phase.taps[k]] = phase_offset + k * lanes;
-        taps.stride[row * 3 + phase.taps[k]] = phase.count * lanes;
-      }
-      phase_offset += layout.depth * phase.count * lanes;
-    }
-  }
-  return taps;
+// Where a packed tile keeps tap number `tap` of the reduction's term 0; that of term i is i * 3 * tile_lanes further on.
+RESNEXT_INLINE int64_t packed_tap(const WeightPacking& p, int64_t tap) {
+  const int64_t column = p.mirrored ? 2 - tap % 3 : tap % 3;
+  return tap / 3 * packed_row_size(p.layout) + column * tile_lanes(p.layout);
 }
 
-// Lane j of accumulator r collects what source channel j gives to destination channel (j - r) mod width of its group:
-// rotating the accumulator by r then brings every sum to its own lane.
-void pack_rotating_tile(const Layout& layout, bool transposed, const PackedTaps& taps, const float* filters,
-                        const FilterStrides& strides, int64_t channels, float* packed) {
-  const int64_t width = layout.group_src;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    for (int64_t r = 0; r < width; ++r) {
-      const int64_t src = lane % width;
-      const int64_t dst = (src - r + width) % width;
-      const int64_t output = lane - src + (transposed ? src : dst);
-      const float* filter = filters + output * width * 9 + (transposed ? dst : src) * strides.input;
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        packed[taps.offset[tap] + r * taps.stride[tap] + lane] = lane < channels ? filter[tap * strides.tap] : 0.0f;
+// Groups that share a vector: `groups` of them.
+void pack_shared_tile(const WeightPacking& p, const float* filters, int64_t groups, float* packed) {
+  const Layout& layout = p.layout;
+  const int64_t filter_size = (p.transposed ? layout.group_dst : layout.group_src) * 9;
+  const int64_t src_step = p.transposed ? filter_size : p.strides.input;
+  const int64_t dst_step = p.transposed ? p.strides.input : filter_size;
+  const int64_t group_size = layout.group_src * layout.group_dst * 9;
+  __builtin_memset(packed, 0, 3 * packed_row_size(layout) * sizeof(float));
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    for (int64_t i = 0; i < layout.group_src; ++i) {
+      float* to = packed + packed_tap(p, tap) + i * 3 * kLanes;
+      const float* from = filters + tap * p.strides.tap + i * src_step;
+      for (int64_t o = 0; o < layout.group_dst; ++o) {
+        for (int64_t g = 0; g < groups; ++g) to[o * layout.shared + g] = from[o * dst_step + g * group_size];
       }
     }
   }
 }
 
-// Lanes are destination channels: `rows` of them, `row_stride` floats apart. Each row holds the weights of the terms
-// i, i + 1, ..., with all taps of a term together or (taps_outside) all terms of a tap.
-void pack_lanes(const PackedTaps& taps, const float* filters, int64_t row_stride, int64_t rows, int64_t i,
-                int64_t terms, bool taps_outside, float* packed) {
+// Loads a square whose first `rows` rows are filters, `row_stride` floats apart, `columns` weights each, and transposes
+// it: every vector's lanes are then filters.
+RESNEXT_INLINE void load_transposed(const float* filters, int64_t row_stride, int64_t rows, int64_t columns,
+                                    Vec (&square)[kLanes]) {
+  RESNEXT_UNROLL
+  for (int row = 0; row < kLanes; ++row) {
+    square[row] = row < rows ? load_first(filters + row * row_stride, columns) : Vec{};
+  }
+  transpose(square);
+}
+
+// Lanes are filters, up to `rows` of them; the reduction is over what each filter holds.
+void pack_filters(const WeightPacking& p, const float* filters, int64_t rows, float* packed) {
+  const int64_t terms = p.layout.group_src;
+  const int64_t term_size = 3 * tile_lanes(p.layout);
+  Vec square[kLanes];
+  if (p.strides.tap != 1) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      for (int64_t i = 0; i < terms; i += kLanes) {
+        const int64_t count = min_of(kLanes, terms - i);
+        load_transposed(filters + tap * p.strides.tap + i, terms * 9, rows, count, square);
+        float* to = packed + packed_tap(p, tap) + i * term_size;
+        for (int64_t k = 0; k < count; ++k) store(to + k * term_size, square[k]);
+      }
+    }
+    return;
+  }
+  int64_t tap = 0;
   for (int64_t column = 0; column < terms * 9; column += kLanes) {
-    const int64_t columns = min_of(kLanes, terms * 9 - column);
-    Vec square[kLanes];
-    RESNEXT_UNROLL
-    for (int row = 0; row < kLanes; ++row) {
-      square[row] = row < rows ? load_first(filters + row * row_stride + column, columns) : Vec{};
-    }
-    transpose(square);
-    RESNEXT_UNROLL
-    for (int c = 0; c < kLanes; ++c) {
-      if (c >= columns) break;
-      const int64_t tap = taps_outside ? (column + c) / terms : (column + c) % 9;
-      const int64_t term = taps_outside ? (column + c) % terms : (column + c) / 9;
-      store(packed + taps.offset[tap] + (i + term) * taps.stride[tap], square[c]);
+    const int64_t count = min_of(kLanes, terms * 9 - column);
+    load_transposed(filters + column, terms * 9, rows, count, square);
+    for (int64_t k = 0; k < count; ++k) {
+      store(packed + packed_tap(p, tap), square[k]);
+      if (++tap < 9) continue;
+      tap = 0;
+      packed += term_size;
     }
   }
 }
 
-void pack_broadcast_tile(const Layout& layout, bool transposed, const PackedTaps& taps, const float* filters,
-                         const FilterStrides& strides, int64_t tile, float* packed_tile) {
-  const bool taps_outside = strides.tap != 1;
+// Lanes are the inputs of one filter, from the first of `filter` on, up to `inputs` of them: one term of the reduction.
+void pack_inputs(const WeightPacking& p, const float* filter, int64_t inputs, float* packed) {
+  if (p.strides.tap != 1) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const Vec lanes = inputs > 0 ? load_first(filter + tap * p.strides.tap, inputs) : Vec{};
+      store(packed + packed_tap(p, tap), lanes);
+    }
+    return;
+  }
+  for (int64_t first = 0; first < 9; first += kLanes) {
+    Vec square[kLanes];
+    load_transposed(filter + first, 9, inputs, min_of(kLanes, 9 - first), square);
+    for (int64_t tap = first; tap < min_of(9, first + kLanes); ++tap) {
+      store(packed + packed_tap(p, tap), square[tap - first]);
+    }
+  }
+}
+
+void pack_tile(const WeightPacking& p, const float* filters, int64_t tile, float* packed_tile) {
+  const Layout& layout = p.layout;
   for (int64_t v = 0; v < layout.tile_vectors; ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
     float* packed = packed_tile + v * kLanes;
-    if (!transposed) {  // filters (destination channel, source channel)
-      const int64_t row_stride = layout.group_src * 9;
-      pack_lanes(taps, filters + dst * row_stride, row_stride, rows, 0, layout.depth, taps_outside, packed);
+    if (!p.transposed) {
+      pack_filters(p, filters + dst * layout.group_src * 9, rows, packed);
       continue;
     }
-    for (int64_t i = 0; i < layout.depth; ++i) {  // filters (source channel, destination channel)
-      const float* filter = filters + i * layout.group_dst * 9 + dst * strides.input;
-      if (!taps_outside) {
-        pack_lanes(taps, filter, 9, rows, i, 1, false, packed);
-        continue;
-      }
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        const Vec lanes = rows > 0 ? load_first(filter + tap * strides.tap, min_of(kLanes, rows)) : Vec{};
-        store(packed + taps.offset[tap] + i * taps.stride[tap], lanes);
-      }
+    for (int64_t i = 0; i < layout.group_src; ++i) {
+      pack_inputs(p, filters + i * layout.group_dst * 9 + dst * p.strides.input, rows,
+                  packed + i * 3 * tile_lanes(layout));
     }
   }
 }
@@ -140,7 +168,6 @@ void pack_broadcast_tile(const Layout& layout, bool transposed, const PackedTaps
 void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
   const Layout& layout = p.layout;
   const int64_t lanes = tile_lanes(layout);
-  const PackedTaps taps = packed_taps(layout, p.cols);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     const int64_t first_dst = bundle * layout.dst_channels;
     const int64_t dst_channels = bundle_dst_channels(layout, bundle);
@@ -150,17 +177,19 @@ void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, i
         read_floats(p.weight, p.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
       float* packed = p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout);
-      if (layout.rotating) {
-        pack_rotating_tile(layout, p.transposed, taps, filters, p.strides, dst_channels, packed);
+      if (layout.shared > 1) {
+        pack_shared_tile(p, filters, dst_channels / layout.group_dst, packed);
       } else {
-        pack_broadcast_tile(layout, p.transposed, taps, filters, p.strides, tile, packed);
+        pack_tile(p, filters, tile, packed);
       }
     }
     float* packed_bias = p.packed_bias + bundle * layout.tiles * lanes;
     __builtin_memset(packed_bias, 0, layout.tiles * lanes * sizeof(float));
     if (p.bias != nullptr) {
       const float* bias = read_floats(p.bias, p.dtype, first_dst, dst_channels, scratch);
-      __builtin_memcpy(packed_bias, bias, dst_channels * sizeof(float));
+      for (int64_t c = 0; c < dst_channels; ++c) {
+        packed_bias[lane_of(layout, c / layout.group_dst, c % layout.group_dst)] = bias[c];
+      }
     }
   }
 }

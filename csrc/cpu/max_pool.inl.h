@@ -54,7 +54,7 @@ void max_pool(const MaxPool& p, float* scratch, int64_t begin, int64_t end) {
       if (next_row < 2 * row - 1) next_row = 2 * row - 1;
       for (; next_row < min_of(2 * row + 2, p.z.height); ++next_row) {
         float* panel = scratch + next_row % kRingRows * z_panel(p);
-        read_row(p.z, p.read, t.n, next_row, c, channels, p.lanes, panel + p.lanes);
+        read_row(p.z, p.read, t.n, next_row, c, channels, p.lanes, in_order(), panel + p.lanes);
       }
       const float* rows[3] = {};
       for (int64_t r = 0; r < 3; ++r) {
@@ -113,8 +113,8 @@ void max_pool_gradient(const MaxPool& p, float* scratch, int64_t begin, int64_t 
       for (int64_t row = h / 2; row < min_of((h + 1) / 2 + 1, p.pooled.height); ++row) {
         const int64_t at = row % kPooledRows * pooled_panel(p);
         if (row == next_row) {
-          read_row(p.pooled, p.read, t.n, row, c, channels, p.lanes, grads + at);
-          read_row(p.taps, p.read, t.n, row, c, channels, p.lanes, taps + at);
+          read_row(p.pooled, p.read, t.n, row, c, channels, p.lanes, in_order(), grads + at);
+          read_row(p.taps, p.read, t.n, row, c, channels, p.lanes, in_order(), taps + at);
           ++next_row;
         }
         rows[count++] = {grads + at, taps + at, static_cast<int>(3 * (h + 1 - 2 * row))};

@@ -34,7 +34,7 @@ RESNEXT_INLINE Piece<T> piece_of(const Image& image, const void* other, int64_t 
 
 // kWhole: the vector's channels fill it.
 template <bool kWhole, class T, template <class, class> class Map>
-RESNEXT_INLINE void read_vector(Piece<T> from, ReadMap read, int64_t c, int64_t offset, float* to) {
+RESNEXT_INLINE void read_vector(Piece<T> from, ReadMap read, int64_t c, int64_t offset, IntVec order, float* to) {
   const int64_t count = kWhole ? kLanes : from.channels - c;
   const int64_t next_row = from.pixels * from.stride;
   const Map<T, ChannelLanes> map(read, {from.c + c, count});
@@ -44,19 +44,19 @@ RESNEXT_INLINE void read_vector(Piece<T> from, ReadMap read, int64_t c, int64_t 
     __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
     other = load_lanes<kWhole>(from.other + offset, count);
   }
-  store(to, map(load_lanes<kWhole>(from.data + offset, count), other));
+  store(to, permute(map(load_lanes<kWhole>(from.data + offset, count), other), order));
 }
 
 // In the order of memory. The tighter loop, over the pixels of one vector of channels with its map in registers, asks
 // for more lines of the next row at a time than the memory system takes (measured: whole passes a sixth slower).
 template <class T, template <class, class> class Map>
-void read_row_nhwc(Piece<T> from, ReadMap read, int64_t lanes, float* panel) {
+void read_row_nhwc(Piece<T> from, ReadMap read, int64_t lanes, IntVec order, float* panel) {
   for (int64_t pixel = 0; pixel < from.pixels; ++pixel) {
     const int64_t first = pixel * from.stride;
     float* to = panel + pixel * lanes;
     int64_t c = 0;
-    for (; c + kLanes <= from.channels; c += kLanes) read_vector<true, T, Map>(from, read, c, first + c, to + c);
-    if (c < from.channels) read_vector<false, T, Map>(from, read, c, first + c, to + c);
+    for (; c + kLanes <= from.channels; c += kLanes) read_vector<true, T, Map>(from, read, c, first + c, order, to + c);
+    if (c < from.channels) read_vector<false, T, Map>(from, read, c, first + c, order, to + c);
   }
 }
 
@@ -102,7 +102,7 @@ RESNEXT_INLINE void load_square(const T* from, int64_t stride, int64_t count, in
 }
 
 template <class T, template <class, class> class Map>
-void read_row_nchw(Piece<T> from, ReadMap read, int64_t lanes, float* panel) {
+void read_row_nchw(Piece<T> from, ReadMap read, int64_t lanes, IntVec order, float* panel) {
   for (int64_t c = 0; c < from.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, from.channels - c);
     for (int64_t pixel = 0; pixel < from.pixels; pixel += kLanes) {
@@ -120,7 +120,7 @@ void read_row_nchw(Piece<T> from, ReadMap read, int64_t lanes, float* panel) {
       transpose(square);
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        if (i < width) store(panel + (pixel + i) * lanes + c, square[i]);
+        if (i < width) store(panel + (pixel + i) * lanes + c, permute(square[i], order));
       }
     }
   }
@@ -156,8 +156,9 @@ void write_row_nchw(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
 }
 
 template <template <class, class> class Map, class T>
-void read_piece(const Image& image, const Piece<T>& piece, const ReadMap& read, int64_t lanes, float* panel) {
-  (image.channels_last ? read_row_nhwc<T, Map> : read_row_nchw<T, Map>)(piece, read, lanes, panel);
+void read_piece(const Image& image, const Piece<T>& piece, const ReadMap& read, int64_t lanes, IntVec order,
+                float* panel) {
+  (image.channels_last ? read_row_nhwc<T, Map> : read_row_nchw<T, Map>)(piece, read, lanes, order, panel);
 }
 
 template <class Map, class T>
@@ -167,15 +168,15 @@ void write_piece(const Image& image, const Piece<T>& piece, const WriteMap& writ
 
 template <class T>
 void read_row_as(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
-                 int64_t lanes, float* panel) {
+                 int64_t lanes, IntVec order, float* panel) {
   const auto piece = piece_of<T>(image, read.other, n, h, c, channels);
   switch (read.kind) {
     case ReadMap::kNone:
-      return read_piece<KeepValue>(image, piece, read, lanes, panel);
+      return read_piece<KeepValue>(image, piece, read, lanes, order, panel);
     case ReadMap::kAffineRelu:
-      return read_piece<AffineRelu>(image, piece, read, lanes, panel);
+      return read_piece<AffineRelu>(image, piece, read, lanes, order, panel);
     case ReadMap::kAddAffine:
-      return read_piece<AddAffine>(image, piece, read, lanes, panel);
+      return read_piece<AddAffine>(image, piece, read, lanes, order, panel);
   }
 }
 
@@ -196,18 +197,19 @@ void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t 
   }
 }
 
-// Row h of image n, channels [c, c + channels): the panel's further lanes become zero.
+// Row h of image n, channels [c, c + channels): the panel's further lanes become zero. `order` is that of the channels
+// in every vector.
 void read_row(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
-              int64_t lanes, float* panel) {
+              int64_t lanes, IntVec order, float* panel) {
   switch (image.dtype) {
     case Dtype::kFloat32:
-      return read_row_as<float>(image, read, n, h, c, channels, lanes, panel);
+      return read_row_as<float>(image, read, n, h, c, channels, lanes, order, panel);
     case Dtype::kFloat16:
-      return read_row_as<Half>(image, read, n, h, c, channels, lanes, panel);
+      return read_row_as<Half>(image, read, n, h, c, channels, lanes, order, panel);
     case Dtype::kBFloat16:
-      return read_row_as<BFloat16>(image, read, n, h, c, channels, lanes, panel);
+      return read_row_as<BFloat16>(image, read, n, h, c, channels, lanes, order, panel);
     case Dtype::kUint8:
-      return read_row_as<uint8_t>(image, read, n, h, c, channels, lanes, panel);
+      return read_row_as<uint8_t>(image, read, n, h, c, channels, lanes, order, panel);
   }
 }
 

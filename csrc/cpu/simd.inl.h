@@ -9,6 +9,7 @@ constexpr int kRegisters = RESNEXT_REGISTERS;
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef int64_t LongVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
@@ -236,34 +237,49 @@ RESNEXT_INLINE Vec shuffle(Vec a, Vec b) {
 #endif
 }
 
-// Rotates every set of kWidth lanes: lane l of a set becomes lane (l + kBy) mod kWidth of the same set. Lanes left over
-// when kWidth does not divide kLanes stay.
-template <int kWidth, int kBy>
-constexpr int rotated_lane(int lane) {
-  const int first = lane / kWidth * kWidth;
-  return first + kWidth <= kLanes ? first + (lane - first + kBy) % kWidth : lane;
-}
-template <int kWidth, int kBy, int... L>
-RESNEXT_INLINE Vec rotate(Vec value, Indices<L...>) {
-  return shuffle<rotated_lane<kWidth, kBy>(L)...>(value, value);
-}
-template <int kWidth, int kBy>
-RESNEXT_INLINE Vec rotate(Vec value) {
-  if constexpr (kBy % kWidth == 0) {
-    return value;
-  } else {
-    return rotate<kWidth, kBy>(value, LaneIndices{});
-  }
-}
-
 template <int... L>
 RESNEXT_INLINE IntVec lane_numbers(Indices<L...>) {
   return IntVec{L...};
 }
 
+RESNEXT_INLINE IntVec in_order() { return lane_numbers(LaneIndices{}); }
+
+// Lane l of the result is lane order[l] of the value.
+RESNEXT_INLINE Vec permute(Vec value, IntVec order) {
+#if !defined(__clang__)
+  return __builtin_shuffle(value, order);
+#elif RESNEXT_LANES == 16
+  return bit_cast<Vec>(_mm512_permutexvar_ps(bit_cast<__m512i>(order), bit_cast<__m512>(value)));
+#elif RESNEXT_LANES == 8
+  return bit_cast<Vec>(_mm256_permutevar8x32_ps(bit_cast<__m256>(value), bit_cast<__m256i>(order)));
+#else
+  Vec result{};
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = value[order[lane]];
+  return result;
+#endif
+}
+
+// kCount values (a power of two), again and again: one load, which takes no other execution unit.
+template <int kCount>
+RESNEXT_INLINE Vec repeat(const float* from) {
+  if constexpr (kCount == 1) return broadcast(*from);
+  if constexpr (kCount == 2) {
+    int64_t pair;
+    __builtin_memcpy(&pair, from, sizeof(pair));
+    return bit_cast<Vec>(LongVec{} + pair);
+  }
+#if RESNEXT_LANES == 16
+  if constexpr (kCount == 4) return bit_cast<Vec>(_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(from)));
+  if constexpr (kCount == 8) return bit_cast<Vec>(_mm512_maskz_broadcast_f32x8(0xffff, _mm256_loadu_ps(from)));
+#elif RESNEXT_LANES == 8
+  if constexpr (kCount == 4) return bit_cast<Vec>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)));
+#endif
+  return load(from);
+}
+
 // The first `count` lanes; zero in the others.
 RESNEXT_INLINE Vec keep_first(Vec value, int64_t count) {
-  return lane_numbers(LaneIndices{}) < static_cast<int32_t>(count) ? value : Vec{};
+  return in_order() < static_cast<int32_t>(count) ? value : Vec{};
 }
 
 template <int... L>

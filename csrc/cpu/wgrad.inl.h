@@ -2,13 +2,13 @@
 // dw[o, i, r, s] = sum over n, p, q of grad[n, p, q, o] * x[n, p * stride_h + r - 1, q * stride_w + s - 1, i].
 //
 // A task walks a chunk of grad's rows for a block of bundles; x rows live in a zero-padded ring as in correlate.inl.h.
-// For one grad row and one kernel row, the accumulators (three taps times some channel pairs) stay in registers over
+// For one grad row and one kernel row, the accumulators (three taps times some grad channels) stay in registers over
 // the whole row. Chunks are cut by the problem alone and summed in order: the result does not depend on threads.
 //
-// A bundle's slice: rotating [r][s][rotation][lane], otherwise [x vector][grad block][r][grad channel of the block][s]
-// [lane].
+// A bundle's slice: [x vector][block of grad channels][r][grad channel of the block][s][x lane]; with groups that share
+// a vector, a lane is that of its group's x channel, and a grad channel stands for one of every group.
 
-constexpr int kGradBlock = kRegisters >= 32 ? 8 : 4;  // grad channels times three taps are accumulators
+constexpr int kMaxGradBlock = kRegisters >= 32 ? 8 : 4;  // grad channels times three taps are accumulators
 
 constexpr int64_t kMaxRows = 8;
 
@@ -17,7 +17,6 @@ struct WgradRow {
   const float* x;     // [column][x_lanes], at the first pixel's first tap
 };
 
-// At least one row and one pixel: the loops test at their end, or GCC keeps the accumulators in memory between them.
 struct WgradArgs {
   const WgradRow* rows;
   int count;
@@ -27,112 +26,88 @@ struct WgradArgs {
 };
 using WgradKernel = void (*)(const WgradArgs&);
 
-// Lane j of rotation r: x channel j with grad channel (j - r) mod width of its group.
-template <int kStep, int... R>
-RESNEXT_INLINE void rotating_wgrad(const WgradArgs& args, Indices<R...>) {
-  constexpr int kWidth = sizeof...(R);
-  Vec acc[3][kWidth];
+// Adds kPixels neighbouring pixels, each to accumulators of its own chain if there are several chains.
+template <int kStep, int kShared, int kBlock, int kChains, int kPixels>
+RESNEXT_INLINE void wgrad_pixels(const float* x, const float* grad, int64_t x_lanes, int64_t grad_lanes,
+                                 Vec (&acc)[kChains][kBlock][3]) {
+  constexpr int kColumns = (kPixels - 1) * kStep + 3;
+  Vec value[kColumns];
   RESNEXT_UNROLL
-  for (int s = 0; s < 3; ++s) {
+  for (int column = 0; column < kColumns; ++column) value[column] = in_register(load(x + column * x_lanes));
+  RESNEXT_UNROLL
+  for (int p = 0; p < kPixels; ++p) {
     RESNEXT_UNROLL
-    for (int r = 0; r < kWidth; ++r) acc[s][r] = load(args.acc + (s * kWidth + r) * kLanes);
-  }
-  int row = 0;
-  do {
-    const float* x = args.rows[row].x;
-    const float* grad = args.rows[row].grad;
-    int64_t q = 0;
-    do {
-      const Vec value = load(grad);
-      const Vec rotated[kWidth] = {rotate<kWidth, kWidth - R>(value)...};
+    for (int o = 0; o < kBlock; ++o) {
+      const Vec g = in_register(repeat<kShared>(grad + p * grad_lanes + o * kShared));
       RESNEXT_UNROLL
-      for (int s = 0; s < 3; ++s) {
-        const Vec x_value = in_register(load(x + s * kLanes));
-        RESNEXT_UNROLL
-        for (int r = 0; r < kWidth; ++r) acc[s][r] += x_value * rotated[r];
-      }
-      x += kStep * kLanes;
-      grad += kLanes;
-    } while (++q < args.pixels);
-  } while (++row < args.count);
-  RESNEXT_UNROLL
-  for (int s = 0; s < 3; ++s) {
-    RESNEXT_UNROLL
-    for (int r = 0; r < kWidth; ++r) store(args.acc + (s * kWidth + r) * kLanes, acc[s][r]);
+      for (int s = 0; s < 3; ++s) acc[p % kChains][o][s] += g * value[p * kStep + s];
+    }
   }
 }
 
-template <int kStep, int kWidth>
-void rotating_wgrad_rows(const WgradArgs& args) {
-  if constexpr (rotates(kWidth)) {  // make_layout never asks for another
-    rotating_wgrad<kStep>(args, typename FromStd<std::make_integer_sequence<int, kWidth>>::Type{});
-  }
-}
-
-// Lanes are x channels; every grad value is broadcast once for the three taps.
-template <int kStep>
-void broadcast_wgrad_rows(const WgradArgs& args) {
-  Vec acc[kGradBlock][3];
+// Lanes are x channels; every grad value is loaded once for the three taps.
+template <int kStep, int kShared>
+void wgrad_rows(const WgradArgs& args) {
+  constexpr int kBlock = kShared > 1 ? kLanes / kShared : kMaxGradBlock;
+  // Enough accumulators to hide the latency of multiply-adds: 8 or more.
+  constexpr int kChains = kBlock >= 4 ? 1 : 4 / kBlock;
+  Vec acc[kChains][kBlock][3] = {};
   RESNEXT_UNROLL
-  for (int o = 0; o < kGradBlock; ++o) {
+  for (int o = 0; o < kBlock; ++o) {
     RESNEXT_UNROLL
-    for (int s = 0; s < 3; ++s) acc[o][s] = load(args.acc + (o * 3 + s) * kLanes);
+    for (int s = 0; s < 3; ++s) acc[0][o][s] = load(args.acc + (o * 3 + s) * kLanes);
   }
   int row = 0;
-  do {
+  do {  // at least one row and one pixel: with tests at the start GCC keeps the accumulators in memory between loops
     const float* x = args.rows[row].x;
     const float* grad = args.rows[row].grad;
-    int64_t q = 0;
-    do {
-      Vec value[3];
-      RESNEXT_UNROLL
-      for (int s = 0; s < 3; ++s) value[s] = in_register(load(x + s * args.x_lanes));
-      RESNEXT_UNROLL
-      for (int o = 0; o < kGradBlock; ++o) {
-        const Vec g = in_register(broadcast(grad[o]));
-        RESNEXT_UNROLL
-        for (int s = 0; s < 3; ++s) acc[o][s] += g * value[s];
+    int64_t q = args.pixels;
+    if constexpr (kChains > 1) {
+      for (; q >= kChains; q -= kChains) {
+        wgrad_pixels<kStep, kShared, kBlock, kChains, kChains>(x, grad, args.x_lanes, args.grad_lanes, acc);
+        x += kChains * kStep * args.x_lanes;
+        grad += kChains * args.grad_lanes;
       }
+      if (q == 0) continue;
+    }
+    do {
+      wgrad_pixels<kStep, kShared, kBlock, kChains, 1>(x, grad, args.x_lanes, args.grad_lanes, acc);
       x += kStep * args.x_lanes;
       grad += args.grad_lanes;
-    } while (++q < args.pixels);
+    } while (--q > 0);
   } while (++row < args.count);
   RESNEXT_UNROLL
-  for (int o = 0; o < kGradBlock; ++o) {
+  for (int o = 0; o < kBlock; ++o) {
     RESNEXT_UNROLL
-    for (int s = 0; s < 3; ++s) store(args.acc + (o * 3 + s) * kLanes, acc[o][s]);
+    for (int s = 0; s < 3; ++s) {
+      Vec sum = acc[0][o][s];
+      RESNEXT_UNROLL
+      for (int chain = 1; chain < kChains; ++chain) sum += acc[chain][o][s];
+      store(args.acc + (o * 3 + s) * kLanes, sum);
+    }
   }
 }
 
-template <int kStep>
-WgradKernel wgrad_kernel(const Layout& layout) {
-  if (!layout.rotating) return broadcast_wgrad_rows<kStep>;
-  switch (layout.group_src) {
-    case 1:
-      return rotating_wgrad_rows<kStep, 1>;
-    case 2:
-      return rotating_wgrad_rows<kStep, 2>;
-    case 3:
-      return rotating_wgrad_rows<kStep, 3>;
-    case 4:
-      return rotating_wgrad_rows<kStep, 4>;
-    case 6:
-      return rotating_wgrad_rows<kStep, 6>;
-    default:
-      return rotating_wgrad_rows<kStep, 8>;
+template <int kShared = kLanes>
+WgradKernel wgrad_kernel(const WeightGradient& g) {
+  if constexpr (kShared > 1) {
+    if (g.layout.shared != kShared) return wgrad_kernel<kShared / 2>(g);
   }
+  return g.stride_w == 2 ? wgrad_rows<2, kShared> : wgrad_rows<1, kShared>;
 }
 
 RESNEXT_INLINE int64_t grad_lanes(const Layout& layout) { return round_up(layout.dst_channels, kLanes); }
 
-// Floats one (x vector, grad block) or one rotating bundle takes for one kernel row.
-RESNEXT_INLINE int64_t wgrad_row_size(const Layout& layout) {
-  return 3 * (layout.rotating ? layout.group_src : kGradBlock) * kLanes;
+RESNEXT_INLINE int64_t grad_block(const Layout& layout) {
+  return layout.shared > 1 ? kLanes / layout.shared : kMaxGradBlock;
 }
+RESNEXT_INLINE int64_t grad_blocks(const Layout& layout) { return ceil_div(layout.group_dst, grad_block(layout)); }
+
+// Floats one (x vector, grad block) takes for one kernel row.
+RESNEXT_INLINE int64_t wgrad_row_size(const Layout& layout) { return 3 * grad_block(layout) * kLanes; }
 
 int64_t wgrad_slice_size(const Layout& layout) {
-  const int64_t blocks = layout.rotating ? 1 : layout.src_lanes / kLanes * ceil_div(layout.group_dst, kGradBlock);
-  return blocks * 3 * wgrad_row_size(layout);
+  return layout.src_lanes / kLanes * grad_blocks(layout) * 3 * wgrad_row_size(layout);
 }
 
 RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) { return (g.x.width + 2) * g.layout.src_lanes; }
@@ -157,7 +132,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
                     const float* grad, float* slice) {
   const Layout& layout = g.layout;
   const int64_t vectors = layout.src_lanes / kLanes;
-  const int64_t grad_blocks = layout.rotating ? 1 : ceil_div(layout.group_dst, kGradBlock);
+  const int64_t blocks = grad_blocks(layout);
   const int64_t row_size = wgrad_row_size(layout);
   for (int64_t r = 0; r < 3; ++r) {
     WgradRow rows[kMaxRows];
@@ -170,11 +145,11 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
     }
     if (count == 0) continue;
     for (int64_t v = 0; v < vectors; ++v) {
-      for (int64_t o = 0; o < grad_blocks; ++o) {
+      for (int64_t o = 0; o < blocks; ++o) {
         WgradRow block_rows[kMaxRows];
-        for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kGradBlock, rows[i].x + v * kLanes};
+        for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kMaxGradBlock, rows[i].x + v * kLanes};
         kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, g.grad.width,
-                slice + ((v * grad_blocks + o) * 3 + r) * row_size});
+                slice + ((v * blocks + o) * 3 + r) * row_size});
       }
     }
   }
@@ -185,7 +160,9 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   const int64_t slice_size = wgrad_slice_size(layout);
   const int64_t height = g.grad.height;
   const int64_t rows = g.grad.batch * height;
-  const WgradKernel kernel = g.stride_w == 2 ? wgrad_kernel<2>(layout) : wgrad_kernel<1>(layout);
+  const WgradKernel kernel = wgrad_kernel(g);
+  const IntVec x_order = channels_of_lanes(layout, layout.group_src);
+  const IntVec grad_order = channels_of_lanes(layout, layout.group_dst);
   float* ring = scratch;
   float* grad = scratch + wgrad_ring_size(g);
   __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
@@ -208,14 +185,15 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
         for (int64_t b = 0; b < bundles; ++b) {
           float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
           read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
-                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, panel + layout.src_lanes);
+                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order,
+                   panel + layout.src_lanes);
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
         const int64_t bundle = first_bundle + b;
         for (int64_t row = p; row < p_end; ++row) {
           read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
-                   grad_lanes(layout), grad + (row - p) * g.grad.width * grad_lanes(layout));
+                   grad_lanes(layout), grad_order, grad + (row - p) * g.grad.width * grad_lanes(layout));
         }
         wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
       }
@@ -223,30 +201,29 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   }
 }
 
-// One rotating slice to filters, one per grad channel.
-void unpack_rotating_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
-                           float* filters) {
-  const int64_t width = layout.group_src;
-  for (int64_t output = 0; output < outputs; ++output) {
-    const int64_t first = output / width * width;
-    for (int64_t input = 0; input < width; ++input) {
-      const int64_t rotation = (first + input - output + width) % width;
-      float* filter = filters + output * width * 9 + input * strides.input;
-      for (int64_t tap = 0; tap < 9; ++tap) {
-        filter[tap * strides.tap] = slice[(tap * width + rotation) * kLanes + first + input];
+// One slice of groups that share a vector, to filters.
+void unpack_shared_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
+                         float* filters) {
+  const int64_t row_size = wgrad_row_size(layout);
+  for (int64_t output = 0; output < outputs; ++output, filters += layout.group_src * 9) {
+    const float* from = slice + output % layout.group_dst * 3 * kLanes + output / layout.group_dst;
+    for (int64_t r = 0; r < 3; ++r) {
+      for (int64_t s = 0; s < 3; ++s) {
+        float* filter = filters + (r * 3 + s) * strides.tap;
+        const float* lanes = from + r * row_size + s * kLanes;
+        for (int64_t i = 0; i < layout.group_src; ++i) filter[i * strides.input] = lanes[i * layout.shared];
       }
     }
   }
 }
 
-void unpack_broadcast_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
+void unpack_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
                             float* filters) {
   const int64_t row_size = wgrad_row_size(layout);
-  const int64_t grad_blocks = ceil_div(layout.group_dst, kGradBlock);
   for (int64_t output = 0; output < outputs; ++output, filters += layout.group_src * 9) {
     for (int64_t input = 0; input < layout.group_src; input += kLanes) {
-      const int64_t block = input / kLanes * grad_blocks + output / kGradBlock;
-      const float* from = slice + block * 3 * row_size + output % kGradBlock * 3 * kLanes;
+      const int64_t block = input / kLanes * grad_blocks(layout) + output / kMaxGradBlock;
+      const float* from = slice + block * 3 * row_size + output % kMaxGradBlock * 3 * kLanes;
       if (strides.tap != 1) {
         for (int64_t tap = 0; tap < 9; ++tap) {
           store_first(filters + tap * strides.tap + input, load(from + tap / 3 * row_size + tap % 3 * kLanes),
@@ -283,7 +260,7 @@ void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle,
       for (int64_t i = 0; i < slice_size; i += kLanes) store(total + i, load(total + i) + load(slice + i));
     }
     const int64_t outputs = bundle_dst_channels(layout, bundle);
-    const auto unpack = layout.rotating ? unpack_rotating_slice : unpack_broadcast_slice;
+    const auto unpack = layout.shared > 1 ? unpack_shared_slice : unpack_slice;
     unpack(layout, g.strides, total, outputs, scratch);
     const int64_t filter_size = layout.group_src * 9;
     write_floats(g.dw, g.dtype, bundle * layout.dst_channels * filter_size, outputs * filter_size, scratch);
