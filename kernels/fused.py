@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import checks, dispatch, fused_ops, reference
+from . import calls, checks, dispatch, fused_ops, reference
 from .config import Affine
 
 
@@ -128,6 +128,9 @@ def conv_affine(
         BackendError: If a forced backend cannot serve the call.
     """
     name = "conv_affine"
+    key = calls.key_of(name, (x, weight, scale, shift, residual), (int(relu), stride, groups))
+    if (y := calls.serve(key, x, weight, scale, shift, residual)) is not None:
+        return y
     x, weight = checks.autocast(x, weight)
     strides = _check_conv(name, x, weight, stride, groups)
     channels_last = checks.output_channels_last(x, weight)
@@ -140,6 +143,10 @@ def conv_affine(
         residual = _like_result(name, residual, x, shape)
     tensors = (x, weight, scale, shift, residual)
     if not _transformed() and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        if key is not None and fused_ops.takes_as_they_are(*tensors, channels_last=channels_last):
+            problem = ("fwd", x.shape, weight.shape, strides, groups, x.dtype, x.device, channels_last)
+            launcher = dispatch.affine_launchers(*problem).conv_affine
+            calls.remember(key, launcher, relu, strides, groups, channels_last)
         return fused_ops.CONV_AFFINE(x, weight, scale, shift, residual, relu, strides, groups, channels_last)
     z, _, _ = conv_stats(x, weight, None, strides, groups, stats=False)
     affine = reference.default_affine(scale, shift, z)

@@ -17,8 +17,9 @@ STANDARD = sys.stdlib_module_names
 TRITON = {".config", "triton", "torch"}
 ALLOWED = {
     "kernels/__init__": {".dispatch", ".ops", ".fused", ".flops"},
-    "kernels/ops": {".checks", ".dispatch", ".reference", "torch"},
-    "kernels/fused": {".checks", ".config", ".dispatch", ".fused_ops", ".reference", "torch"},
+    "kernels/calls": {".dispatch", "torch"},
+    "kernels/ops": {".calls", ".checks", ".dispatch", ".reference", "torch"},
+    "kernels/fused": {".calls", ".checks", ".config", ".dispatch", ".fused_ops", ".reference", "torch"},
     "kernels/fused_ops": {".checks", ".composed", ".config", ".dispatch", ".ops", ".reference", "torch"},
     "kernels/flops": {".fused_ops", ".ops", "torch"},
     "kernels/dispatch": {

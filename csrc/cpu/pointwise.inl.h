@@ -208,7 +208,8 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
   write_run(dst, write, part.first, part, results);
   if (write.kind != WriteMap::kMoments) return;
   if (dst.dtype != Dtype::kFloat32) {  // of what is stored
-    read_row(pixel_run(dst, part.first, part.pixels), {}, 0, 0, part.c, part.channels, kTileChannels, results);
+    read_row(pixel_run(dst, part.first, part.pixels), {}, 0, 0, part.c, part.channels, kTileChannels, in_order(),
+             results);
   }
   for (int64_t lane = 0; lane < part.channels; lane += kLanes) {
     add_moments(results + lane, kTileChannels, part.pixels, {part.c + lane, min_of(kLanes, part.channels - lane)},

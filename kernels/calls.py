@@ -1,0 +1,71 @@
+"""Calls that repeat, and what serves them.
+
+Checks, the choice of a backend and PyTorch's dispatcher cost tens of microseconds, as long as small convolutions take.
+A call that was right once, and in which PyTorch has no part (no gradient to record, no transform, mode, tracer or
+autocast), goes straight to what served it then. Everything that decides about that is in its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import dispatch
+
+_MOST = 10_000  # images of every size
+_PLAIN = (Tensor, nn.Parameter)
+_serves: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}
+
+
+def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What a call's checks and dispatch depend on, or None where PyTorch may have a part in it."""
+    if torch.compiler.is_compiling() or _attended():
+        return None
+    recording = torch.is_grad_enabled()
+    key = [op, dispatch.forced_backend(), numbers]
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+        elif type(tensor) in _PLAIN and not (recording and tensor.requires_grad):
+            key.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        else:
+            return None
+    for number in numbers:  # True and 1.0 are equal to 1, but PyTorch refuses them
+        if type(number) is not int and not (isinstance(number, tuple) and all(type(each) is int for each in number)):
+            return None
+    return tuple(key)
+
+
+def serve(key: tuple[Any, ...] | None, *tensors: Tensor | None) -> Tensor | None:
+    """The result of a call with a known key, else None."""
+    known = None if key is None else _serves.get(key)
+    return None if known is None else known[0](*tensors, *known[1])
+
+
+def remember(key: tuple[Any, ...] | None, launcher: Callable[..., Tensor], *rest: Any) -> None:
+    """Let ``launcher(*tensors, *rest)`` serve the calls of a key from now on."""
+    if key is not None:
+        if len(_serves) >= _MOST:
+            _serves.clear()
+        _serves[key] = (launcher, rest)
+
+
+def forget() -> None:
+    """Let all calls be checked again."""
+    _serves.clear()
+
+
+def _attended() -> bool:
+    """Whether anything of PyTorch's attends to operators."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+    )
