@@ -154,11 +154,7 @@ RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64
       for (int v = 0; v < kProductVectors; ++v) w[v] = in_register(load(weight + v * kLanes));
       weight += kTileChannels;
       RESNEXT_UNROLL
-      for (int p = 0; p < kProductPixels; ++p) {
-        const Vec x = in_register(broadcast(panel[p * kLanes + lane]));
-        RESNEXT_UNROLL
-        for (int v = 0; v < kProductVectors; ++v) acc[p][v] += x * w[v];
-      }
+      for (int p = 0; p < kProductPixels; ++p) add_products(acc[p], panel + p * kLanes + lane, w, p);
     }
     panel += kProductPixels * kLanes;
   }
@@ -273,11 +269,7 @@ RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pix
       RESNEXT_UNROLL
       for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * vector + i));
       RESNEXT_UNROLL
-      for (int o = 0; o < kGradientChannels; ++o) {
-        const Vec g = in_register(broadcast(grad[i + o]));
-        RESNEXT_UNROLL
-        for (int v = 0; v < kProductVectors; ++v) acc[o][v] += g * value[v];
-      }
+      for (int o = 0; o < kGradientChannels; ++o) add_products(acc[o], grad + i + o, value, o);
     }
   } while (i < vector);
   RESNEXT_UNROLL

@@ -216,6 +216,30 @@ RESNEXT_INLINE Vec in_register(Vec value) {
   return value;
 }
 
+// acc + *x * w, with the load and the broadcast in one instruction where there is one. A value that meets few vectors is
+// loaded again for each, but instructions are what the loops run out of if another thread shares the core.
+RESNEXT_INLINE Vec add_product(Vec acc, const float* x, Vec w) {
+#if RESNEXT_LANES == 16
+  __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
+  return acc;
+#else
+  return acc + broadcast(*x) * w;
+#endif
+}
+
+// acc[i] + *x * w[i] for kVectors vectors. Every second value goes by `add_product`: loads and instructions balance.
+template <int kVectors>
+RESNEXT_INLINE void add_products(Vec (&acc)[kVectors], const float* x, const Vec (&w)[kVectors], int index) {
+  if (index % 2 == 0) {
+    RESNEXT_UNROLL
+    for (int v = 0; v < kVectors; ++v) acc[v] = add_product(acc[v], x, w[v]);
+    return;
+  }
+  const Vec value = in_register(broadcast(*x));
+  RESNEXT_UNROLL
+  for (int v = 0; v < kVectors; ++v) acc[v] += value * w[v];
+}
+
 // Integer sequences whose only member is a type: they put no code anywhere.
 template <int... I>
 struct Indices {};
