@@ -87,7 +87,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=_at_least(1), default=10, metavar="N", help="how many")
     group.add_argument("--batch-size", type=_at_least(2), default=64, metavar="N", help="of all processes together")
     group.add_argument("--accumulate", type=_at_least(1), default=1, metavar="N", help="batches for one step")
-    group.add_argument("--optimizer", choices=["sgd", "adam", "adamw"], default="sgd", help="which")
+    group.add_argument("--optimizer", choices=["sgd", "adam", "adamw"], default="adam", help="which")
     group.add_argument("--lr", type=_positive, help="learning rate, default: 0.05 (sgd), 0.001 (adam, adamw)")
     group.add_argument("--momentum", type=_fraction, default=0.9, help="of sgd")
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum in sgd")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from math import ceil
 from typing import Any
 
 import torch
@@ -52,16 +53,18 @@ class Samples(Dataset[Any]):
 class JoinedBatches(Sampler[list[int]]):
     """Shuffled batches of all processes together, of which each process gets its share.
 
-    A last batch of fewer than two images for each process joins the one before: batch norm cannot do with one.
+    All images are used, in batches as equal as possible: a last batch of one image has no variance for batch norm,
+    and one of two or three gives gradients that can undo an epoch.
 
     Args:
         images: How many there are.
-        batch_size: Of all processes together.
+        batch_size: The largest batch, of all processes together.
         processes: Who asks.
         seed: Of the order.
 
     Attributes:
         epoch: The order is another in each.
+        sizes: Of the batches.
 
     Raises:
         CommandError: Some process would get fewer than two images.
@@ -70,14 +73,14 @@ class JoinedBatches(Sampler[list[int]]):
     def __init__(self, images: int, batch_size: int, processes: Processes, seed: int) -> None:
         self.images, self.batch_size, self.processes, self.seed = images, batch_size, processes, seed
         self.epoch = 0
-        if min(images, batch_size) < 2 * processes.count:
+        least = 2 * processes.count
+        if min(images, batch_size) < least:
             raise CommandError(
                 f"expected two images at a time for each of {processes.count} processes, got {images} images in "
                 f"batches of {batch_size}; use more images, a larger --batch-size or fewer processes"
             )
-        self.sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-        if self.sizes[-1] < 2 * processes.count:
-            self.sizes[-2:] = [sum(self.sizes[-2:])]
+        number = min(ceil(images / batch_size), images // least)
+        self.sizes = [len(part) for part in torch.arange(images).tensor_split(number)]
 
     def __len__(self) -> int:
         return len(self.sizes)
