@@ -142,7 +142,7 @@ _RESUME = (
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_trained(parser)
     _add_data(parser, default=None)
-    parser.add_argument("--part", choices=["train", "test"], default="test", help="of the data")
+    parser.add_argument("--part", choices=["train", "test", "all"], default="test", help="of the data")
     parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="N", help="how many images at once")
     _add_device(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for confusion.csv, .png, default: CHECKPOINT's")

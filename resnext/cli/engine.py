@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
@@ -85,8 +85,25 @@ def progress_bar(name: str, images: int, show: bool) -> tqdm[Any]:
     )
 
 
-def _accuracy(class_count: int) -> MulticlassAccuracy:
-    return MulticlassAccuracy(class_count, average="micro", validate_args=False)
+class _Tally:
+    """Scores of what has been seen so far."""
+
+    def __init__(self, class_count: int, device: torch.device) -> None:
+        self.accuracy = MulticlassAccuracy(class_count, average="micro", validate_args=False).to(device)
+        # Sums, as MeanMetric either waits for the GPU in each step to look for NaN, or ignores weights.
+        self.loss, self.images = (
+            SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(device) for _ in range(2)
+        )
+
+    def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Count a batch, with the sum of its losses."""
+        self.accuracy.update(logits, labels)
+        self.loss.update(loss)
+        self.images.update(len(labels))
+
+    def scores(self) -> Scores:
+        """Of all processes."""
+        return Scores(float(self.accuracy.compute()), float(self.loss.compute() / self.images.compute()))
 
 
 @dataclass
@@ -132,8 +149,7 @@ class Trainer:
             CommandError: The loss is not finite.
         """
         self.model.train()
-        device = self.placement.device
-        accuracy, loss_mean = _accuracy(self.class_count).to(device), MeanMetric().to(device)
+        tally = _Tally(self.class_count, self.placement.device)
         self.optimizer.zero_grad(set_to_none=True)
         for index, (images, labels) in enumerate(self.placement.batches(loader)):
             first = index - index % self.accumulate
@@ -147,10 +163,9 @@ class Trainer:
                 self.scaler.scale(loss * (self.processes / joined)).backward()
             if last:
                 self._step()
-            accuracy.update(logits.detach(), labels)
-            loss_mean.update(loss.detach() / len(labels), len(labels))
+            tally.update(logits.detach(), labels, loss.detach())
             bar.update(sizes[index])
-        scores = Scores(float(accuracy.compute()), float(loss_mean.compute()))
+        scores = tally.scores()
         if not math.isfinite(scores.loss):
             raise CommandError(f"expected a finite training loss, got {scores.loss}; lower --lr or pass --clip-norm 1")
         return scores
@@ -195,16 +210,14 @@ def evaluate(
         Scores of all processes' images; the loss is cross-entropy.
     """
     model.eval()
-    device = placement.device
-    accuracy, loss_mean = _accuracy(class_count).to(device), MeanMetric().to(device)
+    tally = _Tally(class_count, placement.device)
     with torch.no_grad():
         for images, labels in placement.batches(loader):
             with placement.autocast():
                 logits = model(images)
             logits = logits.float()
-            accuracy.update(logits, labels)
-            loss_mean.update(nn.functional.cross_entropy(logits, labels), len(labels))
+            tally.update(logits, labels, nn.functional.cross_entropy(logits, labels, reduction="sum"))
             if metrics is not None:
                 metrics.update(logits, labels)
             bar.update(len(labels))
-    return Scores(float(accuracy.compute()), float(loss_mean.compute()))
+    return tally.scores()

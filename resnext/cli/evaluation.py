@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch.utils.data import ConcatDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -41,7 +42,8 @@ def run(options: Options) -> None:
             f"{', '.join(data.class_names)} in {options.data}; give the data that the model was trained for"
         )
 
-    samples = Samples(data.train if options.part == "train" else data.test, trained.preprocessing.transform())
+    parts = {"train": data.train, "test": data.test, "all": ConcatDataset([data.train, data.test])}
+    samples = Samples(parts[options.part], trained.preprocessing.transform())
     placement = Placement(processes.device)
     model, count = placement.model(trained.model), len(trained.class_names)
     metrics = MetricCollection(
