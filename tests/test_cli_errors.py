@@ -222,8 +222,8 @@ class TestDevice:
 
     def test_synchronised_norms_that_only_gpus_have(self):
         model = unfuse_(create_model("resnet18_cifar"))
-        with pytest.raises(CommandError, match=r"expected fused blocks .* got bn1 not fused; pass --no-sync-bn"):
-            Processes(torch.device("cpu"), 0, 2).parallel(model, sync_bn=True)
+        with pytest.raises(CommandError, match=r"expected fused blocks .* got the model not fused; pass --no-sync-bn"):
+            Processes(torch.device("cpu"), 0, 2).parallel(model, sync_bn=True, plain=True)
 
 
 class TestWriting:
@@ -277,6 +277,7 @@ class TestWriting:
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
         line = fail(capsys, "train", "--out", tmp_path, "--tensorboard", *SMALL)
         assert line == "expected tensorboard for --tensorboard, got none; pip install tensorboard"
+        assert list(tmp_path.iterdir()) == []
 
     def test_diverged(self, capsys, tmp_path):
         arguments = ["--optimizer", "sgd", "--lr", "1e30", "--schedule", "constant", *SMALL]
@@ -311,6 +312,21 @@ class TestResuming:
     def test_other_arguments(self, capsys, trained, arguments, line):
         assert fail(capsys, "train", "--out", trained, "--resume", *arguments) == (
             f"{line}; leave it out, or start a new run"
+        )
+
+    def test_another_folder(self, capsys, trained, tmp_path):
+        line = fail(capsys, "train", "--resume", trained / "last.pth", "--out", tmp_path)
+        assert line == f"expected --out {trained}, where the run to resume is, got {tmp_path}; leave it out"
+
+    def test_other_classes(self, capsys, tmp_path):
+        images = write_images(tmp_path / "images", {"cat": 20, "dog": 20})
+        out = tmp_path / "out"
+        succeed(capsys, "train", "--data", images, "--out", out, "--epochs", "1", *SMALL)
+        (images / "cat").rename(images / "cow")
+        line = fail(capsys, "train", "--out", out, "--resume")
+        assert (
+            line
+            == f"expected the classes that the run began with, cat, dog, got cow, dog in {images}; restore the data"
         )
 
 

@@ -183,6 +183,13 @@ class TestResuming:
                 read_checkpoint(tmp_path / "parts" / each)["model"], read_checkpoint(tmp_path / "whole" / each)["model"]
             )
 
+    def test_folder_that_has_moved(self, capsys, tmp_path, monkeypatch):
+        succeed(capsys, "train", "--out", tmp_path / "old", "--epochs", "1", *SMALL)
+        (tmp_path / "old").rename(tmp_path / "new")
+        monkeypatch.chdir(tmp_path / "new")
+        assert succeed(capsys, "train", "--resume", "last.pth").startswith("Best: epoch 1")
+        assert not (tmp_path / "old").exists()
+
     def test_more_epochs(self, capsys, tmp_path):
         """Which only a schedule that does not know the last one allows."""
         arguments = ["--schedule", "step", "--step-size", "1", *SMALL]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 import resnext
+from resnext.cli.arguments import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,6 +45,19 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     torch.save(resnext.ResNeXt50Fused().state_dict(), "resnext50_32x4d.pth")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_are_understood():
+    """Of the command line, also behind torchrun."""
+    commands = re.findall(
+        r"(?:^    |`)(?:torchrun .* -m )?(resnext (?:train|evaluate|predict|summary|export)\b[^`#\n]*)", README, re.M
+    )
+    found = [shlex.split(command.replace(" ...", ""))[1:] for command in commands]
+    assert len(found) > 12
+    for arguments in found:
+        options = parse(arguments)
+        if options.command in ("train", "summary") and not options.model.startswith("runs"):
+            assert options.model in resnext.list_models()
 
 
 def test_links_lead_somewhere():

@@ -13,7 +13,8 @@ from resnext.cli.errors import CommandError, mendable
 from resnext.cli.preprocessing import Preprocessing
 
 BEST, LAST = "best.pth", "last.pth"
-# Arguments with which a run may go on although they are others than it began with: they leave its results alone.
+# Arguments with which a run may go on although they are others than it began with: but for rounding, they leave its
+# results alone.
 _FREE = {
     "channels_last",
     "check_images",
@@ -55,7 +56,7 @@ def describe(model: ResNet, class_names: list[str], preprocessing: Preprocessing
     arguments = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(options).items()
-        if key not in ("command", "given", "resume", "overwrite")
+        if key not in ("command", "given", "out", "overwrite", "resume")
     }
     return {
         "config": model.config,
@@ -100,8 +101,7 @@ def resumed(options: Options, checkpoint: Mapping[str, Any]) -> Options:
     result = Options(**{**vars(options), **began})
     for name in options.given:
         setattr(result, name, getattr(options, name))
-    for name in ("out", "root"):
-        setattr(result, name, Path(getattr(result, name)))
+    result.root = Path(result.root)
     return result
 
 

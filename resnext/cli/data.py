@@ -47,11 +47,17 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def load_data(options: Options, processes: Processes) -> Data:
     """Open the data that ``--data`` names, and check it.
 
+    Args:
+        options: Those of the group data, ``image_size`` among them.
+        processes: Who looks at the files: the first for all.
+
     Raises:
         CommandError: It is missing, damaged, or not for classification.
     """
     sources = {"digits": _digits, "synthetic": _synthetic, "cifar10": _cifar10}
     data = sources.get(options.data, _folder)(options, processes)
+    if options.image_size:
+        data = data._replace(preprocessing=data.preprocessing.scaled(options.image_size))
     if options.limit:
         data = data._replace(
             train=_at_most(options.limit, data.train, options.split_seed),
@@ -77,7 +83,7 @@ def _digits(options: Options, processes: Processes) -> Data:
 
 def _synthetic(options: Options, processes: Processes) -> Data:
     """Random pixels and labels, for trying things out."""
-    size = getattr(options, "image_size", None) or 32
+    size = options.image_size or 32
     shape = (3, size, size)
     train, test = FakeData(1024, shape, 10), FakeData(256, shape, 10, random_offset=1024)
     return Data(train, test, [str(label) for label in range(10)], "objects", Preprocessing(size, size, _HALF, _HALF))
@@ -116,8 +122,7 @@ def _folder(options: Options, processes: Processes) -> Data:
     if options.check_images:
         _check(options, processes, [(train, train_root)] + ([(test, test_root)] if test and test_root else []))
 
-    size = getattr(options, "image_size", None) or 224
-    preprocessing = Preprocessing(size, round(size * 256 / 224), *_IMAGENET)
+    preprocessing = Preprocessing(224, 256, *_IMAGENET)
     if test:
         return Data(train, test, train.classes, "photos", preprocessing)
     generator = torch.Generator().manual_seed(options.split_seed)

@@ -58,8 +58,13 @@ class Processes:
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)
 
-    def parallel(self, model: nn.Module, sync_bn: bool) -> nn.Module:
-        """Wrap the model so that backward averages gradients over the processes; batch norms change in place.
+    def parallel(self, model: nn.Module, sync_bn: bool, plain: bool) -> nn.Module:
+        """Wrap the model so that backward averages gradients over the processes.
+
+        Args:
+            model: The model.
+            sync_bn: Whether its batch norms become synchronised ones, in place.
+            plain: Whether it is one without fused blocks.
 
         Raises:
             CommandError: The batch norms cannot be synchronised here.
@@ -67,9 +72,10 @@ class Processes:
         if self.count == 1:
             return model
         on_gpu = self.device.type == "cuda"
-        if sync_bn and not on_gpu and (units := why_not_fused(model) or _plain_norms(model)):
+        unfused = "the model" if plain else ", ".join(name or "the stem" for name in why_not_fused(model))
+        if sync_bn and unfused and not on_gpu:  # PyTorch's own synchronised batch norm needs GPUs
             raise CommandError(
-                f"expected fused blocks for synchronised batch norm on CPUs, got {', '.join(units)} not fused; "
+                f"expected fused blocks for synchronised batch norm on CPUs, got {unfused} not fused; "
                 "pass --no-sync-bn, or leave out --plain"
             )
         wrapped = DistributedDataParallel(model, device_ids=[self.device.index] if on_gpu else None)
@@ -118,11 +124,3 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
             )
         device = torch.device("cuda", index)
     return device
-
-
-def _plain_norms(model: nn.Module) -> list[str]:
-    """Names of batch norms that nothing fused computes."""
-    from resnext.convert import FusedModule
-
-    fused = [name for name, module in model.named_modules() if isinstance(module, FusedModule)]
-    return [] if fused else [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)][:1]

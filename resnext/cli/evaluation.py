@@ -27,7 +27,7 @@ def run(options: Options) -> None:
         OSError: Something cannot be written.
     """
     trained = load_trained(options.checkpoint)
-    for name in ("data", "root", "val_fraction", "split_seed", "limit", "workers"):  # as in training, unless given
+    for name in ("data", "root", "val_fraction", "split_seed", "workers"):  # as in training, unless given
         if name not in options.given and trained.arguments.get(name) is not None:
             setattr(options, name, trained.arguments[name])
     options.root = Path(options.root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Preprocessing:
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def scaled(self, image_size: int) -> Preprocessing:
+        """The same in proportion, for another size of the input."""
+        return replace(self, image_size=image_size, resize_size=round(image_size * self.resize_size / self.image_size))
 
     def transform(self) -> v2.Transform:
         """Of an image, PIL's or (C, H, W) uint8, into (3, image_size, image_size) float32."""

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from resnext import save_checkpoint
 from resnext.cli.arguments import Options
 from resnext.cli.building import build_model, start_from
 from resnext.cli.checkpointing import BEST, LAST, describe, read_run, resumed
-from resnext.cli.data import Data, load_data
+from resnext.cli.data import load_data
 from resnext.cli.distributed import Processes, processes
 from resnext.cli.engine import Placement, Scores, Trainer, choose_amp, evaluate, progress_bar
 from resnext.cli.errors import CommandError, Interrupted, mendable
 from resnext.cli.loading import Samples, derived_seed, evaluation_loader, training_loader
 from resnext.cli.logs import Record, line, write_logs
 from resnext.cli.optimization import Schedule, make_optimizer
-from resnext.cli.preprocessing import Preprocessing
 
 
 def run(options: Options) -> None:
@@ -42,16 +42,21 @@ def run(options: Options) -> None:
 
 def _begin(options: Options) -> tuple[Options, dict[str, Any] | None]:
     """All arguments, and what the run has to go on from."""
-    out = options.out or Path("runs", f"{Path(options.data).name}-{options.model}")
-    path = out / LAST if options.resume is True else options.resume
-    options.out = path.parent if options.resume and options.out is None else out
-    if path is not None and (options.resume is not True or path.is_file()):
+    if isinstance(options.resume, Path):
+        path, folder = options.resume, options.resume.parent
+        if options.out is not None and options.out.resolve() != folder.resolve():
+            raise CommandError(f"expected --out {folder}, where the run to resume is, got {options.out}; leave it out")
+    else:
+        folder = options.out or Path("runs", f"{Path(options.data).name}-{options.model}")
+        path = folder / LAST
+    options.out = folder
+    if isinstance(options.resume, Path) or (options.resume and path.is_file()):
         checkpoint = read_run(path)
         return resumed(options, checkpoint), checkpoint
-    if (out / LAST).is_file() and not options.overwrite:
+    if path.is_file() and not options.overwrite:
         raise CommandError(
-            f"expected a folder without a run, got {out} with a {LAST}; pass --resume to go on, --overwrite to start "
-            "anew, or another --out"
+            f"expected a folder without a run, got {folder} with a {LAST}; pass --resume to go on, --overwrite to "
+            "start anew, or another --out"
         )
     return options, None
 
@@ -85,11 +90,10 @@ class _Run:
         data = load_data(options, group)
         self.class_count = len(data.class_names)
         placement = Placement(group.device, choose_amp(options.amp, group.device), options.channels_last)
-        preprocessing = Preprocessing(
-            options.image_size or data.preprocessing.image_size,
-            _resize_size(options, data),
-            tuple(options.mean or data.preprocessing.mean),
-            tuple(options.std or data.preprocessing.std),
+        preprocessing = replace(
+            data.preprocessing,
+            mean=tuple(options.mean or data.preprocessing.mean),
+            std=tuple(options.std or data.preprocessing.std),
         )
 
         torch.manual_seed(options.seed)
@@ -100,7 +104,7 @@ class _Run:
         placement.model(self.model)
         if options.compile:
             self.model.compile(backend=options.compile)
-        parallel = group.parallel(self.model, options.sync_bn)
+        parallel = group.parallel(self.model, options.sync_bn, options.plain)
         with mendable(ValueError):
             optimizer = make_optimizer(options, self.model.parameters())
         self.schedule = Schedule(options, optimizer)
@@ -132,9 +136,9 @@ class _Run:
 
     def go(self) -> None:
         """Train until the last epoch, then test the best weights."""
-        if self.group.first:
-            self._prepare_folder()
         with self._tensorboard() as write_scalars:
+            if self.group.first:
+                self._prepare_folder()
             try:
                 while self.epoch < self.options.epochs:
                     record = self._train_epoch()
@@ -231,6 +235,11 @@ class _Run:
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from what `_state` returned."""
+        if checkpoint["class_names"] != self.about["class_names"]:
+            raise CommandError(
+                f"expected the classes that the run began with, {', '.join(checkpoint['class_names'])}, got "
+                f"{', '.join(self.about['class_names'])} in {self.options.data}; restore the data"
+            )
         with mendable(RuntimeError, ValueError, KeyError):
             self.model.load_state_dict(checkpoint["model"])
             if self.trainer.ema is not None:
@@ -272,9 +281,3 @@ class _Run:
 def _merit(record: Record) -> tuple[float, float]:
     """What makes an epoch the best: accuracy, and among equals the loss."""
     return record["test_acc"], -record["test_loss"]
-
-
-def _resize_size(options: Options, data: Data) -> int:
-    """The size before the middle is cut out, in the proportion that suits the data."""
-    suited = data.preprocessing
-    return round((options.image_size or suited.image_size) * suited.resize_size / suited.image_size)
