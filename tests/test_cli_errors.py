@@ -170,6 +170,9 @@ class TestModel:
         line = train_fails(capsys, tmp_path, "--model-arg", "drop_rate=2")
         assert line == "ResNet: expected drop_rate in [0, 1), got 2; give the probability of dropping"
 
+    def test_unknown_compiler(self, capsys, tmp_path):
+        assert "nocompiler" in train_fails(capsys, tmp_path, "--compile", "nocompiler")
+
     def test_features_only(self, capsys, tmp_path):
         line = train_fails(capsys, tmp_path, "--model-arg", "features_only=true")
         assert line == "expected a whole model, got --model-arg features_only; leave it out"

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,26 @@ class TestEngine:
         assert [choose_amp(name, cpu) for name in ("auto", "off", "bf16")] == [None, None, torch.bfloat16]
 
 
+class TestProgress:
+    """A bar with images per second, on terminals only."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    @pytest.mark.parametrize(
+        ("stream", "show", "shown"), [(Terminal, True, True), (Terminal, False, False), (io.StringIO, True, False)]
+    )
+    def test_bar(self, monkeypatch, stream, show, shown):
+        written = stream()
+        monkeypatch.setattr(sys, "stderr", written)
+        with progress_bar("Epoch 1", 100, show) as bar:
+            bar.update(50)
+            bar.refresh()
+        assert ("Epoch 1" in written.getvalue()) == shown
+        assert ("images/s" in written.getvalue()) == shown
+
+
 class TestModels:
     def test_plain(self, capsys, tmp_path, monkeypatch):
         """Nothing runs fused, in training as in testing; otherwise everything does."""
@@ -375,6 +396,11 @@ class TestModels:
         assert "skipped the classifier: it has 10 classes, the checkpoint 1000" in out
         kept = read_checkpoint(tmp_path / "last.pth")["model"]["layer4.1.conv2.weight"]
         torch.testing.assert_close(kept, donor.state_dict()["layer4.1.conv2.weight"], atol=1e-9, rtol=1e-6)
+
+    def test_last_batch_of_one_image(self, capsys, tmp_path):
+        """There is none: 17 images are batches of 9 and 8."""
+        out = succeed(capsys, "train", "--out", tmp_path, "--epochs", "1", *SMALL, "--limit", "17")
+        assert LINE.fullmatch(out.splitlines()[0])
 
     def test_averaged_weights_are_tested_and_kept(self, capsys, tmp_path):
         succeed(capsys, "train", "--out", tmp_path, "--epochs", "1", "--ema", "0.5", *SMALL)

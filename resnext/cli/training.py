@@ -47,7 +47,7 @@ def _begin(options: Options) -> tuple[Options, dict[str, Any] | None]:
         if options.out is not None and options.out.resolve() != folder.resolve():
             raise CommandError(f"expected --out {folder}, where the run to resume is, got {options.out}; leave it out")
     else:
-        folder = options.out or Path("runs", f"{Path(options.data).name}-{options.model}")
+        folder = options.out or Path("runs", f"{Path(options.data).resolve().name}-{options.model}")
         path = folder / LAST
     options.out = folder
     if isinstance(options.resume, Path) or (options.resume and path.is_file()):
@@ -103,7 +103,8 @@ class _Run:
             self._say(start_from(self.model, options.weights))
         placement.model(self.model)
         if options.compile:
-            self.model.compile(backend=options.compile)
+            with mendable(RuntimeError):  # no such backend
+                self.model.compile(backend=options.compile)
         parallel = group.parallel(self.model, options.sync_bn, options.plain)
         with mendable(ValueError):
             optimizer = make_optimizer(options, self.model.parameters())
@@ -184,14 +185,15 @@ class _Run:
 
     def _test_best(self) -> None:
         """Test the weights of the best epoch again, from their file."""
+        epoch = None
         if self.group.first:
             best = read_run(self.out / BEST)
-            self.epoch = best["record"]["epoch"]
+            epoch = best["record"]["epoch"]
             self.model.load_state_dict(best["model"])
         self.group.share(self.model)
         self.trainer.ema = None
         scores = self._test()
-        self._say(f"Best: epoch {self.epoch}, Test_acc:{scores.accuracy:.1%}, Test_loss:{scores.loss:.3f}")
+        self._say(f"Best: epoch {epoch}, Test_acc:{scores.accuracy:.1%}, Test_loss:{scores.loss:.3f}")
 
     def _keep(self, record: Record, better: bool) -> None:
         """Print and write what there is after an epoch.
@@ -210,12 +212,12 @@ class _Run:
     def _prepare_folder(self) -> None:
         """Make the folder, with a checkpoint from the beginning on; remove what a killed process left half-written."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for leftover in self.out.glob(".*.tmp"):
+        for leftover in self.out.glob(".*.*.[0-9]*.tmp"):
             leftover.unlink()
+        save_checkpoint(self._state(), self.out / LAST)
         if self.epoch == 0:
             for name in (BEST, "log.csv", "log.jsonl", "curves.png"):  # of an earlier run
                 (self.out / name).unlink(missing_ok=True)
-        save_checkpoint(self._state(), self.out / LAST)
         write_logs(self.out, self.history)
 
     def _state(self) -> dict[str, Any]:
