@@ -37,7 +37,7 @@ def crops(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
     for name, pixels in photos().items():
         height, width, _ = pixels.shape
-        for part, count in (("train", 20), ("val", 6)):
+        for part, count in (("train", 16), ("val", 6)):
             (root / part / name).mkdir(parents=True)
             for index in range(count):
                 side = int(generator.integers(90, 130))
@@ -51,7 +51,7 @@ def crops(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(crops, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    arguments = ["--data", str(crops), "--model", "resnet18", "--image-size", "64", "--epochs", "6", "--workers", "0"]
+    arguments = ["--data", str(crops), "--model", "resnet18", "--image-size", "64", "--epochs", "4", "--workers", "0"]
     assert main(["train", *arguments, "--batch-size", "24", "--out", str(folder), "--no-progress"]) == 0
     return folder
 
@@ -80,7 +80,7 @@ class TestEvaluate:
             assert picture.format == "PNG"
 
     def test_part(self, capsys, trained, tmp_path):
-        for part, images in (("train", 120), ("all", 156)):
+        for part, images in (("train", 96), ("all", 132)):
             out = succeed(capsys, "evaluate", trained, "--part", part, "--out", tmp_path)
             assert out.startswith(f"Images: {images}, top-1: ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ class Data(NamedTuple):
     class_names: list[str]
     kind: str
     preprocessing: Preprocessing
-    workers: int = 4
+    workers: int = min(4, os.cpu_count() or 1)
 
 
 _HALF = (0.5, 0.5, 0.5)

@@ -49,7 +49,8 @@ def _example(trained: Trained) -> torch.Tensor:
 
 def _write_program(trained: Trained, path: Path) -> None:
     batch = torch.export.Dim("batch")
-    program = torch.export.export(trained.model, (_example(trained),), dynamic_shapes=({0: batch},))
+    with torch.no_grad():  # or the program would be one for training
+        program = torch.export.export(trained.model, (_example(trained),), dynamic_shapes=({0: batch},))
 
     def write(file: Path) -> None:
         with open(file, "wb") as stream:
@@ -64,7 +65,7 @@ def _write_onnx(trained: Trained, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise CommandError("expected onnxscript for --format onnx, got none; pip install onnx onnxscript") from None
-    with contextlib.redirect_stdout(io.StringIO()):  # where the exporter tells of its progress
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):  # where the exporter tells of its progress
         program: Any = torch.onnx.export(
             model,
             (_example(trained),),

@@ -123,7 +123,7 @@ class _Run:
             and AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True),
         )
 
-        workers = min(data.workers, os.cpu_count() or 1) if options.workers is None else options.workers
+        workers = data.workers if options.workers is None else options.workers
         transform = preprocessing.training_transform(options.augment, data.kind)
         self.samples = Samples(data.train, transform, options.seed)
         self.loader, self.batches = training_loader(self.samples, options.batch_size, group, workers)
