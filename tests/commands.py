@@ -56,7 +56,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def start(*arguments: object, torchrun: int = 0, **options: Any) -> subprocess.Popen[str]:
     """Start ``resnext`` in a process of its own, or in several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
-    command = [sys.executable, *launcher, "-m", "tests.command", *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "tests.cli", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, **{**pipes, **options})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ import torch
 
 import resnext
 from resnext.cli.arguments import parse
+from resnext.cli.logs import line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,6 +47,12 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     torch.save(resnext.ResNeXt50Fused().state_dict(), "resnext50_32x4d.pth")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_digits_are_those_of_the_committed_log():
+    rows = csv.DictReader((ROOT / "benchmarks/results/digits/resnet18_cifar.csv").read_text().splitlines())
+    lines = [line({"epoch": int(row.pop("epoch")), **{key: float(text) for key, text in row.items()}}) for row in rows]
+    assert re.findall(r"^    (Epoch:.*)$", README, re.MULTILINE) == lines
 
 
 def test_commands_are_understood():
