@@ -37,10 +37,10 @@ def crops(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
     for name, pixels in photos().items():
         height, width, _ = pixels.shape
-        for part, count in (("train", 16), ("val", 6)):
+        for part, count in (("train", 20), ("val", 6)):
             (root / part / name).mkdir(parents=True)
             for index in range(count):
-                side = int(generator.integers(90, 130))
+                side = int(generator.integers(200, 280))
                 top = int(generator.integers(0, height - side))
                 left = int(generator.integers(0, width - side))
                 crop = Image.fromarray(pixels[top : top + side, left : left + side])
@@ -51,8 +51,21 @@ def crops(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(crops, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    arguments = ["--data", str(crops), "--model", "resnet18", "--image-size", "64", "--epochs", "4", "--workers", "0"]
-    assert main(["train", *arguments, "--batch-size", "24", "--out", str(folder), "--no-progress"]) == 0
+    arguments = [
+        "--data",
+        str(crops),
+        "--model",
+        "resnet18",
+        "--image-size",
+        "64",
+        "--epochs",
+        "4",
+        "--augment",
+        "none",
+        "--workers",
+        "0",
+    ]
+    assert main(["train", *arguments, "--batch-size", "12", "--out", str(folder), "--no-progress"]) == 0
     return folder
 
 
@@ -80,7 +93,7 @@ class TestEvaluate:
             assert picture.format == "PNG"
 
     def test_part(self, capsys, trained, tmp_path):
-        for part, images in (("train", 96), ("all", 132)):
+        for part, images in (("train", 120), ("all", 156)):
             out = succeed(capsys, "evaluate", trained, "--part", part, "--out", tmp_path)
             assert out.startswith(f"Images: {images}, top-1: ")
 
