@@ -290,18 +290,19 @@ class TestWriting:
 
 class TestResuming:
     def test_no_such_file(self, capsys, tmp_path):
-        line = train_fails(capsys, tmp_path, "--resume", tmp_path / "last.pth")
+        line = fail(capsys, "train", "--resume", tmp_path / "last.pth")
         assert line == f"read_checkpoint: expected a file, got {tmp_path}/last.pth; check the path"
 
     def test_checkpoint_of_something_else(self, capsys, tmp_path):
         save_checkpoint(create_model("resnet18_cifar"), tmp_path / "weights.pth")
-        assert train_fails(capsys, tmp_path, "--resume", tmp_path / "weights.pth") == (
+        assert fail(capsys, "train", "--resume", tmp_path / "weights.pth") == (
             f"expected a checkpoint from resnext train, got {tmp_path}/weights.pth without class names; "
             "start a run from such weights with resnext train --weights"
         )
+        assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
 
-    def test_best_checkpoint(self, capsys, tmp_path, trained):
-        line = train_fails(capsys, tmp_path, "--resume", trained / "best.pth")
+    def test_best_checkpoint(self, capsys, trained):
+        line = fail(capsys, "train", "--resume", trained / "best.pth")
         assert line == "expected a run's last.pth to resume, got one without optimizer; give last.pth"
 
     @pytest.mark.parametrize(
