@@ -123,7 +123,9 @@ class TestPredict:
             values = [float(row[f"probability_{k}"]) for k in (1, 2, 3)]
             assert values == sorted(values, reverse=True)
             assert sum(values) <= 1 + 1e-5
-            assert printed == f"{row['path']}: {row['class_1']} ({values[0]:.1%}), true: {row['true']}"
+            pattern = f"{row['path']}: {row['class_1']} \\((\\d+\\.\\d)%\\), true: {row['true']}"
+            percent = float(re.fullmatch(pattern, printed)[1])
+            assert percent == pytest.approx(100 * values[0], abs=0.0501)  # the table has more digits
         with Image.open(grid) as picture:
             assert picture.size == (960, 736)  # 24 images in 4 rows of 6
 
