@@ -320,6 +320,12 @@ def resnext29_8x64d_cifar(num_classes: int = 10, **kwargs: Any) -> ResNet:
 
 
 @_named
+def resnext29_32x4d_cifar(num_classes: int = 10, **kwargs: Any) -> ResNet:
+    """Build a small ResNeXt for CIFAR, three stages, 32 groups of 4 to 16 channels: 4.8 M parameters."""
+    return ResNet(Bottleneck, (3, 3, 3), num_classes, groups=32, width_per_group=4, stem="cifar", **kwargs)
+
+
+@_named
 def resnext29_16x64d_cifar(num_classes: int = 10, **kwargs: Any) -> ResNet:
     """Build the paper's ResNeXt for CIFAR, three stages, 16 groups of 64 to 256 channels: 68.2 M parameters."""
     return ResNet(Bottleneck, (3, 3, 3), num_classes, groups=16, width_per_group=64, stem="cifar", **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import resnext
+import resnext.cli
 
 
 class Block(nn.Module):
@@ -45,6 +46,9 @@ def main() -> None:
     assert Path(sys.prefix) in where.parents, f"resnext comes from {where}, not from {sys.prefix}"
     assert importlib.metadata.version("resnext") == resnext.__version__
     assert (where.parent / "py.typed").exists()
+
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="resnext")
+    assert command.load() is resnext.cli.main
 
     x, weight = torch.randn(2, 32, 14, 14), torch.randn(32, 4, 3, 3)
     explanation = resnext.explain(x, weight, groups=8)

@@ -38,6 +38,7 @@ PARAMETERS = {
     "resnet152_cifar": 58_156_618,
     "resnext29_8x64d_cifar": 34_426_698,
     "resnext29_16x64d_cifar": 68_155_210,
+    "resnext29_32x4d_cifar": 4_775_754,
 }
 # The groups of the 3x3 convolutions of each stage, and how many channels each of them has.
 GROUPS = {
@@ -49,6 +50,7 @@ GROUPS = {
     "resnext101_32x4d": (32, [4, 8, 16, 32]),
     "resnext29_8x64d_cifar": (8, [64, 128, 256]),
     "resnext29_16x64d_cifar": (16, [64, 128, 256]),
+    "resnext29_32x4d_cifar": (32, [4, 8, 16]),
 }
 
 
@@ -78,7 +80,7 @@ def test_number_of_parameters(name):
 
 def test_all_models_are_listed_and_exported():
     assert resnext.list_models() == sorted(PARAMETERS)
-    assert resnext.list_models("resnext29*") == ["resnext29_16x64d_cifar", "resnext29_8x64d_cifar"]
+    assert resnext.list_models("resnext29_*64d*") == ["resnext29_16x64d_cifar", "resnext29_8x64d_cifar"]
     assert set(PARAMETERS) <= set(resnext.__all__)
 
 

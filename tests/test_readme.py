@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import torch
 
 import resnext
+from resnext.cli.arguments import parse
+from resnext.cli.logs import line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,6 +47,25 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     torch.save(resnext.ResNeXt50Fused().state_dict(), "resnext50_32x4d.pth")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_digits_are_those_of_the_committed_log():
+    rows = csv.DictReader((ROOT / "benchmarks/results/digits/resnet18_cifar.csv").read_text().splitlines())
+    lines = [line({"epoch": int(row.pop("epoch")), **{key: float(text) for key, text in row.items()}}) for row in rows]
+    assert re.findall(r"^    (Epoch:.*)$", README, re.MULTILINE) == lines
+
+
+def test_commands_are_understood():
+    """Of the command line, also behind torchrun."""
+    commands = re.findall(
+        r"(?:^    |`)(?:torchrun .* -m )?(resnext (?:train|evaluate|predict|summary|export)\b[^`#\n]*)", README, re.M
+    )
+    found = [shlex.split(command.replace(" ...", ""))[1:] for command in commands]
+    assert len(found) > 12
+    for arguments in found:
+        options = parse(arguments)
+        if options.command in ("train", "summary") and not options.model.startswith("runs"):
+            assert options.model in resnext.list_models()
 
 
 def test_links_lead_somewhere():
