@@ -251,14 +251,16 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
 
 // --- weight gradient ---
 
-// Adds to a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as [pixel][lane]; x
-// has its second vector behind the panel's pixels of the first.
-RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, float* dw) {
-  Vec acc[kGradientChannels][kProductVectors];
-  RESNEXT_UNROLL
-  for (int o = 0; o < kGradientChannels; ++o) {
+// Makes, or adds to, a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as
+// [pixel][lane]; x has its second vector behind the panel's pixels of the first.
+RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, bool adds, float* dw) {
+  Vec acc[kGradientChannels][kProductVectors] = {};
+  if (adds) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) acc[o][v] = load(dw + o * kProductLanes + v * kLanes);
+    for (int o = 0; o < kGradientChannels; ++o) {
+      RESNEXT_UNROLL
+      for (int v = 0; v < kProductVectors; ++v) acc[o][v] = load(dw + o * kProductLanes + v * kLanes);
+    }
   }
   const int64_t vector = pixels * kLanes;
   int64_t i = 0;
@@ -291,6 +293,44 @@ int64_t gradient_scratch(const PixelGradient& g) {
   return panels > row ? panels : row;
 }
 
+// Asks for what the next panel will read, a few lines at a time while this one is multiplied. (`multiply` does without:
+// its results need the memory system too, and it was a few percent slower with it.)
+class PanelAhead {
+ public:
+  PanelAhead(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part, int64_t times)
+      : from_(from), grid_(grid), other_(static_cast<const char*>(read.other)), part_(part) {
+    const int64_t bytes = part.channels * size_of(from.image.dtype);
+    lines_ = ceil_div(bytes, kLine);
+    share_ = ceil_div(part.pixels * lines_, times);
+    start_pixel();
+  }
+
+  RESNEXT_INLINE void ask() {
+    for (int64_t i = 0; i < share_ && pixel_ < part_.pixels; ++i) {
+      __builtin_prefetch(static_cast<const char*>(from_.image.data) + at_, kForReading, kKeepInL2);
+      if (other_ != nullptr) __builtin_prefetch(other_ + at_, kForReading, kKeepInL2);
+      at_ += kLine;
+      if (++line_ == lines_) {
+        line_ = 0;
+        ++pixel_;
+        start_pixel();
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const GridImage& from_;
+  const PixelGrid& grid_;
+  const char* other_;
+  const PanelPart part_;
+  int64_t lines_, share_, at_, pixel_ = 0, line_ = 0;
+
+  void start_pixel() {
+    at_ = (pixel_of(grid_, from_, part_.first + pixel_) * from_.image.channels + part_.c) * size_of(from_.image.dtype);
+  }
+};
+
 void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
   const int64_t x_blocks = ceil_div(g.x.image.channels, g.x_block);
   const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
@@ -304,19 +344,26 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
     const int64_t grad_channels = min_of(g.grad_block, g.grad.image.channels - grad_c);
     const int64_t x_channels = min_of(g.x_block, g.x.image.channels - x_c);
     float* slice = g.partial + task * gradient_slice_size(g);
-    __builtin_memset(slice, 0, gradient_slice_size(g) * sizeof(float));
     const int64_t chunk_end = all_pixels * (chunk + 1) / g.chunks;
-    for (int64_t first = all_pixels * chunk / g.chunks; first < chunk_end; first += g.panel_pixels) {
+    const int64_t chunk_first = all_pixels * chunk / g.chunks;
+    for (int64_t first = chunk_first; first < chunk_end; first += g.panel_pixels) {
       const int64_t count = min_of(g.panel_pixels, chunk_end - first);
       const int64_t pixels = round_up(count, kGradientPixels);
       read_panel(g.x, g.grid, g.read_x, {first, count, x_c, x_channels}, pixels, x);
       __builtin_memset(x + panel_lanes(x_channels) * pixels, 0,
                        (x_lanes(g) - panel_lanes(x_channels)) * pixels * sizeof(float));
       read_panel(g.grad, g.grid, g.read_grad, {first, count, grad_c, grad_channels}, pixels, grad);
+      const int64_t next = first + g.panel_pixels;
+      const int64_t next_count = next < chunk_end ? min_of(g.panel_pixels, chunk_end - next) : 0;
+      const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, kGradientChannels);
+      PanelAhead x_ahead(g.x, g.grid, g.read_x, {next, next_count, x_c, x_channels}, tiles);
+      PanelAhead grad_ahead(g.grad, g.grid, g.read_grad, {next, next_count, grad_c, grad_channels}, tiles);
       for (int64_t i = 0; i < x_channels; i += kProductLanes) {
         for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
+          x_ahead.ask();
+          grad_ahead.ask();
           gradient_tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels,
-                        slice + i * grad_lanes(g) + o * kProductLanes);
+                        /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
         }
       }
     }

@@ -216,8 +216,8 @@ RESNEXT_INLINE Vec in_register(Vec value) {
   return value;
 }
 
-// acc + *x * w, with the load and the broadcast in one instruction where there is one. A value that meets few vectors is
-// loaded again for each, but instructions are what the loops run out of if another thread shares the core.
+// acc + *x * w, with the load and the broadcast in the same instruction where there is one. A value is then loaded for
+// every vector that it meets, but instructions are what the loops run out of if another thread shares the core.
 RESNEXT_INLINE Vec add_product(Vec acc, const float* x, Vec w) {
 #if RESNEXT_LANES == 16
   __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
