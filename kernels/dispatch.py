@@ -118,15 +118,16 @@ def why_plain_torch(
     return None
 
 
-def choose(problem: ConvProblem, device: torch.device) -> str:
-    """The name of the backend that serves ``problem`` on ``device``.
+def choose(problem: ConvProblem, device: torch.device, fused: bool = False) -> str:
+    """The name of the backend that serves ``problem`` on ``device``; ``fused``: with what is around the convolution.
 
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
     name = forced_backend()
     if name is None:
-        return next(b for b in BACKENDS if not (unsupported(b, problem.dtype, device) or not_chosen(b, problem)))
+        names = (b for b in BACKENDS if not (unsupported(b, problem.dtype, device) or not_chosen(b, problem, fused)))
+        return next(names)
     if reason := unsupported(name, problem.dtype, device):
         raise BackendError(
             f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
@@ -206,7 +207,7 @@ def fused_launchers(*problem) -> Any:
 def _fused_launchers(forced: str | None, *problem) -> Any:
     _, _, weight_shape, _, groups, dtype, device, channels_last = problem
     described = problem_of(*problem)
-    name = choose(described, device)
+    name = choose(described, device, fused=True)
     kernel_size = tuple(weight_shape[2:])
     # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
@@ -262,13 +263,18 @@ def unsupported(name: str, dtype: torch.dtype, device: torch.device) -> str | No
     return None
 
 
-def not_chosen(name: str, problem: ConvProblem) -> str | None:
-    """Why the automatic choice passes over a backend that could serve a problem, or None."""
+def not_chosen(name: str, problem: ConvProblem, fused: bool = False) -> str | None:
+    """Why the automatic choice passes over a backend that could serve a problem, or None; ``fused``: see `choose`."""
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
-    wide = problem.groups > 1 and min(problem.group_in, problem.group_out) >= 112
-    if name == "cpu" and problem.op == "fwd" and problem.dtype == torch.float32 and wide:
+    if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
+        return None
+    width = min(problem.group_in, problem.group_out)
+    if width >= 112:
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
+    strided = problem.stride == (2, 2) and problem.out_width >= 14 and problem.channels_last
+    if strided and width >= 40 and not fused:  # by less than separate passes around its convolution take
+        return "PyTorch was measured to be faster forward in float32 with stride 2 and 48 or 64 channels per group"
     return None
 
 
@@ -386,7 +392,7 @@ def serving_backend(
     problem = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     if fused and isinstance(fused_launchers(*problem), composed.Composed):
         return "torch"
-    return choose(problem_of(*problem), x.device)
+    return choose(problem_of(*problem), x.device, fused)
 
 
 def problem_of(

@@ -82,6 +82,13 @@ def test_where_pytorch_was_measured_faster_it_serves():
     for other in (problem(op="dgrad", **wide), problem(dtype=torch.bfloat16, **wide), problem()):
         assert dispatch.not_chosen("cpu", other) is None
     assert dispatch.not_chosen("cuda", problem(**wide)) is None
+    strided = {"input_shape": (2, 96, 28, 28), "weight_shape": (96, 48, 3, 3), "groups": 2, "stride": (2, 2)}
+    strided["channels_last"] = True
+    assert "measured" in dispatch.not_chosen("cpu", problem(**strided))
+    assert dispatch.not_chosen("cpu", problem(**strided), fused=True) is None
+    others = ({"op": "wgrad"}, {"stride": (1, 1)}, {"input_shape": (2, 96, 14, 14)}, {"channels_last": False})
+    for other in others:
+        assert dispatch.not_chosen("cpu", problem(**(strided | other))) is None
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):

@@ -65,7 +65,7 @@ int64_t weight_scratch(const Layout& layout) {
   return round_up(filters * 9 > layout.dst_channels ? filters * 9 : layout.dst_channels, kLanes);
 }
 
-// Where a packed tile keeps tap number `tap` of the reduction's term 0; that of term i is 3 * i * tile_lanes further on.
+// Where a packed tile keeps tap number `tap` of the reduction's term 0; that of term i 3 * i * tile_lanes further on.
 RESNEXT_INLINE int64_t packed_tap(const WeightPacking& p, int64_t tap) {
   const int64_t column = p.mirrored ? 2 - tap % 3 : tap % 3;
   return tap / 3 * packed_row_size(p.layout) + column * tile_lanes(p.layout);
