@@ -73,6 +73,14 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def unknown_calls() -> None:
+    """No call is known from another test: tests replace what serves them."""
+    from resnext.kernels import calls
+
+    calls.forget()
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
