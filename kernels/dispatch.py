@@ -215,7 +215,8 @@ def _fused_launchers(forced: str | None, *problem) -> Any:
     if kernel_size == (1, 1) and groups == 1:
         if name == "triton" and (forced or pointwise_by_triton(described)):
             return _module("pointwise_conv")
-        if name == "cpu" and channels_last:
+        # 16-bit types are left to libraries, which know the instructions that some processors have for them.
+        if name == "cpu" and channels_last and (forced or dtype == torch.float32):
             return _module("extension")
     return composed.Composed(elementwise(dtype, device))
 

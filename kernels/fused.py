@@ -174,6 +174,8 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
     if tuple(weight.shape[2:]) != (1, 1) or x.device.type != "cpu" or weight.dtype != x.dtype:
         return False
+    if torch.is_autocast_enabled("cpu"):  # `conv_affine` will see another tensor
+        return False
     launchers = dispatch.affine_launchers(*problem)
     if not hasattr(launchers, "keep_packed"):
         return False

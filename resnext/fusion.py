@@ -396,7 +396,8 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
     )
     if passing:
         return {pair: _fold(unit, pair, x, keeps=False) for pair in pairs}
-    state = [child(unit, bn).eps for _, bn in pairs] + [x.is_contiguous(memory_format=torch.channels_last)]
+    state = [child(unit, bn).eps for _, bn in pairs]
+    state += (x.is_contiguous(memory_format=torch.channels_last), torch.is_autocast_enabled(x.device.type))
     for tensor in tensors:
         state += (tensor.data_ptr(), tensor._version)
     if x.is_cuda:  # another stream could come before the vectors are there

@@ -315,6 +315,7 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.fused_launchers(*fused_problem(dense)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise)) is extension
     assert dispatch.fused_launchers(*fused_problem((2048, 1024, 1, 1))) is extension
+    assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem((256, 32, 1, 1), groups=2)) == composed_of_cpp
     wide = fused_problem((224, 112, 3, 3), 2)  # where PyTorch's convolution was measured to be faster
@@ -327,6 +328,7 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.affine_launchers(*fused_problem(dense, dtype=torch.bfloat16)) == composed_of_cpp
     with use_backend("cpu"):
         assert dispatch.fused_launchers(*fused_problem(dense)) is extension
+        assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) is extension
 
 
 def test_forced_backends_serve_the_fused_operators_or_say_why_not():

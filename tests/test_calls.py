@@ -1,0 +1,134 @@
+"""Calls that repeat: they skip checks and the dispatcher only where nothing of PyTorch's has a part in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnext.kernels import (
+    BackendError,
+    calls,
+    conv_affine,
+    extension,
+    grouped_conv2d,
+    grouped_conv2d_dgrad,
+    grouped_conv2d_wgrad,
+    keep_packed,
+    ops,
+    use_backend,
+)
+
+X = torch.randn(2, 8, 5, 6)
+W = torch.randn(8, 2, 3, 3)
+VECTOR = torch.randn(8)
+
+
+def fwd(x=X, weight=W, bias=None, stride=1):
+    return grouped_conv2d(x, weight, bias, stride, groups=4)
+
+
+CALLS = {
+    "fwd": fwd,
+    "bias": lambda: fwd(bias=VECTOR),
+    "dgrad": lambda: grouped_conv2d_dgrad(X, W, (5, 6), 1, 4),
+    "wgrad": lambda: grouped_conv2d_wgrad(X, X, (1, 1), 4),
+    "affine": lambda: conv_affine(X, W, VECTOR, VECTOR, X, True, 1, 4),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_second_call_is_known_and_gives_the_same(call):
+    first = call()
+    assert len(calls._serves) == 1
+    second = call()
+    assert len(calls._serves) == 1
+    assert second is not first
+    assert torch.equal(second, first)
+
+
+def test_a_known_call_checks_nothing(monkeypatch):
+    wanted = fwd()
+    monkeypatch.setattr(ops.checks, "invalid_conv2d", lambda *_: pytest.fail("checked"))
+    assert torch.equal(fwd(), wanted)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: fwd(X.double(), W.double()),
+        lambda: fwd(X.contiguous(memory_format=torch.channels_last)),
+        lambda: fwd(X[..., :5]),
+        lambda: fwd(stride=2),
+        lambda: fwd(bias=VECTOR),
+        lambda: fwd(nn.Parameter(X)),
+    ],
+    ids=["dtype", "layout", "shape", "stride", "bias", "gradient"],
+)
+def test_other_calls_are_not_known(other, monkeypatch):
+    fwd()
+    checked = []
+    invalid = ops.checks.invalid_conv2d
+    monkeypatch.setattr(ops.checks, "invalid_conv2d", lambda *args: checked.append(args) or invalid(*args))
+    other()
+    assert checked
+
+
+@pytest.mark.parametrize("stride", [1.0, True], ids=str)
+def test_what_equals_a_known_number_is_still_refused(stride):
+    fwd()
+    with pytest.raises(TypeError):
+        fwd(stride=stride)
+
+
+def test_modes_transforms_and_autocast_see_known_calls():
+    wanted = fwd()
+    with FlopCounterMode(display=False) as counter:
+        fwd()
+    assert counter.get_total_flops() == 2 * wanted.numel() * 2 * 9
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fwd().dtype == torch.bfloat16
+    _, tangent = torch.func.jvp(fwd, (X,), (X,))
+    torch.testing.assert_close(tangent, wanted)
+    with torch.device("meta"):  # a mode of __torch_function__
+        assert torch.equal(fwd(), wanted)
+
+
+def test_gradients_are_recorded_after_a_known_call():
+    fwd()
+    weight = nn.Parameter(W)
+    with torch.no_grad():
+        fwd(weight=weight)
+    fwd(weight=weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_forced_backend_counts():
+    fwd()
+    with use_backend("cuda"), pytest.raises(BackendError):
+        fwd()
+    with use_backend("torch"):
+        fwd()
+    assert len(calls._serves) == 2
+
+
+def test_there_is_a_limit(monkeypatch):
+    monkeypatch.setattr(calls, "_MOST", 2)
+    for size in range(3, 8):
+        fwd(torch.randn(1, 8, size, size))
+        assert len(calls._serves) <= 2
+
+
+@pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
+def test_which_weights_are_kept_packed():
+    x = X.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 8, 1, 1)
+    assert keep_packed(weight, x)
+    assert extension._packed_of(weight) is not None
+    assert not keep_packed(weight, X)  # in NCHW a library convolves
+    assert not keep_packed(W, x, groups=4)
+    assert not keep_packed(weight.double(), x.double())
+    assert not keep_packed(weight.bfloat16(), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not keep_packed(weight, x)
