@@ -17,7 +17,7 @@ constexpr int kGradientPixels = 4;  // of one iteration: short loops' ends are p
 constexpr int kProductLanes = kProductVectors * kLanes;
 
 // The pixel of an image that is number `index` of a grid.
-RESNEXT_INLINE int64_t pixel_of(const PixelGrid& grid, const GridImage& at, int64_t index) {
+RESNEXT_INLINE int64_t image_pixel(const PixelGrid& grid, const GridImage& at, int64_t index) {
   if (at.step_h == 1 && at.step_w == 1) return index;
   const int64_t w = index % grid.width;
   const int64_t h = index / grid.width % grid.height;
@@ -49,7 +49,7 @@ void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, P
   const int64_t lanes = panel_lanes(part.channels);
   const int64_t stride = block_pixels * kLanes;
   for (int64_t pixel = 0; pixel < part.pixels; ++pixel) {
-    const int64_t offset = pixel_of(grid, from, part.first + pixel) * from.image.channels;
+    const int64_t offset = image_pixel(grid, from, part.first + pixel) * from.image.channels;
     float* to = panel + pixel / block_pixels * block_pixels * lanes + pixel % block_pixels * kLanes;
     int64_t i = 0;
     for (; i + kLanes <= part.channels; i += kLanes, to += stride) {
@@ -196,7 +196,7 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
   const Image& dst = p.dst.image;
   if (p.dst.step_h != 1 || p.dst.step_w != 1) {
     for (int64_t i = 0; i < part.pixels; ++i) {
-      write_run(dst, write, pixel_of(p.grid, p.dst, part.first + i), {0, 1, part.c, part.channels},
+      write_run(dst, write, image_pixel(p.grid, p.dst, part.first + i), {0, 1, part.c, part.channels},
                 results + i * kTileChannels);
     }
     return;
@@ -327,7 +327,8 @@ class PanelAhead {
   int64_t lines_, share_, at_, pixel_ = 0, line_ = 0;
 
   void start_pixel() {
-    at_ = (pixel_of(grid_, from_, part_.first + pixel_) * from_.image.channels + part_.c) * size_of(from_.image.dtype);
+    const int64_t pixel = image_pixel(grid_, from_, part_.first + pixel_);
+    at_ = (pixel * from_.image.channels + part_.c) * size_of(from_.image.dtype);
   }
 };
 
