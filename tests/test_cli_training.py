@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,16 @@ RUNS = {
 }
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell has started the tests in the background, which ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestResuming:
+    @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize("name", RUNS)
     def test_equals_an_uninterrupted_run(self, capsys, tmp_path, monkeypatch, name):
         """After Ctrl-C in the middle of an epoch; its checkpoint is that of the epoch before."""

@@ -59,7 +59,7 @@ struct Call {
   GroupedConvShape conv(int first_option = 0) const {
     const int64_t* const option = options + first_option;
     return {x_sizes[0],   x_sizes[1], out_sizes[1], x_sizes[2], x_sizes[3],    out_sizes[2],
-            out_sizes[3], option[2],  option[0],    option[1],  option[3] != 0};
+            out_sizes[3], option[2],  option[0],    option[1],  option[3] != 0, 3};
   }
 
   ImageShape image() const { return {x_sizes[0], x_sizes[1], x_sizes[2], x_sizes[3], options[0] != 0}; }
