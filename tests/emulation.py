@@ -32,7 +32,7 @@ IMAGES = {
     "conv_stats_fwd": (0, 5),
     "conv_stats_dgrad": (10, 0),
     "conv_stats_wgrad": (5, 0),
-    "conv_affine": (0, 5),
+    "conv_affine": (0, 6),
     "statistics": (0, 0),
     "statistics_bwd": (0, 0),
     "affine_add_relu": (0, 0),

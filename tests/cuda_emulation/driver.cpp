@@ -91,8 +91,8 @@ const std::map<std::string, std::function<cudaError_t(const Call&)>> kOperators 
      }},
     {"conv_affine",
      [](const Call& c) {
-       return launch_conv_affine(c.conv(1), c.dtype, c.context, c.get(0), c.get(1), c.affine(-1, 2, 3), c.get(4),
-                                 c.options[0] != 0, c.get(5));
+       return launch_conv_affine(c.conv(1), c.dtype, c.context, c.get(0), c.get(1), c.affine(-1, 3, 4), c.get(5),
+                                 c.options[0] != 0, c.get(6));
      }},
     {"statistics",
      [](const Call& c) {
