@@ -46,12 +46,11 @@ def serve(key: tuple[Any, ...] | None, *tensors: Tensor | None) -> Tensor | None
     return None if known is None else known[0](*tensors, *known[1])
 
 
-def remember(key: tuple[Any, ...] | None, launcher: Callable[..., Tensor], *rest: Any) -> None:
+def remember(key: tuple[Any, ...], launcher: Callable[..., Tensor], *rest: Any) -> None:
     """Let ``launcher(*tensors, *rest)`` serve the calls of a key from now on."""
-    if key is not None:
-        if len(_serves) >= _MOST:
-            _serves.clear()
-        _serves[key] = (launcher, rest)
+    if len(_serves) >= _MOST:
+        _serves.clear()
+    _serves[key] = (launcher, rest)
 
 
 def forget() -> None:

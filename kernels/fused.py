@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from . import calls, checks, dispatch, fused_ops, reference
 from .config import Affine
+from .ops import is_dense, is_dense_weight
 
 
 def why_not_conv_stats(
@@ -139,11 +140,12 @@ def conv_affine(
         if vector is not None:
             _check_vector(name, vector_name, vector, out_channels, x)
     shape = (x.shape[0], out_channels, *checks.output_size(x.shape[2:], strides))
+    given = residual
     if residual is not None:
         residual = _like_result(name, residual, x, shape)
     tensors = (x, weight, scale, shift, residual)
     if not _transformed() and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        if key is not None and fused_ops.takes_as_they_are(*tensors, channels_last=channels_last):
+        if key is not None and _as_taken(x, weight, scale, shift, given, shape, channels_last):
             problem = ("fwd", x.shape, weight.shape, strides, groups, x.dtype, x.device, channels_last)
             launcher = dispatch.affine_launchers(*problem).conv_affine
             calls.remember(key, launcher, relu, strides, groups, channels_last)
@@ -169,13 +171,13 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     Returns:
         Whether there is such a kernel: 1x1 convolutions on the CPU have one.
     """
-    shape = (1, weight.shape[1] * groups, 1, 1)
-    channels_last = checks.is_channels_last(x)
-    problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
     if tuple(weight.shape[2:]) != (1, 1) or x.device.type != "cpu" or weight.dtype != x.dtype:
         return False
     if torch.is_autocast_enabled("cpu"):  # `conv_affine` will see another tensor
         return False
+    shape = (1, weight.shape[1] * groups, 1, 1)
+    channels_last = checks.is_channels_last(x)
+    problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
     launchers = dispatch.affine_launchers(*problem)
     if not hasattr(launchers, "keep_packed"):
         return False
@@ -351,6 +353,15 @@ def _check_vector(name: str, vector_name: str, vector: Tensor, channels: int, x:
             f"{name}: expected {vector_name} of shape ({channels},), {dtype}, on {x.device}, got "
             f"{tuple(vector.shape)}, {vector.dtype}, on {vector.device}"
         )
+
+
+def _as_taken(x, weight, scale, shift, residual, shape, channels_last) -> bool:
+    """Whether launchers of ``conv_affine`` take these tensors as they are given."""
+    like_result = residual is None or (
+        tuple(residual.shape) == shape and residual.dtype == x.dtype and is_dense(residual, channels_last)
+    )
+    vectors = all(vector is None or vector.is_contiguous() for vector in (scale, shift))
+    return like_result and vectors and is_dense(x, channels_last) and is_dense_weight(weight)
 
 
 def _like_result(name: str, residual: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:

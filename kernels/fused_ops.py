@@ -107,30 +107,22 @@ def _conv_stats_bwd(dz, z, mean, dmean, dvar, x, center, scale, shift, weight, s
     return _or_empty(x, *results)
 
 
-def _taken(x, weight, scale, shift, residual, channels_last):
-    """The tensors as launchers of ``conv_affine`` take them."""
-    return (
-        dense(x, channels_last),
-        dense_weight(weight),
-        None if scale is None else scale.contiguous(),
-        None if shift is None else shift.contiguous(),
-        None if residual is None else dense(residual, channels_last),
-    )
-
-
-def takes_as_they_are(x, weight, scale, shift, residual, channels_last) -> bool:
-    """Whether launchers of ``conv_affine`` take these tensors without copies."""
-    tensors = (x, weight, scale, shift, residual)
-    return all(a is b for a, b in zip(_taken(*tensors, channels_last), tensors, strict=True))
-
-
 def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
     stride = tuple(stride)
     launchers = dispatch.affine_launchers(
         "fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last
     )
-    tensors = _taken(x, weight, scale, shift, residual, channels_last)
-    return launchers.conv_affine(*tensors, relu, stride, groups, channels_last)
+    return launchers.conv_affine(
+        dense(x, channels_last),
+        dense_weight(weight),
+        None if scale is None else scale.contiguous(),
+        None if shift is None else shift.contiguous(),
+        None if residual is None else dense(residual, channels_last),
+        relu,
+        stride,
+        groups,
+        channels_last,
+    )
 
 
 def _bn_affine(mean, var, gamma, beta, eps):

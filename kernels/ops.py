@@ -173,15 +173,13 @@ def grouped_conv2d_wgrad(grad: Tensor, x: Tensor, stride: int | Sequence[int] = 
 
 def _remember(key, op, input_shape, weight_shape, tensors, dims, *sizes) -> None:
     """Let the launcher that this call's operator will choose serve its like at once, if it takes the tensors as is."""
+    if key is None:
+        return
     strides, groups, channels_last = dims
-    x, weight, *bias = tensors
-    taken: list[Tensor | None] = [
-        dense(x, channels_last),
-        dense(weight, channels_last) if op == "wgrad" else dense_weight(weight),
-    ]
-    taken += [None if each is None else each.contiguous() for each in bias]
-    if key is not None and all(a is b for a, b in zip(taken, tensors, strict=True)):
-        problem = (op, input_shape, weight_shape, strides, groups, x.dtype, x.device, channels_last)
+    first, second, *bias = tensors
+    fits = is_dense(second, channels_last) if op == "wgrad" else is_dense_weight(second)
+    if fits and is_dense(first, channels_last) and all(each is None or each.is_contiguous() for each in bias):
+        problem = (op, input_shape, weight_shape, strides, groups, first.dtype, first.device, channels_last)
         calls.remember(key, getattr(dispatch.launchers(*problem), op), *sizes, *dims)
 
 
@@ -235,6 +233,16 @@ def _check_backward(name: str, grad: Tensor, x: Tensor, weight: Tensor, stride: 
 # --- the three operators: what runs, what a compiler sees ---
 
 
+def is_dense(tensor: Tensor, channels_last: bool) -> bool:
+    """Whether the tensor is dense in the given layout."""
+    return tensor.is_contiguous(memory_format=checks.memory_format(channels_last))
+
+
+def is_dense_weight(weight: Tensor) -> bool:
+    """Whether the weight is dense in either layout."""
+    return weight.is_contiguous(memory_format=torch.channels_last) or weight.is_contiguous()
+
+
 def dense(tensor: Tensor, channels_last: bool) -> Tensor:
     """The tensor itself where it is dense in the given layout, else a copy that is."""
     return tensor.contiguous(memory_format=checks.memory_format(channels_last))
@@ -242,7 +250,7 @@ def dense(tensor: Tensor, channels_last: bool) -> Tensor:
 
 def dense_weight(weight: Tensor) -> Tensor:
     """The weight, dense in either layout: copying weights would cost more than some of the convolutions."""
-    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+    return weight if is_dense_weight(weight) else weight.contiguous()
 
 
 def _fwd(x, weight, bias, stride, groups, channels_last):

@@ -48,6 +48,23 @@ def test_the_second_call_is_known_and_gives_the_same(call):
     assert torch.equal(second, first)
 
 
+@pytest.mark.parametrize("residual", [X[:1].half(), X[0], X[:1, :, :1]], ids=["dtype", "dimensions", "expanded"])
+def test_a_residual_that_is_converted_is_converted_in_every_call(residual):
+    def call():
+        return conv_affine(X[:1], W, VECTOR, VECTOR, residual, True, 1, 4)
+
+    first = call()
+    assert not calls._serves
+    assert torch.equal(call(), first)
+
+
+@pytest.mark.parametrize("weight", [W, nn.Parameter(W)], ids=["plain", "trained"])
+def test_sliced_tensors_are_not_remembered(weight):
+    first = fwd(X[..., :5], weight)
+    assert not calls._serves
+    assert torch.equal(fwd(X[..., :5], weight), first)
+
+
 def test_a_known_call_checks_nothing(monkeypatch):
     wanted = fwd()
     monkeypatch.setattr(ops.checks, "invalid_conv2d", lambda *_: pytest.fail("checked"))

@@ -22,7 +22,7 @@ ALLOWED = {
     "kernels/__init__": {".dispatch", ".ops", ".fused", ".flops"},
     "kernels/calls": {".dispatch", "torch"},
     "kernels/ops": {".calls", ".checks", ".dispatch", ".reference", "torch"},
-    "kernels/fused": {".calls", ".checks", ".config", ".dispatch", ".fused_ops", ".reference", "torch"},
+    "kernels/fused": {".calls", ".checks", ".config", ".dispatch", ".fused_ops", ".ops", ".reference", "torch"},
     "kernels/fused_ops": {".checks", ".composed", ".config", ".dispatch", ".ops", ".reference", "torch"},
     "kernels/flops": {".fused_ops", ".ops", "torch"},
     "kernels/dispatch": {
