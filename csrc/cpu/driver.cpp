@@ -147,4 +147,16 @@ void merge_sums(const float* partial, const Parts& parts, int64_t channels, int 
   });
 }
 
+bool takes_sums(const WriteMap& write) {
+  return write.kind == WriteMap::kMoments || write.kind == WriteMap::kReluGradient;
+}
+
+void merge_results(const WriteMap& write, const Parts& parts, const std::array<float*, 2>& results) {
+  if (write.kind == WriteMap::kMoments) {
+    merge_moments(write.partial, parts, write.channels, results[0], results[1]);
+  } else if (write.kind == WriteMap::kReluGradient) {
+    for (int i = 0; i < 2; ++i) merge_sums(write.partial, parts, write.channels, i, results[i]);
+  }
+}
+
 }  // namespace resnext::cpu

@@ -2,6 +2,7 @@
 // every sum: partial results of the kernels, added up in an order that does not depend on the number of threads.
 #pragma once
 
+#include <array>
 #include <memory>
 
 #include "../checks.h"
@@ -56,5 +57,9 @@ void merge_moments(const float* partial, const Parts& parts, int64_t channels, f
 
 // Adds up sum number `index` of kPartialSums.
 void merge_sums(const float* partial, const Parts& parts, int64_t channels, int index, float* sum);
+
+// Whether a map leaves partial results; brings them to mean and variance, or dshift and dscale.
+bool takes_sums(const WriteMap& write);
+void merge_results(const WriteMap& write, const Parts& parts, const std::array<float*, 2>& results);
 
 }  // namespace resnext::cpu

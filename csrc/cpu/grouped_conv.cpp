@@ -67,7 +67,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
   c.bias = packed_bias.get();
   c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
   const int64_t blocks = (c.layout.bundles + c.block - 1) / c.block;
-  const bool sums = c.write.kind == WriteMap::kMoments || c.write.kind == WriteMap::kReluGradient;
+  const bool sums = takes_sums(c.write);
   c.cuts = cut_rows(c.dst, blocks, sums);
   const Parts parts = parts_of(c.cuts, c.dst);
   const Buffer partial = sums ? allocate_partial(parts, c.dst.channels) : nullptr;
@@ -77,11 +77,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
     const Buffer scratch = allocate(kernels.correlate_scratch(c));
     kernels.correlate(c, scratch.get(), begin, end);
   });
-  if (c.write.kind == WriteMap::kMoments) {
-    merge_moments(partial.get(), parts, c.dst.channels, results[0], results[1]);
-  } else if (c.write.kind == WriteMap::kReluGradient) {
-    for (int i = 0; i < 2; ++i) merge_sums(partial.get(), parts, c.dst.channels, i, results[i]);
-  }
+  merge_results(c.write, parts, results);
 }
 
 Correlation forward(const Tensor& x, const Tensor& out, int64_t stride_h, int64_t stride_w, bool channels_last) {

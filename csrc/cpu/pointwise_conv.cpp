@@ -76,20 +76,15 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
   }
   if (p.dst.step_h != 1 || p.dst.step_w != 1) clear(operands.dst);
 
-  const bool sums = write.kind == WriteMap::kMoments || write.kind == WriteMap::kReluGradient;
   const Parts parts = {1, panels, pixels, p.panel_pixels};
-  const Buffer partial = sums ? allocate_partial(parts, channels) : nullptr;
+  const Buffer partial = takes_sums(write) ? allocate_partial(parts, channels) : nullptr;
   p.write.partial = partial.get();
   p.write.channels = channels;
   torch::stable::parallel_for(0, panels * tiles, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernels.product_scratch(p));
     kernels.multiply(p, scratch.get(), begin, end);
   });
-  if (write.kind == WriteMap::kMoments) {
-    merge_moments(partial.get(), parts, channels, results[0], results[1]);
-  } else if (write.kind == WriteMap::kReluGradient) {
-    for (int i = 0; i < 2; ++i) merge_sums(partial.get(), parts, channels, i, results[i]);
-  }
+  merge_results(p.write, parts, results);
 }
 
 void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const Tensor& x, const ReadMap& read_x,
