@@ -34,7 +34,8 @@ from torch import Tensor
 from .config import ConvProblem, TapsConfig, bottleneck_tail_config
 from .grouped_conv_fusion import load_vector, relu
 from .grouped_conv_tiles import aligned, dot, exact_tile
-from .launch import Launch, empty, nhwc, precision, tf32_allowed, to_layout
+from .launch import Launch, empty, nhwc, precision, to_layout
+from .tuning import tf32_allowed
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
     if torch.compiler.is_compiling() or _attended():
         return None
     recording = torch.is_grad_enabled()
-    key = [op, dispatch.forced_backend(), numbers]
+    key: list[Any] = [op, dispatch.forced_backend(), numbers]
     for tensor in tensors:
         if tensor is None:
             key.append(None)
@@ -37,6 +37,8 @@ def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
     for number in numbers:  # True and 1.0 are equal to 1, but PyTorch refuses them
         if type(number) is not int and not (isinstance(number, tuple) and all(type(each) is int for each in number)):
             return None
+    if (first := tensors[0]) is not None:
+        key.append(dispatch.rounds_to_tf32(first.dtype, first.device))
     return tuple(key)
 
 

@@ -5,9 +5,8 @@ Everything here is a pure function of sizes: no Triton, no device query, so it c
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -156,37 +155,6 @@ def choose_config(problem: ConvProblem, *, fused: bool = False, allow_tf32: bool
     return strips_config(problem, fused=fused, num_sms=num_sms)
 
 
-def candidates(
-    problem: ConvProblem, *, fused: bool = False, allow_tf32: bool = True, num_sms: int = 132
-) -> list[Config]:
-    """Settings worth measuring for one pass, the heuristic's choice first; each gives right results.
-
-    Args:
-        problem: What to compute.
-        fused: As in `choose_config`.
-        allow_tf32: Whether float32 products may be rounded to TF32.
-        num_sms: Streaming multiprocessors of the device.
-    """
-    chosen = choose_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)
-    configs: list[Config] = [chosen, taps_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)]
-    if isinstance(chosen, StripsConfig):
-        for strip, block_m, num_warps, num_stages, division in itertools.product(
-            (1, 2, 4), (16, 32), (1, 2), (1, 2, 3), (1, 2)
-        ):
-            band = max(1, chosen.band // division)
-            settings = {"strip": strip, "band": band, "block_m": block_m, "num_warps": num_warps}
-            configs.append(replace(chosen, num_stages=num_stages, **settings))
-    else:
-        blocks_n = (chosen.block_n,) if chosen.merged > 1 else (32, 64, 128)
-        blocks_k = (chosen.block_k,) if chosen.merged > 1 else (16, 32, 64)
-        for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
-            (64, 128), blocks_n, blocks_k, (4, 8), (2, 3, 4)
-        ):
-            blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-            configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
-    return list(dict.fromkeys(configs))
-
-
 def _merged_groups(problem: ConvProblem) -> int:
     """As many groups as one matrix tile of `MATRIX_WIDTH` holds."""
     return max(1, min(problem.groups, MATRIX_WIDTH // max(problem.group_in, problem.group_out)))
@@ -322,7 +290,6 @@ class PointwiseConfig:
     splits: int = 1
 
 
-_SHARED_MEMORY = 220 * 1024  # Of one program on an H100 or H200, less what epilogues take.
 _RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
 
 
@@ -370,23 +337,6 @@ def pointwise_config(
     if operands:
         return PointwiseConfig(64, block_n, block_k, num_warps=4, num_stages=num_stages)
     return PointwiseConfig(128, block_n, block_k, num_warps=8, num_stages=num_stages)
-
-
-def pointwise_candidates(
-    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132
-) -> list[PointwiseConfig]:
-    """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first."""
-    chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms)
-    configs = [chosen]
-    for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
-        (32, 64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
-    ):
-        # Elements per step: dy and z, x and the weight, whichever the pass has.
-        elements = block_m * (2 * block_n + block_k) if problem.op == "wgrad" else (2 * block_m + block_n) * block_k
-        if elements * num_stages * problem.dtype.itemsize <= _SHARED_MEMORY:
-            blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-            configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
-    return list(dict.fromkeys(configs))
 
 
 def bottleneck_tail_config(problem: ConvProblem, out_channels: int, *, allow_tf32: bool = True) -> TapsConfig:

@@ -5,7 +5,8 @@ PyTorch, which takes everything). This is the only module that reads the environ
 
 * ``RESNEXT_BACKEND``: force one backend for the whole process (see `use_backend`);
 * ``RESNEXT_CPU_CAPABILITY``: the instruction set of the ``cpu`` backend: ``avx512``, ``avx2`` or ``portable``;
-* ``TRITON_INTERPRET``: whether Triton runs in its interpreter, which also takes CPU tensors.
+* ``TRITON_INTERPRET``: whether Triton runs in its interpreter, which also takes CPU tensors;
+* ``XDG_CACHE_HOME``, else the home folder: where the user's measured settings are (tuning.py).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks, composed, onednn
+from . import checks, composed, onednn, tuning
 from .config import ConvProblem, pointwise_by_triton
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
@@ -41,6 +43,7 @@ class _Choice:
 # One choice for the process, not for the thread: backward of CUDA tensors runs in threads of PyTorch's own. The open
 # blocks' choices stand behind the environment's, and the last one counts.
 _choices = [_Choice(os.environ.get("RESNEXT_BACKEND", "auto"))]
+tuning.use_folder(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "resnext", "tuned"))
 
 
 class BackendError(RuntimeError):
@@ -118,16 +121,23 @@ def why_plain_torch(
     return None
 
 
-def choose(problem: ConvProblem, device: torch.device, fused: bool = False) -> str:
-    """The name of the backend that serves ``problem`` on ``device``; ``fused``: with what is around the convolution.
+def choose(problem: ConvProblem, device: torch.device, fusion: str = "plain", kernel_size: int = 3) -> str:
+    """The name of the backend that serves ``problem`` on ``device``.
+
+    Args:
+        problem: What to compute.
+        device: Where.
+        fusion: What is computed with the convolution, as `tuning.FUSIONS` names it.
+        kernel_size: 3, or 1 with what is fused.
 
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
     name = forced_backend()
     if name is None:
-        names = (b for b in BACKENDS if not (unsupported(b, problem.dtype, device) or not_chosen(b, problem, fused)))
-        return next(names)
+        entry = measured(problem, device, fusion, kernel_size)
+        fitting = (name for name in BACKENDS if not unsupported(name, problem.dtype, device))
+        return next(name for name in fitting if not not_chosen(name, problem, fusion != "plain", entry))
     if reason := unsupported(name, problem.dtype, device):
         raise BackendError(
             f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
@@ -142,11 +152,11 @@ def launchers(*problem) -> ModuleType:
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
-    return _launchers(forced_backend(), *problem)
+    return _launchers(forced_backend(), rounds_to_tf32(*problem[5:7]), *problem)
 
 
 @functools.lru_cache(maxsize=4096)  # asked in every call
-def _launchers(forced: str | None, *problem) -> ModuleType:
+def _launchers(forced: str | None, tf32: bool, *problem) -> ModuleType:
     described = problem_of(*problem)
     return _module(_MODULES[choose(described, problem[-2])])
 
@@ -200,20 +210,21 @@ def fused_launchers(*problem) -> Any:
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
-    return _fused_launchers(forced_backend(), *problem)
+    return _fused_launchers(forced_backend(), rounds_to_tf32(*problem[5:7]), "stats", *problem)
 
 
 @functools.lru_cache(maxsize=4096)
-def _fused_launchers(forced: str | None, *problem) -> Any:
+def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> Any:
     _, _, weight_shape, _, groups, dtype, device, channels_last = problem
     described = problem_of(*problem)
-    name = choose(described, device, fused=True)
     kernel_size = tuple(weight_shape[2:])
+    name = choose(described, device, fusion, kernel_size[0])
     # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
     if kernel_size == (1, 1) and groups == 1:
-        if name == "triton" and (forced or pointwise_by_triton(described)):
+        entry = measured(described, device, fusion, 1)
+        if name == "triton" and (forced or entry is not None or pointwise_by_triton(described)):
             return _module("pointwise_conv")
         # 16-bit types are left to libraries, which know the instructions that some processors have for them.
         if name == "cpu" and channels_last and (forced or dtype == torch.float32):
@@ -227,12 +238,12 @@ def affine_launchers(*problem) -> Any:
     Raises:
         BackendError: If a forced backend cannot serve it.
     """
-    return _affine_launchers(forced_backend(), *problem)
+    return _affine_launchers(forced_backend(), rounds_to_tf32(*problem[5:7]), *problem)
 
 
 @functools.lru_cache(maxsize=4096)
-def _affine_launchers(forced: str | None, *problem) -> Any:
-    launchers = _fused_launchers(forced, *problem)
+def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
+    launchers = _fused_launchers(forced, tf32, "affine", *problem)
     if not isinstance(launchers, composed.Composed) or forced == "torch":
         return launchers
     return onednn if onednn.serves(*problem[5:7]) else launchers
@@ -264,8 +275,20 @@ def unsupported(name: str, dtype: torch.dtype, device: torch.device) -> str | No
     return None
 
 
-def not_chosen(name: str, problem: ConvProblem, fused: bool = False) -> str | None:
-    """Why the automatic choice passes over a backend that could serve a problem, or None; ``fused``: see `choose`."""
+def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuning.Entry | None = None) -> str | None:
+    """Why the automatic choice passes over a backend that could serve a problem, or None.
+
+    Args:
+        name: The backend.
+        problem: What to compute.
+        fused: Whether anything is computed with the convolution.
+        entry: What was measured for the problem, by `measured`.
+    """
+    if entry is not None and BACKENDS.index(name) < BACKENDS.index(entry.backend):
+        fastest = "PyTorch" if entry.backend == "torch" else entry.backend
+        time = entry.microseconds.get(name)
+        against = f"; {name} was not measured" if time is None else f" against {time:.1f} us"
+        return f"{fastest} was measured to be faster on this GPU: {entry.microseconds[entry.backend]:.1f} us{against}"
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
     if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
@@ -277,6 +300,26 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False) -> str | No
     if strided and width >= 40 and not fused:  # by less than separate passes around its convolution take
         return "PyTorch was measured to be faster forward in float32 with stride 2 and 48 or 64 channels per group"
     return None
+
+
+def measured(
+    problem: ConvProblem, device: torch.device, fusion: str = "plain", kernel_size: int = 3
+) -> tuning.Entry | None:
+    """What was measured on this GPU for a problem, where the backend that was the fastest can serve; else None.
+
+    Arguments as of `choose`. The gradients of what is fused are served together, and measured so.
+    """
+    if device.type != "cuda" or all(unsupported(name, problem.dtype, device) for name in ("triton", "cuda")):
+        return None
+    op = "bwd" if fusion == "stats" and problem.op != "fwd" else None
+    allow_tf32 = tuning.tf32_allowed()
+    found = tuning.lookup(problem, device, allow_tf32=allow_tf32, fusion=fusion, kernel_size=kernel_size, op=op)
+    return None if found is None or unsupported(found.backend, problem.dtype, device) else found
+
+
+def rounds_to_tf32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of ``dtype`` may be rounded to TF32 on ``device``, on which what was measured depends."""
+    return device.type == "cuda" and dtype == torch.float32 and tuning.tf32_allowed()
 
 
 @functools.cache
@@ -358,7 +401,8 @@ def explain(
         reasons = {name: unsupported(name, x.dtype, x.device) for name in BACKENDS}
         if forced is None:
             chosen = choose(problem, x.device)
-            reasons = {name: reason or not_chosen(name, problem) for name, reason in reasons.items()}
+            entry = measured(problem, x.device)
+            reasons = {name: reason or not_chosen(name, problem, entry=entry) for name, reason in reasons.items()}
         else:
             chosen = forced if reasons[forced] is None else "an error"
             reasons = {name: reason if name == forced else f"{forced} is forced" for name, reason in reasons.items()}
@@ -393,7 +437,7 @@ def serving_backend(
     problem = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     if fused and isinstance(fused_launchers(*problem), composed.Composed):
         return "torch"
-    return choose(problem_of(*problem), x.device, fused)
+    return choose(problem_of(*problem), x.device, "stats" if fused else "plain", weight.shape[2])
 
 
 def problem_of(

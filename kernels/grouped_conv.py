@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from .config import Affine, Config, ConvProblem, TapsConfig, choose_config
-from .grouped_conv_plan import more_than_bias, partial_rows, plan
+from .grouped_conv_plan import fusion_of, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
-from .launch import empty, nhwc, num_sms, tf32_allowed, to_layout
+from .launch import empty, nhwc, num_sms, to_layout
 from .statistics import merge_partials, sum_partials
+from .tuning import lookup, tf32_allowed
 
 
 def probe(device: torch.device) -> None:
@@ -61,7 +62,7 @@ def fwd(
         stride: (stride_h, stride_w), each 1 or 2.
         groups: Number of groups.
         channels_last: Whether ``x`` and the result are dense in ``torch.channels_last`` (else in NCHW).
-        config: Launch settings; the heuristic's choice by default.
+        config: Launch settings; what was measured (tuning.py) or else the heuristic's choice by default.
         allow_tf32: Whether float32 products may be rounded to TF32; PyTorch's flag for convolutions by default.
 
     Returns:
@@ -193,7 +194,7 @@ def conv_stats_bwd(
         groups: Number of groups.
         channels_last: The layout.
         wanted: Whether the gradients of ``x`` (with those of scale and shift) and of ``weight`` are wanted.
-        config: Launch settings of the input gradient; the heuristic's choice by default.
+        config: Launch settings of the input gradient, by default as in `fwd`.
         wgrad_config: Launch settings of the weight gradient, likewise.
         allow_tf32: As in `fwd`.
 
@@ -343,12 +344,15 @@ def _settings(
     """Precision and launch settings, with the defaults filled in."""
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
-    return allow_tf32, config or _default_config(problem, device, allow_tf32, more_than_bias(fused))
+    return allow_tf32, config or _default_config(problem, device, allow_tf32, fusion_of(fused))
 
 
 @functools.lru_cache(maxsize=4096)
-def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fused: bool) -> Config:
-    return choose_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms(device))
+def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fusion: str) -> Config:
+    entry = lookup(problem, device, fusion=fusion, allow_tf32=allow_tf32)
+    if entry is not None and entry.config is not None:
+        return entry.config  # type: ignore[return-value]  # of a 3x3 convolution
+    return choose_config(problem, fused=fusion != "plain", allow_tf32=allow_tf32, num_sms=num_sms(device))
 
 
 def _taps_outside(weight: Tensor) -> bool:

@@ -74,9 +74,11 @@ def _alignment(problem: ConvProblem) -> int:
     return math.gcd(problem.in_channels, problem.out_channels, 16)
 
 
-def more_than_bias(fused: frozenset[str]) -> bool:
-    """Whether what is fused takes so many registers that it needs settings of its own."""
-    return bool(fused - {"dst_shift_ptr"})
+def fusion_of(fused: frozenset[str]) -> str:
+    """What is fused, as `tuning.FUSIONS` names it; a bias is nothing that would need settings of its own."""
+    if fused <= {"dst_shift_ptr"}:
+        return "plain"
+    return "affine" if fused <= {"dst_scale_ptr", "dst_shift_ptr", "dst_side_ptr"} else "stats"
 
 
 def _optional(pointers: tuple[str, ...], fused: frozenset[str]) -> dict[str, None]:

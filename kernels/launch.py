@@ -41,12 +41,6 @@ def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
-def tf32_allowed() -> bool:
-    """PyTorch's flag for float32 convolutions."""
-    # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this one follows both.
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors; an H200's for the interpreter's CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -23,13 +23,14 @@ import triton
 from torch import Tensor
 
 from .config import Affine, ConvProblem, PointwiseConfig, pointwise_config
-from .launch import Launch, empty, nhwc, num_sms, precision, tf32_allowed, to_layout
+from .launch import Launch, empty, nhwc, num_sms, precision, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
     pointwise_conv_wgrad_kernel,
 )
 from .statistics import merge_partials, sum_partials
+from .tuning import lookup, tf32_allowed
 
 GradPrologue = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -120,7 +121,7 @@ def conv_stats_fwd(
         groups: 1.
         channels_last: Whether ``x`` and the result are dense in ``torch.channels_last`` (else in NCHW).
         stats: Whether the statistics are wanted.
-        config: Launch settings; the heuristic's choice by default.
+        config: Launch settings; what was measured (tuning.py) or else the heuristic's choice by default.
         allow_tf32: Whether float32 products may be rounded to TF32; PyTorch's flag for convolutions by default.
 
     Returns:
@@ -271,6 +272,10 @@ def _settings(
 
 @functools.lru_cache(maxsize=4096)
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, affine: bool) -> PointwiseConfig:
+    fusion = "affine" if affine else "stats"
+    entry = lookup(problem, device, fusion=fusion, kernel_size=1, allow_tf32=allow_tf32)
+    if entry is not None and entry.config is not None:
+        return entry.config  # type: ignore[return-value]  # of a 1x1 convolution
     return pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms(device))
 
 

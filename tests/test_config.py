@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
+from resnext.kernels.candidates import candidates
 from resnext.kernels.config import (
     ConvProblem,
     StripsConfig,
     TapsConfig,
-    candidates,
     choose_config,
     fits_strips,
     round_up_to_block,

@@ -15,13 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnext.kernels.config import (
-    ConvProblem,
-    PointwiseConfig,
-    pointwise_by_triton,
-    pointwise_candidates,
-    pointwise_config,
-)
+from resnext.kernels.candidates import pointwise_candidates
+from resnext.kernels.config import ConvProblem, PointwiseConfig, pointwise_by_triton, pointwise_config
 
 from .fused_numerics import (
     POINTWISE_CASES,
