@@ -1,146 +1,166 @@
-"""Rewrite the tables in README.md and ZOO.md from the committed results, so that no figure there is typed by hand.
+"""Rewrite the results in README.md and ZOO.md and the pictures beside the committed JSON: no figure is typed by hand.
 
 python benchmarks/readme.py            rewrite
 python benchmarks/readme.py --check    say whether they are up to date (exit code 1 if not)
+
+Every folder below benchmarks/results is a device, and the program that wrote a file is the beginning of its name. In a
+page, <!-- results: NAME --> ... <!-- end of results --> holds what `SECTIONS` makes of all folders.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import plots
+import tables
+from tables import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "ZOO.md")
-RESULTS = Path(__file__).resolve().parent / "results"
-# In a page: <!-- results: <file below results/> --> ... <!-- end of results -->
-SECTION = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
-PASSES = ("fwd", "dgrad", "wgrad")
+PAGES = ("README.md", "benchmarks/ZOO.md")
+SECTION = re.compile(r"(<!-- results: (?P<name>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def _about(result: Mapping[str, Any]) -> str:
-    """What a run ran on."""
-    about = result["environment"]
-    machine = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads"
-    return f"{machine}; torch {about['torch']}; {result['arguments']['dtype'].removeprefix('torch.')}"
+def discover(root: Path, program: str) -> list[Run]:
+    """Every result of a program that has rows, of all devices: the largest images and batches first, then by name."""
+    paths = root.glob(f"benchmarks/results/*/{program}*.json")
+    runs = [Run(PurePosixPath(path.relative_to(root).as_posix()), json.loads(path.read_text())) for path in paths]
+
+    def order(run: Run) -> tuple[int, int, PurePosixPath]:
+        return -int(run.result["arguments"].get("size", 0)), -max(run.batches), run.path
+
+    return sorted((run for run in runs if run.result["rows"]), key=order)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+def picture(run: Run) -> PurePosixPath:
+    """Where the picture of a run of grouped_conv.py or model.py lies."""
+    roofline = run.path.name.startswith("grouped_conv")
+    return run.path.with_name(f"{run.path.stem}{'_roofline' if roofline else ''}.svg")
 
 
-def convolutions(result: Mapping[str, Any]) -> list[str]:
-    """One run of grouped_conv.py: a line per layer, the means."""
-    cells: dict[str, dict[str, str]] = {}
-    for row in result["rows"]:
-        ours, theirs = (row["seconds"][name]["median"] * 1e3 for name in ("ours", row["fastest_baseline"]))
-        cells.setdefault(row["layer"], {})[row["pass"]] = f"{ours:.2f} / {theirs:.2f} / **{row['ratio']:.2f}**"
-    rows = [[layer, *(passes.get(name, "-") for name in PASSES)] for layer, passes in cells.items()]
-    means = ["geometric mean", *(f"**{result['geometric_means'][name]:.2f}**" for name in PASSES)]
-    return [
-        f"{_about(result)}, batch {result['arguments']['batch']}. "
-        "Milliseconds: ours / PyTorch's fastest layout / **ratio** (above 1 we are faster).",
-        "",
-        *_table(["layer", *PASSES], [*rows, means]),
+def pictures(root: Path) -> Mapping[Path, plots.Roofline | plots.BarChart]:
+    """File -> what it shows."""
+    rooflines = {root / picture(run): plots.roofline(run.result) for run in discover(root, "grouped_conv")}
+    return rooflines | {root / picture(run): plots.bars(run.result) for run in discover(root, "model")}
+
+
+def _image(alternative: str, run: Run) -> str:
+    return f"![{tables.escaped(f'{alternative}, {run.title}')}]({picture(run)})"
+
+
+def _collapsed(summary: str, *paragraphs: str) -> list[str]:
+    """Markdown inside is rendered only after an empty line."""
+    return [f"<details>\n<summary>{html.escape(summary, quote=False)}</summary>", *paragraphs, "</details>"]
+
+
+def _grouped(runs: Sequence[Run]) -> list[str]:
+    if not runs:
+        return []
+    paragraphs = [
+        "**Grouped 3x3 convolutions**, fwd / dgrad / wgrad: the time of PyTorch's fastest layout over ours (above 1 we "
+        "are faster), geometric mean over a network's distinct layers.",
+        tables.means(runs),
+        "\n".join(f"* {run.source}" for run in runs),
     ]
+    for index, run in enumerate(runs):
+        image = _image("Roofline plot: operations per second over operations per byte of each layer and pass", run)
+        caption = f"{run.source}. Milliseconds: ours / PyTorch's fastest layout / **ratio**."
+        details = [caption, tables.convolutions(run)]
+        if index == 0:
+            paragraphs.append(image)
+        else:
+            details.insert(0, image)
+        paragraphs += _collapsed(f"Every layer: {run.title}", *details)
+    return paragraphs
 
 
-def networks(result: Mapping[str, Any]) -> list[str]:
-    """One run of model.py: a line per model, mode and batch size, a column per contender."""
-    names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
-    rows = []
-    for row in result["rows"]:
-        times = [f"{row['seconds'][name]['median'] * 1e3:.0f}" if name in row["seconds"] else "-" for name in names]
-        rows.append([row["model"], row["mode"], str(row["batch"]), *times, f"**{row['ratio']:.2f}**"])
-    return [
-        f"{_about(result)}, {result['arguments']['size']} pixels. Median milliseconds of a step; "
-        "**ratio**: PyTorch's fastest over our fastest (above 1 we are faster).",
-        "",
-        *_table(["model", "mode", "batch", *names, "ratio"], rows),
+def _networks(runs: Sequence[Run]) -> list[str]:
+    if not runs:
+        return []
+    paragraphs = [
+        "**Whole networks**: median time of a step, bars from the 20th to the 80th percentile; ratio: PyTorch's "
+        "fastest over our fastest (above 1 we are faster)."
     ]
+    for run in runs:
+        image = _image("Bar chart: milliseconds per step of ours and of PyTorch's", run)
+        paragraphs += [run.source, image, *_collapsed("As a table, in milliseconds", tables.networks(run))]
+    return paragraphs
 
 
-def memory(result: Mapping[str, Any]) -> list[str]:
-    """One run of memory.py: a line per model and batch size, a column per contender."""
-    names = list(result["rows"][0]["peak_bytes"])
-    rows = [
-        [
-            *(row["model"], str(row["batch"])),
-            *(f"{row['peak_bytes'][name] / 1e6:.0f}" for name in names),
-            f"**{row['ratio']:.2f}**",
+def _memory(runs: Sequence[Run]) -> list[str]:
+    if not runs:
+        return []
+    paragraphs = [
+        "**Memory**: peak megabytes of a training step, beyond parameters and optimizer; ratio: the least of PyTorch's "
+        "over ours."
+    ]
+    for run in runs:
+        paragraphs += [run.source, tables.memory(run)]
+    return paragraphs
+
+
+def performance(root: Path) -> list[str]:
+    """Of every device: grouped convolutions, networks, memory. And of all together: what is not faster."""
+    kinds = {"grouped_conv": _grouped, "model": _networks, "memory": _memory}
+    found = {program: discover(root, program) for program in (*kinds, "block")}
+    every = [run for runs in found.values() for run in runs]
+    paragraphs = []
+    for device in sorted({run.device for run in every}):
+        paragraphs.append(f"### {device.upper()}")
+        for program, write in kinds.items():
+            paragraphs += write([run for run in found[program] if run.device == device])
+    if not any("gpu" in run.result["environment"] for run in every):
+        paragraphs += ["### GPU", "Not yet measured."]
+    timed = [run for program in ("grouped_conv", "block", "model") for run in found[program]]
+    return [*paragraphs, "### What is not faster", *tables.not_faster(timed)]
+
+
+def zoo(root: Path) -> list[str]:
+    """Every run of zoo.py."""
+    paragraphs = []
+    for run in discover(root, "zoo"):
+        paragraphs += [
+            f"{tables.escaped(run.title)}: {run.machine}. Relative errors against the unconverted network, in "
+            "parentheses its own against float64; seconds of the conversion.",
+            tables.zoo(run),
         ]
-        for row in result["rows"]
-    ]
-    return [
-        f"{_about(result)}, {result['arguments']['size']} pixels. Peak megabytes of a training step, beyond parameters "
-        "and optimizer; **ratio**: the least of PyTorch's over ours.",
-        "",
-        *_table(["model", "batch", *names, "ratio"], rows),
-    ]
+    return paragraphs
 
 
-def zoo(result: Mapping[str, Any]) -> list[str]:
-    """One run of zoo.py: a line per network."""
-
-    def error(row: Mapping[str, Any], kind: str) -> str:
-        if kind not in row["errors"]:
-            return "-"
-        difference, rounding = (row["errors"][kind][name] for name in ("difference", "rounding"))
-        return f"{difference:.0e}" if rounding is None else f"{difference:.0e} ({rounding:.0e})"
-
-    rows = [
-        [
-            *(row["name"], str(row["size"]), str(row["blocks"]), str(row["chains"]), str(row["convolutions"])),
-            str(sum(row["skipped"].values())),
-            *(error(row, kind) for kind in ("logits", "gradients")),
-            f"{row['seconds']:.2f}",
-            row["failure"] or row["note"],
-        ]
-        for row in result["rows"]
-    ]
-    header = ["network", "pixels", "blocks", "chains", "convolutions", "skipped", "logits", "gradients", "s", ""]
-    return [
-        f"{_about(result)}, batch {result['arguments']['batch']}. Relative errors against the unconverted network, in "
-        "parentheses its own against float64; seconds of the conversion.",
-        "",
-        *_table(header, rows),
-    ]
+SECTIONS: Mapping[str, Callable[[Path], list[str]]] = {"performance": performance, "zoo": zoo}
 
 
-KINDS = {"grouped_conv": convolutions, "model": networks, "memory": memory, "zoo": zoo}
-
-
-def section(path: str, result: Mapping[str, Any]) -> str:
-    """A file of results as Markdown; the program that wrote it is the beginning of its name."""
-    (kind,) = (kind for name, kind in KINDS.items() if Path(path).stem.startswith(name))
-    return "\n".join(kind(result)) + "\n"
-
-
-def rewritten(text: str) -> str:
-    """A page's text with every results section made anew."""
+def rewritten(text: str, root: Path) -> str:
+    """A page's text with its sections made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return match[1] + section(match["path"], json.loads((RESULTS / match["path"]).read_text())) + match[3]
+        return match[1] + "\n\n".join(SECTIONS[match["name"]](root)) + "\n" + match[3]
 
     return SECTION.sub(replace, text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 if ``--check`` finds a page out of date."""
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Run the command line; returns 0, or 1 if ``--check`` finds a page or a picture out of date."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if anything is out of date")
     args = parser.parse_args(argv)
-    outdated = [page for page in PAGES if page.read_text() != rewritten(page.read_text())]
-    for page in outdated:
-        if args.check:
-            print(f"{page.name}: the tables differ from benchmarks/results; run python benchmarks/readme.py")
-        else:
-            page.write_text(rewritten(page.read_text()))
-    return int(args.check and bool(outdated))
+    pages = {root / name: (root / name).read_text() for name in PAGES}
+    new_pages = {path: text for path, old in pages.items() if (text := rewritten(old, root)) != old}
+    new_pictures = {path: plot for path, plot in pictures(root).items() if not plots.is_current(path, plot)}
+    if args.check:
+        for path in (*new_pages, *new_pictures):
+            print(f"{path.relative_to(root)}: differs from benchmarks/results; run python benchmarks/readme.py")
+        return int(bool(new_pages or new_pictures))
+    for path, text in new_pages.items():
+        path.write_text(text)
+    for path, plot in new_pictures.items():
+        plots.write(path, plot)
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import conversion  # noqa: E402
-import readme  # noqa: E402
+import tables  # noqa: E402
 import zoo  # noqa: E402
 from conversion import Errors, Row, largest_error  # noqa: E402
 
@@ -120,7 +120,7 @@ def test_command_line(tmp_path, capsys):
     assert result["complete"]
     assert [row["failure"] for row in result["rows"]] == ["not done after 0 s", None]
     assert "torchvision/resnet18" in capsys.readouterr().out
-    assert "| torchvision/resnet18 | 64 | 8 | 1 | 0 |" in readme.section("cpu/zoo.json", result)
+    assert "| torchvision/resnet18 | 64 | 8 | 1 | 0 |" in tables.zoo(tables.Run(PurePosixPath("zoo.json"), result))
 
 
 @pytest.mark.parametrize(
