@@ -179,16 +179,17 @@ struct PixelProduct {
   int64_t panel_pixels;
 };
 
-// Tasks take blocks of both images' channels, chunks of the pixels. Each has a slice of partial results,
-// [chunk][block of grad][block of x], of the size that a function of that name tells.
+// Tasks take blocks of both images' channels, chunks of the pixels. Of several chunks each has a slice of partial
+// results, [chunk][block of grad][block of x], of the size that a function of that name tells, to be reduced afterwards;
+// a single one is stored where it was made.
 struct PixelGradient {
   GridImage grad, x;
   PixelGrid grid;
   ReadMap read_grad, read_x;
   int64_t grad_block, x_block;  // channels
   int64_t chunks, panel_pixels;
-  float* partial;
-  void* dw;  // (C_out, C_in)
+  float* partial;  // null with a single chunk
+  void* dw;        // (C_out, C_in)
   Dtype dtype;
 };
 
@@ -246,7 +247,7 @@ struct Kernels {
   int64_t (*gradient_slice_size)(const PixelGradient&);
   int64_t (*gradient_scratch)(const PixelGradient&);
   void (*pixel_gradient)(const PixelGradient&, float* scratch, int64_t begin, int64_t end);  // over slices
-  void (*reduce_gradient)(const PixelGradient&, float* scratch, int64_t begin_row, int64_t end_row);
+  void (*reduce_gradient)(const PixelGradient&, int64_t begin, int64_t end);  // over blocks * tiles of x
 
   void (*elementwise)(const Elementwise&, int64_t begin, int64_t end);  // over parts (NHWC), batch * channels (NCHW)
 

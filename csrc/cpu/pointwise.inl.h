@@ -13,6 +13,7 @@
 constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
 constexpr int kGradientChannels = kRegisters >= 32 ? 8 : 4;
 constexpr int kProductVectors = 2;
+constexpr int kGradientPiece = 16;   // pixels
 constexpr int kGradientPixels = 4;  // of one iteration: short loops' ends are predicted
 constexpr int kProductLanes = kProductVectors * kLanes;
 
@@ -32,32 +33,44 @@ struct PanelPart {
 
 RESNEXT_INLINE int64_t panel_lanes(int64_t channels) { return round_up(channels, kPanelLanes); }
 
+// One vector of channels, from c on, of pixels of which `offsets` tells where they begin.
 template <bool kWhole, class T, template <class, class> class Map>
-RESNEXT_INLINE Vec read_lanes(const T* data, const T* other, const ReadMap& read, int64_t c, int64_t offset,
-                              int64_t count) {
+RESNEXT_INLINE void read_column(const T* data, const T* other, const ReadMap& read, const int64_t* offsets,
+                                int64_t pixels, int64_t c, int64_t count, float* to) {
   const Map<T, ChannelLanes> map(read, {c, count});
-  Vec other_lanes{};
-  if (Map<T, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
-  return map(load_lanes<kWhole>(data + offset, count), other_lanes);
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const int64_t offset = offsets[pixel] + c;
+    Vec other_lanes{};
+    if (Map<T, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
+    store(to + pixel * kLanes, map(load_lanes<kWhole>(data + offset, count), other_lanes));
+  }
 }
 
-template <class T, template <class, class> class Map>
+// kPiece: pixels of which one vector is read before the next. One reads in the order of memory; several keep the map in
+// registers, which is faster where what is read is in the cache.
+template <int kPiece, class T, template <class, class> class Map>
 void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, PanelPart part, int64_t block_pixels,
                    float* panel) {
   const T* data = static_cast<const T*>(from.image.data);
   const T* other = static_cast<const T*>(read.other);
   const int64_t lanes = panel_lanes(part.channels);
   const int64_t stride = block_pixels * kLanes;
-  for (int64_t pixel = 0; pixel < part.pixels; ++pixel) {
-    const int64_t offset = image_pixel(grid, from, part.first + pixel) * from.image.channels;
-    float* to = panel + pixel / block_pixels * block_pixels * lanes + pixel % block_pixels * kLanes;
+  int64_t offsets[kPiece];
+  int64_t pixels = kPiece;
+  for (int64_t pixel = 0; pixel < part.pixels; pixel += pixels) {
+    const int64_t in_block = pixel % block_pixels;
+    if (kPiece > 1) pixels = min_of(kPiece, min_of(block_pixels - in_block, part.pixels - pixel));
+    for (int64_t i = 0; i < pixels; ++i) {
+      offsets[i] = image_pixel(grid, from, part.first + pixel + i) * from.image.channels;
+    }
+    float* to = panel + (pixel - in_block) * lanes + in_block * kLanes;
     int64_t i = 0;
     for (; i + kLanes <= part.channels; i += kLanes, to += stride) {
-      store(to, read_lanes<true, T, Map>(data, other, read, part.c + i, offset + part.c + i, kLanes));
+      read_column<true, T, Map>(data, other, read, offsets, pixels, part.c + i, kLanes, to);
     }
     for (; i < lanes; i += kLanes, to += stride) {
       const int64_t count = i < part.channels ? part.channels - i : 0;
-      store(to, read_lanes<false, T, Map>(data, other, read, part.c + i, offset + part.c + i, count));
+      read_column<false, T, Map>(data, other, read, offsets, pixels, part.c + i, count, to);
     }
   }
   for (int64_t pixel = part.pixels; pixel % block_pixels != 0; ++pixel) {
@@ -66,28 +79,29 @@ void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, P
   }
 }
 
-template <class T>
+template <int kPiece, class T>
 void read_panel_of(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
                    int64_t block_pixels, float* panel) {
   switch (read.kind) {
     case ReadMap::kNone:
-      return read_panel_as<T, KeepValue>(from, grid, read, part, block_pixels, panel);
+      return read_panel_as<kPiece, T, KeepValue>(from, grid, read, part, block_pixels, panel);
     case ReadMap::kAffineRelu:
-      return read_panel_as<T, AffineRelu>(from, grid, read, part, block_pixels, panel);
+      return read_panel_as<kPiece, T, AffineRelu>(from, grid, read, part, block_pixels, panel);
     case ReadMap::kAddAffine:
-      return read_panel_as<T, AddAffine>(from, grid, read, part, block_pixels, panel);
+      return read_panel_as<kPiece, T, AddAffine>(from, grid, read, part, block_pixels, panel);
   }
 }
 
+template <int kPiece>
 void read_panel(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
                 int64_t block_pixels, float* panel) {
   switch (from.image.dtype) {
     case Dtype::kFloat16:
-      return read_panel_of<Half>(from, grid, read, part, block_pixels, panel);
+      return read_panel_of<kPiece, Half>(from, grid, read, part, block_pixels, panel);
     case Dtype::kBFloat16:
-      return read_panel_of<BFloat16>(from, grid, read, part, block_pixels, panel);
+      return read_panel_of<kPiece, BFloat16>(from, grid, read, part, block_pixels, panel);
     default:
-      return read_panel_of<float>(from, grid, read, part, block_pixels, panel);
+      return read_panel_of<kPiece, float>(from, grid, read, part, block_pixels, panel);
   }
 }
 
@@ -97,21 +111,22 @@ RESNEXT_INLINE int64_t packed_tile_size(const WeightMatrix& weight) {
   return panel_lanes(weight.src_channels) * kTileChannels;
 }
 
+// Packs source channels [begin, end) of a tile: whole vectors of them.
 template <class T>
-void pack_tile_of(const WeightMatrix& weight, int64_t tile, float* packed) {
+void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
   const T* data = static_cast<const T*>(weight.data);
   const int64_t src = weight.src_channels;
   for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
     const int64_t dst = tile * kTileChannels + lane;
     const int64_t count = dst < weight.dst_channels ? min_of(kLanes, weight.dst_channels - dst) : 0;
     if (weight.transposed) {  // (source channel, destination channel)
-      for (int64_t i = 0; i < panel_lanes(src); ++i) {
+      for (int64_t i = begin; i < end; ++i) {
         const Vec lanes = load_first(data + i * weight.dst_channels + dst, i < src ? count : 0);
         store(packed + i * kTileChannels + lane, lanes);
       }
       continue;
     }
-    for (int64_t i = 0; i < panel_lanes(src); i += kLanes) {
+    for (int64_t i = begin; i < end; i += kLanes) {
       const int64_t terms = i < src ? min_of(kLanes, src - i) : 0;
       Vec square[kLanes];
       RESNEXT_UNROLL
@@ -125,20 +140,25 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, float* packed) {
   }
 }
 
-void pack_tile(const WeightMatrix& weight, int64_t tile, float* packed) {
+void pack_tile(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
   switch (weight.dtype) {
     case Dtype::kFloat16:
-      return pack_tile_of<Half>(weight, tile, packed);
+      return pack_tile_of<Half>(weight, tile, begin, end, packed);
     case Dtype::kBFloat16:
-      return pack_tile_of<BFloat16>(weight, tile, packed);
+      return pack_tile_of<BFloat16>(weight, tile, begin, end, packed);
     default:
-      return pack_tile_of<float>(weight, tile, packed);
+      return pack_tile_of<float>(weight, tile, begin, end, packed);
   }
 }
 
+// Reads the weight in the order of memory: a transposed one row by row, through all tiles.
 void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, int64_t end_tile) {
-  for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
-    pack_tile(weight, tile, packed + tile * packed_tile_size(weight));
+  const int64_t lanes = panel_lanes(weight.src_channels);
+  const int64_t piece = weight.transposed ? kPanelLanes : lanes;
+  for (int64_t i = 0; i < lanes; i += piece) {
+    for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
+      pack_tile(weight, tile, i, i + piece, packed + tile * packed_tile_size(weight));
+    }
   }
 }
 
@@ -233,11 +253,11 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
     const int64_t pixels = min_of(p.panel_pixels, all_pixels - first);
     if (task / tiles != read) {
       read = task / tiles;
-      read_panel(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
+      read_panel<1>(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
     }
     WriteMap write = p.write;
     if (write.partial != nullptr) write.partial += read * kPartialSums * dst_channels;
-    if (p.packed == nullptr) pack_tile(p.weight, tile, own_tile);
+    if (p.packed == nullptr) pack_tile(p.weight, tile, 0, lanes, own_tile);
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
@@ -287,10 +307,52 @@ RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x_blo
 
 int64_t gradient_slice_size(const PixelGradient& g) { return grad_lanes(g) * x_lanes(g); }
 
+// Floats of both panels.
+RESNEXT_INLINE int64_t gradient_panels(const PixelGradient& g) {
+  return round_up(g.panel_pixels, kGradientPixels) * (grad_lanes(g) + x_lanes(g));
+}
+
 int64_t gradient_scratch(const PixelGradient& g) {
-  const int64_t panels = round_up(g.panel_pixels, kGradientPixels) * (grad_lanes(g) + x_lanes(g));
-  const int64_t row = round_up(g.x.image.channels, kTileChannels);
-  return panels > row ? panels : row;
+  return gradient_panels(g) + (g.chunks == 1 ? gradient_slice_size(g) : 0);
+}
+
+// Sums kTileChannels channels of x, number `tile` of a block, of all chunks, in order, and stores them; `slice` is the
+// block's in the first chunk.
+template <class T>
+void store_gradient_as(const PixelGradient& g, int64_t block, int64_t tile, const float* slice) {
+  const int64_t all_channels = g.x.image.channels;
+  const int64_t x_blocks = ceil_div(all_channels, g.x_block);
+  const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
+  const int64_t chunk_size = grad_blocks * x_blocks * gradient_slice_size(g);
+  const int64_t first_row = block / x_blocks * g.grad_block;
+  const int64_t rows = min_of(g.grad_block, g.grad.image.channels - first_row);
+  const int64_t first = block % x_blocks * g.x_block + tile * kTileChannels;
+  const int64_t channels = min_of(kTileChannels, all_channels - first);
+  T* to = static_cast<T*>(g.dw) + first_row * all_channels + first;
+  for (int64_t row = 0; row < rows; ++row, to += all_channels) {
+    for (int64_t lane = 0; lane < channels; lane += kLanes) {
+      const int64_t column = (tile * kTileChannels + lane) / kProductLanes * kProductLanes;
+      const float* from = slice + column * grad_lanes(g) + row * kProductLanes + lane % kProductLanes;
+      Vec sum = load(from);
+      for (int64_t chunk = 1; chunk < g.chunks; ++chunk) sum += load(from + chunk * chunk_size);
+      if (lane + kLanes <= channels) {
+        store(to + lane, sum);
+      } else {
+        store_first(to + lane, sum, channels - lane);
+      }
+    }
+  }
+}
+
+void store_gradient(const PixelGradient& g, int64_t block, int64_t tile, const float* slice) {
+  switch (g.dtype) {
+    case Dtype::kFloat16:
+      return store_gradient_as<Half>(g, block, tile, slice);
+    case Dtype::kBFloat16:
+      return store_gradient_as<BFloat16>(g, block, tile, slice);
+    default:
+      return store_gradient_as<float>(g, block, tile, slice);
+  }
 }
 
 // Asks for what the next panel will read, a few lines at a time while this one is multiplied. (`multiply` does without:
@@ -344,16 +406,16 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
     const int64_t x_c = task % x_blocks * g.x_block;
     const int64_t grad_channels = min_of(g.grad_block, g.grad.image.channels - grad_c);
     const int64_t x_channels = min_of(g.x_block, g.x.image.channels - x_c);
-    float* slice = g.partial + task * gradient_slice_size(g);
+    float* slice = g.chunks == 1 ? scratch + gradient_panels(g) : g.partial + task * gradient_slice_size(g);
     const int64_t chunk_end = all_pixels * (chunk + 1) / g.chunks;
     const int64_t chunk_first = all_pixels * chunk / g.chunks;
     for (int64_t first = chunk_first; first < chunk_end; first += g.panel_pixels) {
       const int64_t count = min_of(g.panel_pixels, chunk_end - first);
       const int64_t pixels = round_up(count, kGradientPixels);
-      read_panel(g.x, g.grid, g.read_x, {first, count, x_c, x_channels}, pixels, x);
+      read_panel<kGradientPiece>(g.x, g.grid, g.read_x, {first, count, x_c, x_channels}, pixels, x);
       __builtin_memset(x + panel_lanes(x_channels) * pixels, 0,
                        (x_lanes(g) - panel_lanes(x_channels)) * pixels * sizeof(float));
-      read_panel(g.grad, g.grid, g.read_grad, {first, count, grad_c, grad_channels}, pixels, grad);
+      read_panel<kGradientPiece>(g.grad, g.grid, g.read_grad, {first, count, grad_c, grad_channels}, pixels, grad);
       const int64_t next = first + g.panel_pixels;
       const int64_t next_count = next < chunk_end ? min_of(g.panel_pixels, chunk_end - next) : 0;
       const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, kGradientChannels);
@@ -368,26 +430,18 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
         }
       }
     }
+    if (g.chunks > 1) continue;
+    for (int64_t tile = 0; tile < ceil_div(x_channels, kTileChannels); ++tile) store_gradient(g, task, tile, slice);
   }
 }
 
-// Sums the chunks of some rows of dw, in order, and stores them.
-void reduce_gradient(const PixelGradient& g, float* scratch, int64_t begin_row, int64_t end_row) {
-  const int64_t channels = g.x.image.channels;
-  const int64_t x_blocks = ceil_div(channels, g.x_block);
-  const int64_t chunk_size = ceil_div(g.grad.image.channels, g.grad_block) * x_blocks * gradient_slice_size(g);
-  for (int64_t o = begin_row; o < end_row; ++o) {
-    for (int64_t c = 0; c < channels; c += kProductLanes) {
-      const int64_t slice = o / g.grad_block * x_blocks + c / g.x_block;
-      const float* from = g.partial + slice * gradient_slice_size(g) + c % g.x_block * grad_lanes(g) +
-                          o % g.grad_block * kProductLanes;
-      RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) {
-        Vec sum = load(from + v * kLanes);
-        for (int64_t chunk = 1; chunk < g.chunks; ++chunk) sum += load(from + chunk * chunk_size + v * kLanes);
-        store(scratch + c + v * kLanes, sum);
-      }
+void reduce_gradient(const PixelGradient& g, int64_t begin, int64_t end) {
+  const int64_t tiles = x_lanes(g) / kTileChannels;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / tiles;
+    const int64_t tile = task % tiles;
+    if (block % ceil_div(g.x.image.channels, g.x_block) * g.x_block + tile * kTileChannels < g.x.image.channels) {
+      store_gradient(g, block, tile, g.partial + block * gradient_slice_size(g));
     }
-    write_floats(g.dw, g.dtype, o * channels, channels, scratch);
   }
 }

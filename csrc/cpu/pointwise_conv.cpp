@@ -111,17 +111,15 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   const int64_t blocks = ceil_div(shape.out_channels, g.grad_block) * ceil_div(shape.in_channels, g.x_block);
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
   g.chunks = std::clamp<int64_t>(pixels / kPixelsPerChunk, 1, ceil_div(kWantedTasks, blocks));
-  const Buffer partial = allocate(g.chunks * blocks * kernels.gradient_slice_size(g));
+  const Buffer partial = g.chunks > 1 ? allocate(g.chunks * blocks * kernels.gradient_slice_size(g)) : nullptr;
   g.partial = partial.get();
   torch::stable::parallel_for(0, g.chunks * blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernels.gradient_scratch(g));
     kernels.pixel_gradient(g, scratch.get(), begin, end);
   });
-  torch::stable::parallel_for(0, shape.out_channels, std::max<int64_t>(1, 16384 / (g.chunks * shape.in_channels)),
-                              [&](int64_t begin, int64_t end) {
-                                const Buffer scratch = allocate(kernels.gradient_scratch(g));
-                                kernels.reduce_gradient(g, scratch.get(), begin, end);
-                              });
+  if (g.chunks == 1) return;
+  torch::stable::parallel_for(0, blocks * ceil_div(g.x_block, kTileChannels), 1,
+                              [&](int64_t begin, int64_t end) { kernels.reduce_gradient(g, begin, end); });
 }
 
 const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
