@@ -37,20 +37,30 @@ class Row(report.Printable, Protocol):
         """Everything about the row, in seconds and bytes, ready for JSON."""
 
 
-def add_common_options(parser: Parser, *, quick: str) -> None:
-    """Add the options that every benchmark has; ``quick`` says what ``--quick`` does."""
+def add_device_options(parser: Parser) -> None:
+    """Add what says where and in what precision to compute."""
     parser.add_argument("--device", help="cpu, cuda or cuda:<index>")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on CUDA")
+
+
+def add_common_options(parser: Parser, *, quick: str) -> None:
+    """Add the options that every benchmark has; ``quick`` says what ``--quick`` does."""
+    add_device_options(parser)
     parser.add_argument("--json", metavar="PATH", help="write everything that was measured")
     parser.add_argument("--csv", metavar="PATH", help="write the table")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--verify-only", action="store_true", help="check every result, measure nothing")
 
 
-def check_common_options(parser: Parser, args: argparse.Namespace) -> None:
-    """Make objects of what `add_common_options` has parsed. Bad arguments end the program with code 2."""
+def check_device_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Make objects of what `add_device_options` has parsed. Bad arguments end the program with code 2."""
     args.device = _device(parser, args.device)
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+
+
+def check_common_options(parser: Parser, args: argparse.Namespace) -> None:
+    """Make objects of what `add_common_options` has parsed. Bad arguments end the program with code 2."""
+    check_device_options(parser, args)
     for option in ("json", "csv"):
         check_output(parser, option, getattr(args, option))
 

@@ -50,16 +50,16 @@ def candidates(
 
 def _strips(problem: ConvProblem, config: StripsConfig) -> Iterator[StripsConfig]:
     """Strips of 1 (rows that slide down), 2 and 4 columns."""
-    height = problem.out_height
-    bands = [config.band, max(1, config.band // 2), height]
-    splits = [config.splits]
-    if problem.op == "wgrad":  # partial sums are what costs there, not the border rows of bands
-        bands, splits = [config.band], [config.splits, max(1, config.splits // 2), 2 * config.splits]
+    bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], (1, 2, 3)
+    if problem.op == "wgrad":
+        # Partial sums are what costs there, not the border rows of bands; and its loop is not pipelined.
+        bands, splits, stages = [config.band], [config.splits, max(1, config.splits // 2), 2 * config.splits], (1,)
     tiles = [(16, 1), (16, 2), (32, 1), (32, 2)]
     if config.merged * max(problem.group_in, problem.group_out) > MATRIX_WIDTH:
-        tiles.append((64, 4))  # wide enough for the matrix units that take 64 rows at once (wgmma)
+        # One warp holds no 32 rows of 32 channels; four and 64 rows use the wide matrix instructions (wgmma).
+        tiles = [(16, 1), (16, 2), (32, 2), (64, 4)]
     for strip, (block_m, num_warps), num_stages, band, split in itertools.product(
-        (1, 2, 4), tiles, (1, 2, 3), bands, splits
+        (1, 2, 4), tiles, stages, bands, splits
     ):
         settings = {"strip": strip, "block_m": block_m, "num_warps": num_warps, "num_stages": num_stages}
         yield replace(config, band=band, splits=split, **settings)

@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
-import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from resnext.kernels.config import Config, ConvProblem, StripsConfig, choose_config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from ahead_of_time import (
+    SHARED_LIMITS,
+    Usage,
+    compile_launch,
+    describe,
+    machine_code,  # noqa: F401  # for the tests, as what they need for reading machine code
+    pointers,
+    specialization,
+    usage,
+)
+
+from resnext.kernels.config import Config, ConvProblem, choose_config
 from resnext.kernels.grouped_conv_plan import plan
 from resnext.kernels.launch import Launch
 
-VECTORS = ("center_ptr", "scale_ptr", "shift_ptr", "partials_ptr")  # float32 whatever the activations are
 DTYPES = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float32, False)]  # with TF32
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-# Shared memory of one program. The code for 8.0 also runs on 8.6 and 8.9, which have the least.
-SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # (channels, groups, size of the strided layer's input) of every distinct stage.
 STAGES = {
     "resnext50_32x4d": [(128, 32, 56), (256, 32, 56), (512, 32, 28), (1024, 32, 14)],
@@ -53,16 +57,6 @@ FUSIONS = {
     ("dgrad", "gradient"): ("src_z src_center src_scale src_shift", False),
     ("wgrad", "gradient+prologue"): ("grad_z grad_center grad_scale grad_shift x_center x_scale x_shift", False),
 }
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel uses."""
-
-    registers: int
-    shared: int
-    spills: int
-    matrix_instruction: str
 
 
 @dataclass(frozen=True)
@@ -111,72 +105,13 @@ def all_builds(models: Sequence[str] = tuple(STAGES)) -> list[Build]:
         side = size if stride == 2 else (size + 1) // 2
         for dtype, tf32 in DTYPES:
             build = Build(problem(op, channels, groups, side, stride, dtype), tf32, fusion)
-            launch = build.launch
-            sizes = [(name, size == 1, size % 16 == 0) for name, size in launch.sizes.items()]
-            key = (launch.kernel, dtype, *launch.constants.items(), *launch.options.items(), *sizes)
-            builds.setdefault(key, build)
+            builds.setdefault(specialization(build.launch, dtype), build)
     return list(builds.values())
-
-
-def pointers(launch: Launch, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What a convolution's pointers point to where activations are of ``dtype``; without those that are None."""
-    names = (name for name in launch.kernel.arg_names if name.endswith("_ptr") and name not in launch.constants)
-    return {name: torch.float32 if name.endswith(VECTORS) else dtype for name in names}
-
-
-def compile_launch(launch: Launch, tensors: Mapping[str, torch.dtype], arch: int) -> triton.compiler.CompiledKernel:
-    """Compile as a launch on tensors of these dtypes would.
-
-    Absent tensors and sizes of 1 become constants, multiples of 16 are known to be such.
-    """
-    constants, signature, attributes = dict(launch.constants), {}, {}
-    for i, name in enumerate(launch.kernel.arg_names):
-        size = launch.sizes.get(name)
-        if name in tensors:
-            signature[name] = POINTERS[tensors[name]]
-        elif name in constants or size in (None, 1):
-            constants.setdefault(name, size)
-            signature[name] = "constexpr"
-            continue
-        else:
-            signature[name] = "fp32" if isinstance(size, float) else "i32"
-        if name in tensors or size % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-
-
-def machine_code(kernel: triton.compiler.CompiledKernel) -> str:
-    """SASS and resource usage, read with the tools that Triton ships."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def measure(build: Build, arch: int) -> Usage:
     """Compile, and read what the machine code uses."""
     return usage(compile_launch(build.launch, pointers(build.launch, build.problem.dtype), arch))
-
-
-def usage(kernel: triton.compiler.CompiledKernel) -> Usage:
-    """What the machine code uses."""
-    text = machine_code(kernel)
-    registers = re.search(r"REG:(\d+)", text)
-    matrix = re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)[\w.]*", text)
-    if registers is None or "EXIT" not in text:
-        raise RuntimeError(f"cuobjdump showed no code for {kernel.metadata.name}:\n{text[:2000]}")
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
-    return Usage(int(registers[1]), kernel.metadata.shared, spills, matrix[0] if matrix else "-")
-
-
-def describe(config: Config) -> str:
-    form = "strips" if isinstance(config, StripsConfig) else "taps"
-    tile = f"strip {config.strip}" if form == "strips" else f"N {config.block_n} K {config.block_k}"
-    return (
-        f"{form} merged {config.merged} M {config.block_m} {tile} warps {config.num_warps} stages {config.num_stages}"
-    )
 
 
 def main() -> None:

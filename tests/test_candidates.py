@@ -1,0 +1,166 @@
+"""Launch settings worth measuring: that every form is among them, that they compile, and that they compute right.
+
+The numbers come from a GPU or else from Triton's interpreter, in a process of its own, as in test_triton_numerics.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from ahead_of_time import SHARED_LIMITS, Usage, exceeds, specialization
+from shapes import Layer
+from targets import Gate, Target, resources
+
+from resnext.kernels.config import StripsConfig, TapsConfig
+
+from .interpreter import DEVICE, INTERPRETED, compiles, here, not_here, run_tests
+
+CPU = torch.device("cpu")
+STAGE1 = Layer(128, 128, 56, 56, 1, 32)
+STRIDED = Layer(256, 256, 56, 56, 2, 32)
+STAGE4 = Layer(1024, 1024, 7, 7, 1, 32)
+WIDE = Layer(512, 512, 14, 14, 1, 8)
+POINTWISE = Layer(128, 256, 56, 56, 1, 1)
+
+
+def target(layer, fusion="plain", op="fwd", kernel_size=3, dtype=torch.bfloat16, batch=256, device="cuda"):
+    return Target(layer, kernel_size, fusion, op, batch, dtype, device)
+
+
+def pick(of: Target, **settings):
+    """The first candidate with these settings."""
+    configs = of.candidates(CPU)
+    return next(c for c in configs if all(getattr(c, name, None) == value for name, value in settings.items()))
+
+
+@pytest.mark.parametrize("op", ["fwd", "dgrad", "wgrad"])
+@pytest.mark.parametrize("layer", [STAGE1, STRIDED, STAGE4], ids=lambda layer: layer.name)
+def test_narrow_groups_have_every_form(layer, op):
+    configs = target(layer, op=op).candidates(CPU)
+    strips = [config for config in configs if isinstance(config, StripsConfig)]
+    assert {config.strip for config in strips} == {1, 2, 4}
+    assert {config.num_stages for config in strips} >= ({1} if op == "wgrad" else {1, 2, 3})
+    assert {(config.block_m, config.num_warps) for config in strips} >= {(16, 1), (16, 2), (32, 2)}
+    assert ((64, 4) in {(config.block_m, config.num_warps) for config in strips}) == (layer is STAGE4)
+    assert len({config.splits if op == "wgrad" else config.band for config in strips}) > 1
+    assert sum(isinstance(config, TapsConfig) for config in configs) >= 5
+
+
+def test_wide_groups_have_tiles_no_wider_than_a_group():
+    configs = target(WIDE).candidates(CPU)
+    assert all(isinstance(config, TapsConfig) for config in configs)
+    assert {config.block_n for config in configs} == {32, 64}
+    assert {config.num_stages for config in configs} == {2, 3, 4}
+
+
+def test_what_exceeds_the_machine():
+    assert exceeds(Usage(255, 1000, 0, "-"), 1000) is None
+    assert exceeds(Usage(255, 1001, 0, "-"), 1000) == "1001 bytes of shared memory, of 1000"
+    assert exceeds(Usage(255, 0, 3, "-"), 1000) == "3 spills"
+
+
+def test_launches_that_share_a_kernel_are_told_from_others():
+    of = target(STAGE1)
+    kernels = {config: specialization(of.launch(config), of.dtype) for config in of.candidates(CPU)}
+    heights = [config for config in kernels if isinstance(config, StripsConfig) and config.strip == 1]
+    assert len(set(kernels.values())) < len(kernels)
+    assert len({kernels[config] for config in heights}) >= 12
+
+
+# Settings that no heuristic chooses, of every kernel; and what comes of them: whether they fit, and the instruction.
+COMPILED = {
+    "rows": (target(STAGE1), {"strip": 1, "block_m": 32, "num_warps": 2, "num_stages": 3}, True, "HMMA"),
+    "strips-2": (target(STAGE1, "stats"), {"strip": 2, "block_m": 16, "num_warps": 2, "num_stages": 1}, True, "HMMA"),
+    "too-many-registers": (target(STAGE1), {"strip": 4, "block_m": 32, "num_warps": 1, "num_stages": 2}, False, "HMMA"),
+    "taps": (target(STAGE1), {"block_m": 128, "block_k": 16, "num_warps": 4, "num_stages": 2}, True, "HGMMA"),
+    "wgmma": (target(STAGE4), {"strip": 1, "block_m": 64, "num_warps": 4, "num_stages": 2}, True, "HGMMA"),
+    "dgrad-stride2": (target(STRIDED, "stats", "dgrad"), {"strip": 1, "num_warps": 1, "num_stages": 1}, True, "HMMA"),
+    "wgrad": (target(STAGE1, op="wgrad"), {"strip": 1, "block_m": 16, "num_warps": 2}, True, "HMMA"),
+    "pointwise": (
+        target(POINTWISE, "stats", kernel_size=1),
+        {"block_m": 128, "block_n": 256, "num_warps": 8, "num_stages": 2},
+        True,
+        "HGMMA",
+    ),
+    "pointwise-residual": (
+        target(POINTWISE, "affine", kernel_size=1),
+        {"block_m": 64, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3},
+        True,
+        "HGMMA",
+    ),
+}
+
+
+@compiles
+@pytest.mark.parametrize("name", COMPILED)
+def test_candidates_compile_and_what_spills_is_found_out(name):
+    of, settings, fits, instruction = COMPILED[name]
+    used = resources(of, pick(of, **settings), 90)
+    assert isinstance(used, Usage), used
+    assert (exceeds(used, SHARED_LIMITS[90]) is None) == fits, used
+    assert used.matrix_instruction.startswith(instruction)
+
+
+@compiles
+def test_every_candidate_compiles(request):
+    """Minutes: every kernel of three layers."""
+    if not request.config.getoption("--all-configs"):
+        pytest.skip("slow; --all-configs runs it")
+    for of in (target(STAGE1), target(STAGE4, "stats"), target(STRIDED, "stats", "dgrad")):
+        kernels = {specialization(of.launch(config), of.dtype): config for config in of.candidates(CPU)}
+        used = [resources(of, config, 90) for config in kernels.values()]
+        assert all(isinstance(each, Usage) for each in used)
+        assert sum(exceeds(each, SHARED_LIMITS[90]) is None for each in used) > len(used) // 3
+
+
+def test_what_does_not_compile_is_a_reason(monkeypatch):
+    monkeypatch.setattr("targets.compile_launch", lambda *_: 1 / 0)
+    of = target(STAGE1)
+    assert resources(of, of.candidates(CPU)[0], 90) == "does not compile (ZeroDivisionError)"
+
+
+@not_here
+def test_in_the_interpreter():
+    run_tests(__file__, timeout=300)
+
+
+@here
+@pytest.mark.parametrize(
+    ("layer", "fusion", "op", "settings"),
+    [
+        (Layer(16, 16, 5, 4, 1, 4), "plain", "fwd", {"strip": 1, "block_m": 32, "num_warps": 2, "num_stages": 3}),
+        (Layer(16, 16, 5, 4, 2, 4), "stats", "dgrad", {"strip": 4, "block_m": 16, "num_warps": 2, "num_stages": 1}),
+        (Layer(16, 16, 5, 4, 1, 4), "plain", "wgrad", {"strip": 1, "block_m": 32, "splits": 2}),
+        (Layer(64, 64, 3, 4, 1, 2), "stats", "fwd", {"strip": 1, "block_m": 64, "num_warps": 4, "num_stages": 2}),
+        (Layer(64, 64, 3, 4, 1, 2), "affine", "fwd", {"block_m": 128, "block_k": 32, "num_warps": 8}),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_candidates_compute_right(layer, fusion, op, settings):
+    of = target(layer, fusion, op, dtype=torch.float32, batch=2, device=DEVICE)
+    device = torch.device(DEVICE)
+    tensors = of.operands(device)
+    config = pick(of, **settings)
+    assert config != of.candidates(device)[0]
+    result = of.run(of.triton(), tensors, **of.settings(config))
+    gate = Gate(of, tensors)
+    assert gate.mismatch(result) is None
+    name = next(iter(result))
+    assert gate.mismatch(result | {name: result[name] * 1.5}) is not None
+
+
+@here
+@pytest.mark.skipif(not INTERPRETED, reason="small enough for the interpreter, and enough there")
+def test_pointwise_candidates_compute_right():
+    for fusion, op in (("stats", "fwd"), ("stats", "wgrad"), ("affine", "fwd")):
+        of = target(Layer(16, 32, 3, 4, 1, 1), fusion, op, 1, torch.float32, 2, DEVICE)
+        tensors = of.operands(torch.device(DEVICE))
+        for config in of.candidates(CPU)[::40]:
+            assert Gate(of, tensors).mismatch(of.run(of.triton(), tensors, **of.settings(config))) is None
