@@ -1,13 +1,21 @@
 # Two commands set everything up in .venv and run it:   make bench   make test
-# `make gpu` uses the Python on the PATH, with the torch and Triton it has: set PYTHON to choose another.
+# `make gpu`, `make tune` and `make profile` use the Python on the PATH, with the torch and Triton it has: set PYTHON to
+# choose another.
 
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 # Whose torch `make wheel` tries the wheel with: any from 2.11 on.
 INTERPRETER ?= $(BIN)/python
-# Of `make gpu`: convolutions or networks.
+# Of `make gpu`: convolutions, networks or tuning.
 ROUND ?= convolutions
+# Of `make tune`: its arguments, such as OPTIONS="--layers regnety_040 --batch 128 --seconds 600".
+OPTIONS ?=
+# Of `make profile`: one kernel, of one pass of one layer, as `benchmarks/grouped_conv.py --list` names them.
+LAYER ?= 128x56x56_s1_gw4
+PASS ?= fwd
+BATCH ?= 256
+BACKEND ?= triton
 BIN := $(VENV)/bin
 # Named versions keep pip from taking another torch along with some dependency.
 TORCH ?= torch==2.13.0 torchvision==0.28.0
@@ -17,7 +25,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 SANITIZED := build/sanitized
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: dev lint test sanitize wheel bench gpu clean
+.PHONY: dev lint test sanitize wheel bench gpu tune profile clean
 
 dev: $(VENV)/.installed
 
@@ -60,6 +68,18 @@ bench: dev
 
 gpu:
 	$(PYTHON) benchmarks/gpu_round.py $(ROUND) --out $(OUT)
+
+tune:
+	$(PYTHON) benchmarks/tune.py $(OPTIONS)
+
+# Everything Nsight Compute can tell about one launch; opens in ncu-ui, or `ncu --import` prints it.
+profile:
+	@command -v ncu >/dev/null || { echo "make profile: needs Nsight Compute (ncu, of the CUDA toolkit) on the PATH" >&2; exit 2; }
+	mkdir -p $(OUT)
+	ncu --set full --kernel-name "regex:grouped_conv|tensor_core|direct" --launch-count 1 --force-overwrite \
+		--export $(OUT)/$(LAYER)_$(PASS)_$(BACKEND) \
+		$(PYTHON) benchmarks/grouped_conv.py --verify-only --device cuda --layers $(LAYER) --passes $(PASS) \
+		--batch $(BATCH) --backend $(BACKEND)
 
 clean:
 	rm -rf build dist *.egg-info out resnext/_C*.so $(VENV)/.installed

@@ -1,11 +1,12 @@
 """One round on a GPU: build the extension, run the tests, run the benchmarks, leave the results in a folder.
 
-    python benchmarks/gpu_round.py [convolutions | networks] [--out out] [--seconds 560]
+    python benchmarks/gpu_round.py [convolutions | networks | tuning] [--out out] [--seconds 560]
 
-There are two rounds: of the grouped convolution alone, and of the fused blocks and whole networks. Uses the Python that
-runs it and needs no network. Each step has a time limit, and the round as a whole; a step that fails or runs out of
-time does not stop the next ones. Writes eight files at most: summary.json, round.log and tests.log with everything
-printed, and the JSON of each benchmark. The exit code is 0 if every step passed, 1 if not, 2 without a GPU.
+There are three rounds: of the grouped convolution alone, of the fused blocks and whole networks, and of tuning launch
+settings, with compute-sanitizer where it is installed. Uses the Python that runs it and needs no network. Each step has
+a time limit, and the round as a whole; a step that fails or runs out of time does not stop the next ones. Writes eight
+files at most: summary.json, round.log and tests.log with everything printed, and the JSON of each benchmark. The exit
+code is 0 if no step failed, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from pathlib import Path
 
 import environment
 import torch
+from sanitize import SKIPPED
 
 ROOT = environment.ROOT
 GRACE_SECONDS = 10.0
-BENCHMARKS = ("copy_rows", "grouped_conv_*", "block", "model_*", "memory")
+BENCHMARKS = ("copy_rows", "grouped_conv_*", "block", "model_*", "memory", "nvidia_*")
 WRITTEN = ("summary.json", "round.log", "tests.log", *(f"{name}.json" for name in BENCHMARKS))
 
 
@@ -60,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: ``"passed"``, ``"failed (<exit code>)"``, ``"out of time"`` or ``"not started"``."""
+    """How a step ended: ``"passed"``, ``"skipped"``, ``"failed (<code>)"``, ``"out of time"`` or ``"not started"``."""
 
     step: str
     status: str
@@ -129,7 +131,29 @@ def networks(out: Path) -> list[Step]:
     ]
 
 
-ROUNDS = {"convolutions": convolutions, "networks": networks}
+def tuning(out: Path) -> list[Step]:
+    """Launch settings of plain convolutions, whether kernels stay in bounds, then launch settings of what is fused."""
+
+    def tune(fusions: str, seconds: float) -> Step:
+        # It ends itself, between two passes; the file, named after the GPU, goes to the output folder.
+        arguments = ["--device", "cuda", "--dtype", "bfloat16", "--layers", "resnext50_32x4d", "--batch", "256"]
+        arguments += ["--fusions", fusions, "--seconds", str(seconds - 20), "--out", str(out)]
+        return Step(f"tune {fusions}", ["benchmarks/tune.py", *arguments], seconds)
+
+    def sanitize(tool: str, seconds: float) -> Step:
+        return Step(tool, ["benchmarks/sanitize.py", "--tool", tool], seconds)
+
+    return [
+        _build(),
+        tune("plain", 170),
+        _tests("tuning", "candidates"),
+        sanitize("memcheck", 90),
+        sanitize("racecheck", 90),
+        tune("stats,affine", 200),
+    ]
+
+
+ROUNDS = {"convolutions": convolutions, "networks": networks, "tuning": tuning}
 
 
 def run(step: Step, out: Path, seconds: float) -> Outcome:
@@ -154,7 +178,7 @@ def run(step: Step, out: Path, seconds: float) -> Outcome:
         for process in processes:
             try:
                 if code := process.wait(max(0.0, start + seconds - time.monotonic())):
-                    status = f"failed ({code})"
+                    status = "skipped" if code == SKIPPED else f"failed ({code})"
             except subprocess.TimeoutExpired:
                 status = "out of time"
                 _end(process)
@@ -207,7 +231,7 @@ def main() -> int:
         result = {"environment": described, "steps": [asdict(outcome) for outcome in outcomes]}
         (out / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
     _print_results(out)
-    return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
+    return 0 if all(outcome.status in ("passed", "skipped") for outcome in outcomes) else 1
 
 
 def _print_results(out: Path) -> None:
@@ -221,6 +245,10 @@ def _print_results(out: Path) -> None:
         partly = "" if result["complete"] else ", interrupted"
         ratios = ", ".join(f"{row['ratio']:.2f}" for row in result["rows"])
         print(f"{path.stem}: {len(result['rows'])} lines, {result['wrong']} wrong{partly}; ratios: {ratios}")
+    for path in sorted(out.glob("nvidia_*.json")):
+        served = [entry["backend"] for entry in json.loads(path.read_text())["entries"]]
+        counts = ", ".join(f"{name} {served.count(name)}" for name in sorted(set(served)))
+        print(f"{path.stem}: {len(served)} settings; served by {counts}")
     tests = out / "tests.log"
     if tests.exists():
         closing = [
