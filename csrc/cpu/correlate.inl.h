@@ -131,8 +131,15 @@ RESNEXT_INLINE int64_t panel_columns(const Correlation& c) {
 RESNEXT_INLINE int64_t panel_size(const Correlation& c) { return panel_columns(c) * c.layout.src_lanes; }
 RESNEXT_INLINE int64_t ring_size(const Correlation& c) { return kRingRows * c.block * panel_size(c); }
 
+// Floats of one block's packed filters.
+RESNEXT_INLINE int64_t packed_block_size(const Correlation& c) {
+  return c.block * c.layout.tiles * (3 * packed_row_size(c.layout) + tile_lanes(c.layout));
+}
+
 int64_t correlate_scratch(const Correlation& c) {
-  return ring_size(c) + (c.dst.width + kMaxBlockPixels) * tile_lanes(c.layout);
+  int64_t size = ring_size(c) + (c.dst.width + kMaxBlockPixels) * tile_lanes(c.layout);
+  if (c.packed.weight == nullptr) size += packed_block_size(c) + weight_scratch(c.layout);
+  return size;
 }
 
 // What all destination rows of a call have in common, and where the tiles of one row find their sources.
@@ -141,18 +148,20 @@ struct RowPlan {
   bool fits;  // blocks of pixels end with the row
   IntVec src_order, dst_order;
   int count;
-  Source sources[3];  // of the block's first bundle; weights of the first bundle of all
+  Source sources[3];  // of the block's first bundle
+  const float* bias;  // likewise
 };
 
 // The source rows that destination row h sees inside the image, with the weights' rows they meet.
-void find_sources(const Correlation& c, int64_t first_row, const Phase& phase, const float* ring, RowPlan& plan) {
+void find_sources(const Correlation& c, int64_t first_row, const Phase& phase, const float* ring, const float* weight,
+                  RowPlan& plan) {
   plan.count = 0;
   for (int k = 0; k < phase.count; ++k) {
     const int64_t row = first_row + k;
     if (row < 0 || row >= c.src.height) continue;
     plan.sources[plan.count++] = {
         ring + row % kRingRows * c.block * panel_size(c) + (c.cols.phases == 2 ? c.layout.src_lanes : 0),
-        c.weight + phase.taps[k] * packed_row_size(c.layout)};
+        weight + phase.taps[k] * packed_row_size(c.layout)};
   }
 }
 
@@ -162,7 +171,7 @@ void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& wr
                    int64_t bundle, int64_t bundle_of_block, int64_t tile, float* buffer) {
   const Layout& layout = c.layout;
   const int64_t lanes = tile_lanes(layout);
-  const int64_t packed_tile = bundle * layout.tiles + tile;
+  const int64_t packed_tile = bundle_of_block * layout.tiles + tile;
   const int64_t channel = bundle * layout.dst_channels + tile * lanes;
   const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
   const bool direct = c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes && plan.fits;
@@ -176,7 +185,7 @@ void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& wr
   }
   args.depth = layout.group_src;
   args.src_lanes = layout.src_lanes;
-  args.bias = c.bias + packed_tile * lanes;
+  args.bias = plan.bias + packed_tile * lanes;
   args.out = direct ? static_cast<float*>(c.dst.data) + (n * c.dst.height + h) * row_stride + channel : buffer;
   args.out_stride = direct ? c.dst.channels : lanes;
   args.pixels = c.dst.width;
@@ -199,7 +208,10 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
   const Layout& layout = c.layout;
   const int64_t blocks = ceil_div(layout.bundles, c.block);
   float* ring = scratch;
-  float* buffer = scratch + ring_size(c);
+  float* buffer = ring + ring_size(c);
+  float* own_weight = buffer + (c.dst.width + kMaxBlockPixels) * tile_lanes(layout);
+  float* own_bias = own_weight + c.block * layout.tiles * 3 * packed_row_size(layout);
+  float* pack_scratch = own_weight + packed_block_size(c);
   __builtin_memset(ring, 0, ring_size(c) * sizeof(float));
   RowPlan plan;
   plan.kernel = row_kernel(c);
@@ -210,6 +222,14 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
     const BandTask t = band_task(c.cuts, c.dst, blocks, task);
     const int64_t first_bundle = t.block * c.block;
     const int64_t bundles = min_of(c.block, layout.bundles - first_bundle);
+    PackedFilters packed = {own_weight, own_bias};
+    if (c.packed.weight == nullptr) {
+      pack_weight(layout, c.filters, pack_scratch, first_bundle, first_bundle + bundles, packed);
+    } else {
+      packed = {c.packed.weight + first_bundle * layout.tiles * 3 * packed_row_size(layout),
+                c.packed.bias + first_bundle * layout.tiles * tile_lanes(layout)};
+    }
+    plan.bias = packed.bias;
     int64_t next_row = 0;
     for (int64_t h = t.first_row; h < t.last_row; ++h) {
       const Phase& phase = c.rows.phase[h % c.rows.phases];
@@ -223,7 +243,7 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
                    panel + layout.src_lanes);
         }
       }
-      find_sources(c, first_row, phase, ring, plan);
+      find_sources(c, first_row, phase, ring, packed.weight, plan);
       const WriteMap write = map_of_row(c.write, c.cuts, c.dst, t.n, h);
       for (int64_t b = 0; b < bundles; ++b) {
         for (int64_t tile = 0; tile < layout.tiles; ++tile) {

@@ -45,26 +45,12 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                      std::array<float*, 2> results = {}) {
   const Kernels& kernels = active_kernels();
   c.layout = kernels.make_layout(groups, c.src.channels / groups, c.dst.channels / groups);
-  const Buffer packed_weight = allocate(kernels.packed_weight_size(c.layout));
-  const Buffer packed_bias = allocate(kernels.packed_bias_size(c.layout));
-  const WeightPacking packing = {weight.data_ptr(),
-                                 filter_strides(weight),
-                                 bias.has_value() ? bias->data_ptr() : nullptr,
-                                 dtype_of(weight),
-                                 transposed,
-                                 transposed && c.cols.phases == 1,
-                                 c.layout,
-                                 packed_weight.get(),
-                                 packed_bias.get()};
-  const int64_t weights_per_bundle = kernels.packed_weight_size(c.layout) / c.layout.bundles;
-  torch::stable::parallel_for(0, c.layout.bundles, std::max<int64_t>(1, 16384 / weights_per_bundle),
-                              [&](int64_t begin, int64_t end) {
-                                const Buffer scratch = allocate(kernels.weight_scratch(c.layout));
-                                kernels.pack_weight(packing, scratch.get(), begin, end);
-                              });
-
-  c.weight = packed_weight.get();
-  c.bias = packed_bias.get();
+  c.filters = {weight.data_ptr(),
+               filter_strides(weight),
+               bias.has_value() ? bias->data_ptr() : nullptr,
+               dtype_of(weight),
+               transposed,
+               /*mirrored=*/transposed && c.cols.phases == 1};
   c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
   const int64_t blocks = (c.layout.bundles + c.block - 1) / c.block;
   const bool sums = takes_sums(c.write);
@@ -73,6 +59,21 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
   const Buffer partial = sums ? allocate_partial(parts, c.dst.channels) : nullptr;
   c.write.partial = partial.get();
   c.write.channels = c.dst.channels;
+
+  Buffer packed_weight, packed_bias;
+  if (c.dst.batch * c.cuts.bands > 1) {
+    packed_weight = allocate(kernels.packed_weight_size(c.layout));
+    packed_bias = allocate(kernels.packed_bias_size(c.layout));
+    c.packed = {packed_weight.get(), packed_bias.get()};
+    const int64_t bundle_size = kernels.packed_weight_size(c.layout) / c.layout.bundles;
+    const int64_t bias_size = kernels.packed_bias_size(c.layout) / c.layout.bundles;
+    torch::stable::parallel_for(
+        0, c.layout.bundles, std::max<int64_t>(1, 16384 / bundle_size), [&](int64_t begin, int64_t end) {
+          const Buffer scratch = allocate(kernels.weight_scratch(c.layout));
+          const PackedFilters first = {c.packed.weight + begin * bundle_size, c.packed.bias + begin * bias_size};
+          kernels.pack_weight(c.layout, c.filters, scratch.get(), begin, end, first);
+        });
+  }
   torch::stable::parallel_for(0, c.dst.batch * c.cuts.bands * blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernels.correlate_scratch(c));
     kernels.correlate(c, scratch.get(), begin, end);
@@ -119,12 +120,13 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
                                  1, rows);
   g.block = bundle_block(g.layout, shape.channels_last, g.chunks);
   const int64_t blocks = (g.layout.bundles + g.block - 1) / g.block;
-  const Buffer partial = allocate(g.chunks * g.layout.bundles * slice_size);
+  const Buffer partial = g.chunks > 1 ? allocate(g.chunks * g.layout.bundles * slice_size) : nullptr;
   g.partial = partial.get();
   torch::stable::parallel_for(0, blocks * g.chunks, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = allocate(kernels.wgrad_scratch(g));
     kernels.wgrad(g, scratch.get(), begin, end);
   });
+  if (g.chunks == 1) return;
   torch::stable::parallel_for(0, g.layout.bundles, std::max<int64_t>(1, 16384 / (g.chunks * slice_size)),
                               [&](int64_t begin, int64_t end) {
                                 const Buffer scratch = allocate(kernels.weight_scratch(g.layout));

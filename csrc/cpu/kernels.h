@@ -100,8 +100,26 @@ struct Layout {
   int64_t tiles, tile_vectors;
 };
 
-// Packed weights: [bundle][tile][kernel row][source channel of the group][tap][tile lane]; packed bias:
-// [bundle][tile][tile lane].
+// Where a filter keeps its weights: (C_in / groups, 3, 3) in memory, or (3, 3, C_in / groups) in channels_last.
+struct FilterStrides {
+  int64_t input, tap;
+};
+
+struct Filters {
+  const void* weight;  // (C_out, C_in / groups, 3, 3)
+  FilterStrides strides;
+  const void* bias;  // (C_out) or null
+  Dtype dtype;
+  bool transposed;  // the source channels of the correlation are the weight's output channels
+  bool mirrored;    // the taps of a row in reverse
+};
+
+// Filters as the kernels read them. Weights: [bundle][tile][kernel row][source channel of the group][tap][tile lane];
+// biases: [bundle][tile][tile lane].
+struct PackedFilters {
+  float *weight, *bias;
+};
+
 struct Correlation {
   Image src, dst;
   ReadMap read;
@@ -109,38 +127,22 @@ struct Correlation {
   Axis rows;
   Columns cols;
   Layout layout;
-  const float* weight;
-  const float* bias;
-  int64_t block;  // bundles worked on together: their source rows share the ring buffer
-  RowCuts cuts;   // of a destination image
+  Filters filters;
+  PackedFilters packed;  // null where every block is one task's, which packs it for itself
+  int64_t block;         // bundles worked on together: their source rows share the ring buffer
+  RowCuts cuts;          // of a destination image
 };
 
-// Where a filter keeps its weights: (C_in / groups, 3, 3) in memory, or (3, 3, C_in / groups) in channels_last.
-struct FilterStrides {
-  int64_t input, tap;
-};
-
-struct WeightPacking {
-  const void* weight;  // (C_out, C_in / groups, 3, 3)
-  FilterStrides strides;
-  const void* bias;  // (C_out) or null
-  Dtype dtype;
-  bool transposed;  // the source channels of the correlation are the weight's output channels
-  bool mirrored;    // the taps of a row in reverse
-  Layout layout;
-  float* packed_weight;
-  float* packed_bias;
-};
-
-// dw partials: one slice of `slice_size` floats per (chunk, bundle); chunks cut the batch * out_height rows of grad.
+// Chunks cut the batch * out_height rows of grad. Of several chunks each has partial results, a slice of `slice_size`
+// floats per bundle, to be reduced afterwards; a single one is stored where it was made.
 struct WeightGradient {
   Image grad, x;
   ReadMap read_grad, read_x;
   int64_t stride_h, stride_w;
   Layout layout;  // source: x, destination: grad
   int64_t block, chunks;
-  float* partial;
-  void* dw;  // (C_out, C_in / groups, 3, 3)
+  float* partial;  // null with a single chunk
+  void* dw;        // (C_out, C_in / groups, 3, 3)
   FilterStrides strides;
   Dtype dtype;
 };
@@ -231,7 +233,8 @@ struct Kernels {
   int64_t (*packed_weight_size)(const Layout&);
   int64_t (*packed_bias_size)(const Layout&);
   int64_t (*weight_scratch)(const Layout&);
-  void (*pack_weight)(const WeightPacking&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
+  void (*pack_weight)(const Layout&, const Filters&, float* scratch, int64_t begin_bundle, int64_t end_bundle,
+                      const PackedFilters& first);  // of begin_bundle
 
   int64_t (*correlate_scratch)(const Correlation&);
   void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);  // over batch * bands * blocks

@@ -66,23 +66,22 @@ int64_t weight_scratch(const Layout& layout) {
 }
 
 // Where a packed tile keeps tap number `tap` of the reduction's term 0; that of term i 3 * i * tile_lanes further on.
-RESNEXT_INLINE int64_t packed_tap(const WeightPacking& p, int64_t tap) {
-  const int64_t column = p.mirrored ? 2 - tap % 3 : tap % 3;
-  return tap / 3 * packed_row_size(p.layout) + column * tile_lanes(p.layout);
+RESNEXT_INLINE int64_t packed_tap(const Layout& layout, const Filters& f, int64_t tap) {
+  const int64_t column = f.mirrored ? 2 - tap % 3 : tap % 3;
+  return tap / 3 * packed_row_size(layout) + column * tile_lanes(layout);
 }
 
 // Groups that share a vector: `groups` of them.
-void pack_shared_tile(const WeightPacking& p, const float* filters, int64_t groups, float* packed) {
-  const Layout& layout = p.layout;
-  const int64_t filter_size = (p.transposed ? layout.group_dst : layout.group_src) * 9;
-  const int64_t src_step = p.transposed ? filter_size : p.strides.input;
-  const int64_t dst_step = p.transposed ? p.strides.input : filter_size;
+void pack_shared_tile(const Layout& layout, const Filters& f, const float* filters, int64_t groups, float* packed) {
+  const int64_t filter_size = (f.transposed ? layout.group_dst : layout.group_src) * 9;
+  const int64_t src_step = f.transposed ? filter_size : f.strides.input;
+  const int64_t dst_step = f.transposed ? f.strides.input : filter_size;
   const int64_t group_size = layout.group_src * layout.group_dst * 9;
   __builtin_memset(packed, 0, 3 * packed_row_size(layout) * sizeof(float));
   for (int64_t tap = 0; tap < 9; ++tap) {
     for (int64_t i = 0; i < layout.group_src; ++i) {
-      float* to = packed + packed_tap(p, tap) + i * 3 * kLanes;
-      const float* from = filters + tap * p.strides.tap + i * src_step;
+      float* to = packed + packed_tap(layout, f, tap) + i * 3 * kLanes;
+      const float* from = filters + tap * f.strides.tap + i * src_step;
       for (int64_t o = 0; o < layout.group_dst; ++o) {
         for (int64_t g = 0; g < groups; ++g) to[o * layout.shared + g] = from[o * dst_step + g * group_size];
       }
@@ -102,16 +101,16 @@ RESNEXT_INLINE void load_transposed(const float* filters, int64_t row_stride, in
 }
 
 // Lanes are filters, up to `rows` of them; the reduction is over what each filter holds.
-void pack_filters(const WeightPacking& p, const float* filters, int64_t rows, float* packed) {
-  const int64_t terms = p.layout.group_src;
-  const int64_t term_size = 3 * tile_lanes(p.layout);
+void pack_filters(const Layout& layout, const Filters& f, const float* filters, int64_t rows, float* packed) {
+  const int64_t terms = layout.group_src;
+  const int64_t term_size = 3 * tile_lanes(layout);
   Vec square[kLanes];
-  if (p.strides.tap != 1) {
+  if (f.strides.tap != 1) {
     for (int64_t tap = 0; tap < 9; ++tap) {
       for (int64_t i = 0; i < terms; i += kLanes) {
         const int64_t count = min_of(kLanes, terms - i);
-        load_transposed(filters + tap * p.strides.tap + i, terms * 9, rows, count, square);
-        float* to = packed + packed_tap(p, tap) + i * term_size;
+        load_transposed(filters + tap * f.strides.tap + i, terms * 9, rows, count, square);
+        float* to = packed + packed_tap(layout, f, tap) + i * term_size;
         for (int64_t k = 0; k < count; ++k) store(to + k * term_size, square[k]);
       }
     }
@@ -122,7 +121,7 @@ void pack_filters(const WeightPacking& p, const float* filters, int64_t rows, fl
     const int64_t count = min_of(kLanes, terms * 9 - column);
     load_transposed(filters + column, terms * 9, rows, count, square);
     for (int64_t k = 0; k < count; ++k) {
-      store(packed + packed_tap(p, tap), square[k]);
+      store(packed + packed_tap(layout, f, tap), square[k]);
       if (++tap < 9) continue;
       tap = 0;
       packed += term_size;
@@ -131,11 +130,11 @@ void pack_filters(const WeightPacking& p, const float* filters, int64_t rows, fl
 }
 
 // Lanes are the inputs of one filter, from the first of `filter` on, up to `inputs` of them: one term of the reduction.
-void pack_inputs(const WeightPacking& p, const float* filter, int64_t inputs, float* packed) {
-  if (p.strides.tap != 1) {
+void pack_inputs(const Layout& layout, const Filters& f, const float* filter, int64_t inputs, float* packed) {
+  if (f.strides.tap != 1) {
     for (int64_t tap = 0; tap < 9; ++tap) {
-      const Vec lanes = inputs > 0 ? load_first(filter + tap * p.strides.tap, inputs) : Vec{};
-      store(packed + packed_tap(p, tap), lanes);
+      const Vec lanes = inputs > 0 ? load_first(filter + tap * f.strides.tap, inputs) : Vec{};
+      store(packed + packed_tap(layout, f, tap), lanes);
     }
     return;
   }
@@ -143,50 +142,49 @@ void pack_inputs(const WeightPacking& p, const float* filter, int64_t inputs, fl
     Vec square[kLanes];
     load_transposed(filter + first, 9, inputs, min_of(kLanes, 9 - first), square);
     for (int64_t tap = first; tap < min_of(9, first + kLanes); ++tap) {
-      store(packed + packed_tap(p, tap), square[tap - first]);
+      store(packed + packed_tap(layout, f, tap), square[tap - first]);
     }
   }
 }
 
-void pack_tile(const WeightPacking& p, const float* filters, int64_t tile, float* packed_tile) {
-  const Layout& layout = p.layout;
+void pack_tile(const Layout& layout, const Filters& f, const float* filters, int64_t tile, float* packed_tile) {
   for (int64_t v = 0; v < layout.tile_vectors; ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
     float* packed = packed_tile + v * kLanes;
-    if (!p.transposed) {
-      pack_filters(p, filters + dst * layout.group_src * 9, rows, packed);
+    if (!f.transposed) {
+      pack_filters(layout, f, filters + dst * layout.group_src * 9, rows, packed);
       continue;
     }
     for (int64_t i = 0; i < layout.group_src; ++i) {
-      pack_inputs(p, filters + i * layout.group_dst * 9 + dst * p.strides.input, rows,
+      pack_inputs(layout, f, filters + i * layout.group_dst * 9 + dst * f.strides.input, rows,
                   packed + i * 3 * tile_lanes(layout));
     }
   }
 }
 
-void pack_weight(const WeightPacking& p, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
-  const Layout& layout = p.layout;
+void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t begin_bundle, int64_t end_bundle,
+                 const PackedFilters& first) {
   const int64_t lanes = tile_lanes(layout);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     const int64_t first_dst = bundle * layout.dst_channels;
     const int64_t dst_channels = bundle_dst_channels(layout, bundle);
     const int64_t first_filter =
-        p.transposed ? bundle * layout.src_channels * layout.group_dst : first_dst * layout.group_src;
+        f.transposed ? bundle * layout.src_channels * layout.group_dst : first_dst * layout.group_src;
     const float* filters =
-        read_floats(p.weight, p.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
+        read_floats(f.weight, f.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      float* packed = p.packed_weight + (bundle * layout.tiles + tile) * 3 * packed_row_size(layout);
+      float* packed = first.weight + ((bundle - begin_bundle) * layout.tiles + tile) * 3 * packed_row_size(layout);
       if (layout.shared > 1) {
-        pack_shared_tile(p, filters, dst_channels / layout.group_dst, packed);
+        pack_shared_tile(layout, f, filters, dst_channels / layout.group_dst, packed);
       } else {
-        pack_tile(p, filters, tile, packed);
+        pack_tile(layout, f, filters, tile, packed);
       }
     }
-    float* packed_bias = p.packed_bias + bundle * layout.tiles * lanes;
+    float* packed_bias = first.bias + (bundle - begin_bundle) * layout.tiles * lanes;
     __builtin_memset(packed_bias, 0, layout.tiles * lanes * sizeof(float));
-    if (p.bias != nullptr) {
-      const float* bias = read_floats(p.bias, p.dtype, first_dst, dst_channels, scratch);
+    if (f.bias != nullptr) {
+      const float* bias = read_floats(f.bias, f.dtype, first_dst, dst_channels, scratch);
       for (int64_t c = 0; c < dst_channels; ++c) {
         packed_bias[lane_of(layout, c / layout.group_dst, c % layout.group_dst)] = bias[c];
       }

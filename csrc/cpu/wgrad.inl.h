@@ -124,7 +124,9 @@ RESNEXT_INLINE int64_t wgrad_ring_size(const WeightGradient& g) {
 }
 
 int64_t wgrad_scratch(const WeightGradient& g) {
-  return wgrad_ring_size(g) + wgrad_rows(g) * g.grad.width * grad_lanes(g.layout);
+  int64_t size = wgrad_ring_size(g) + wgrad_rows(g) * g.grad.width * grad_lanes(g.layout);
+  if (g.chunks == 1) size += g.block * wgrad_slice_size(g.layout) + weight_scratch(g.layout);
+  return size;
 }
 
 // Adds what grad rows [begin, end) of an image give to one bundle's slice.
@@ -150,52 +152,6 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
         for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kMaxGradBlock, rows[i].x + v * kLanes};
         kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, g.grad.width,
                 slice + ((v * blocks + o) * 3 + r) * row_size});
-      }
-    }
-  }
-}
-
-void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) {
-  const Layout& layout = g.layout;
-  const int64_t slice_size = wgrad_slice_size(layout);
-  const int64_t height = g.grad.height;
-  const int64_t rows = g.grad.batch * height;
-  const WgradKernel kernel = wgrad_kernel(g);
-  const IntVec x_order = channels_of_lanes(layout, layout.group_src);
-  const IntVec grad_order = channels_of_lanes(layout, layout.group_dst);
-  float* ring = scratch;
-  float* grad = scratch + wgrad_ring_size(g);
-  __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task % g.chunks;
-    const int64_t first_bundle = task / g.chunks * g.block;
-    const int64_t bundles = min_of(g.block, layout.bundles - first_bundle);
-    float* slices = g.partial + (chunk * layout.bundles + first_bundle) * slice_size;
-    __builtin_memset(slices, 0, bundles * slice_size * sizeof(float));
-    const int64_t chunk_end = rows * (chunk + 1) / g.chunks;
-    int64_t next_row = 0;
-    for (int64_t flat = rows * chunk / g.chunks; flat < chunk_end;) {
-      const int64_t n = flat / height;
-      const int64_t p = flat % height;
-      const int64_t p_end = min_of(min_of(p + wgrad_rows(g), height), p + chunk_end - flat);
-      flat += p_end - p;
-      const int64_t first_row = p * g.stride_h - 1;
-      if (p == 0 || next_row < first_row) next_row = first_row < 0 ? 0 : first_row;
-      for (; next_row < min_of((p_end - 1) * g.stride_h + 2, g.x.height); ++next_row) {
-        for (int64_t b = 0; b < bundles; ++b) {
-          float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
-          read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
-                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order,
-                   panel + layout.src_lanes);
-        }
-      }
-      for (int64_t b = 0; b < bundles; ++b) {
-        const int64_t bundle = first_bundle + b;
-        for (int64_t row = p; row < p_end; ++row) {
-          read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
-                   grad_lanes(layout), grad_order, grad + (row - p) * g.grad.width * grad_lanes(layout));
-        }
-        wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
       }
     }
   }
@@ -249,20 +205,76 @@ void unpack_slice(const Layout& layout, const FilterStrides& strides, const floa
   }
 }
 
-// Sums the chunks of some bundles, in order, and brings them to (C_out, C_in / groups, 3, 3).
-void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
+// Brings a bundle's slice to (C_out, C_in / groups, 3, 3).
+void store_wgrad(const WeightGradient& g, int64_t bundle, const float* slice, float* scratch) {
+  const Layout& layout = g.layout;
+  const int64_t outputs = bundle_dst_channels(layout, bundle);
+  const auto unpack = layout.shared > 1 ? unpack_shared_slice : unpack_slice;
+  unpack(layout, g.strides, slice, outputs, scratch);
+  const int64_t filter_size = layout.group_src * 9;
+  write_floats(g.dw, g.dtype, bundle * layout.dst_channels * filter_size, outputs * filter_size, scratch);
+}
+
+void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) {
   const Layout& layout = g.layout;
   const int64_t slice_size = wgrad_slice_size(layout);
+  const int64_t height = g.grad.height;
+  const int64_t rows = g.grad.batch * height;
+  const WgradKernel kernel = wgrad_kernel(g);
+  const IntVec x_order = channels_of_lanes(layout, layout.group_src);
+  const IntVec grad_order = channels_of_lanes(layout, layout.group_dst);
+  float* ring = scratch;
+  float* grad = ring + wgrad_ring_size(g);
+  float* own_slices = grad + wgrad_rows(g) * g.grad.width * grad_lanes(layout);
+  float* store_scratch = own_slices + g.block * slice_size;
+  __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t chunk = task % g.chunks;
+    const int64_t first_bundle = task / g.chunks * g.block;
+    const int64_t bundles = min_of(g.block, layout.bundles - first_bundle);
+    float* slices =
+        g.chunks == 1 ? own_slices : g.partial + (chunk * layout.bundles + first_bundle) * slice_size;
+    __builtin_memset(slices, 0, bundles * slice_size * sizeof(float));
+    const int64_t chunk_end = rows * (chunk + 1) / g.chunks;
+    int64_t next_row = 0;
+    for (int64_t flat = rows * chunk / g.chunks; flat < chunk_end;) {
+      const int64_t n = flat / height;
+      const int64_t p = flat % height;
+      const int64_t p_end = min_of(min_of(p + wgrad_rows(g), height), p + chunk_end - flat);
+      flat += p_end - p;
+      const int64_t first_row = p * g.stride_h - 1;
+      if (p == 0 || next_row < first_row) next_row = first_row < 0 ? 0 : first_row;
+      for (; next_row < min_of((p_end - 1) * g.stride_h + 2, g.x.height); ++next_row) {
+        for (int64_t b = 0; b < bundles; ++b) {
+          float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
+          read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
+                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order,
+                   panel + layout.src_lanes);
+        }
+      }
+      for (int64_t b = 0; b < bundles; ++b) {
+        const int64_t bundle = first_bundle + b;
+        for (int64_t row = p; row < p_end; ++row) {
+          read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
+                   grad_lanes(layout), grad_order, grad + (row - p) * g.grad.width * grad_lanes(layout));
+        }
+        wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
+      }
+    }
+    if (g.chunks > 1) continue;
+    for (int64_t b = 0; b < bundles; ++b) store_wgrad(g, first_bundle + b, slices + b * slice_size, store_scratch);
+  }
+}
+
+// Sums the chunks of some bundles, in order, and stores them.
+void reduce_wgrad(const WeightGradient& g, float* scratch, int64_t begin_bundle, int64_t end_bundle) {
+  const int64_t slice_size = wgrad_slice_size(g.layout);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     float* total = g.partial + bundle * slice_size;
     for (int64_t chunk = 1; chunk < g.chunks; ++chunk) {
-      const float* slice = g.partial + (chunk * layout.bundles + bundle) * slice_size;
+      const float* slice = g.partial + (chunk * g.layout.bundles + bundle) * slice_size;
       for (int64_t i = 0; i < slice_size; i += kLanes) store(total + i, load(total + i) + load(slice + i));
     }
-    const int64_t outputs = bundle_dst_channels(layout, bundle);
-    const auto unpack = layout.shared > 1 ? unpack_shared_slice : unpack_slice;
-    unpack(layout, g.strides, total, outputs, scratch);
-    const int64_t filter_size = layout.group_src * 9;
-    write_floats(g.dw, g.dtype, bundle * layout.dst_channels * filter_size, outputs * filter_size, scratch);
+    store_wgrad(g, bundle, total, scratch);
   }
 }
