@@ -233,6 +233,8 @@ class Tuner:
             try:
                 message = gate.mismatch(call())
             except (RuntimeError, ValueError, triton.errors.TritonError) as error:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()  # raises again what has left the GPU unusable: then the run ends
                 left_out[f"does not run ({type(error).__name__})"] += 1
                 continue
             if message is None:

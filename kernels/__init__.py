@@ -11,7 +11,7 @@ if __name__ != "resnext.kernels":
     )
 
 from . import flops  # noqa: F401  registers what FLOP counters count
-from .dispatch import BackendError, explain, serving_backend, use_backend
+from .dispatch import BackendError, use_backend
 from .fused import (
     affine_add_relu,
     affine_relu_max_pool,
@@ -22,6 +22,7 @@ from .fused import (
     why_not_conv_stats,
 )
 from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
+from .reasons import explain, serving_backend
 
 __all__ = [
     "BackendError",

@@ -50,10 +50,10 @@ def candidates(
 
 def _strips(problem: ConvProblem, config: StripsConfig) -> Iterator[StripsConfig]:
     """Strips of 1 (rows that slide down), 2 and 4 columns."""
-    bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], (1, 2, 3)
+    bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], [1, 2, 3]
     if problem.op == "wgrad":
         # Partial sums are what costs there, not the border rows of bands; and its loop is not pipelined.
-        bands, splits, stages = [config.band], [config.splits, max(1, config.splits // 2), 2 * config.splits], (1,)
+        bands, splits, stages = [config.band], [config.splits, max(1, config.splits // 2), 2 * config.splits], [1]
     tiles = [(16, 1), (16, 2), (32, 1), (32, 2)]
     if config.merged * max(problem.group_in, problem.group_out) > MATRIX_WIDTH:
         # One warp holds no 32 rows of 32 channels; four and 64 rows use the wide matrix instructions (wgmma).

@@ -19,7 +19,7 @@ STANDARD = sys.stdlib_module_names
 # module -> what it may import besides the standard library; "." stands before a sibling in kernels/.
 TRITON = {".config", "triton", "torch"}
 ALLOWED = {
-    "kernels/__init__": {".dispatch", ".ops", ".fused", ".flops"},
+    "kernels/__init__": {".dispatch", ".ops", ".fused", ".flops", ".reasons"},
     "kernels/calls": {".dispatch", "torch"},
     "kernels/ops": {".calls", ".checks", ".dispatch", ".reference", "torch"},
     "kernels/fused": {".calls", ".checks", ".config", ".dispatch", ".fused_ops", ".ops", ".reference", "torch"},
@@ -36,6 +36,7 @@ ALLOWED = {
         "torch",
     },
     "kernels/tuning": {".config", "torch"},
+    "kernels/reasons": {".checks", ".composed", ".dispatch", "torch"},
     "kernels/composed": {".config", ".reference", "torch"},
     "kernels/onednn": {".reference", "torch"},
     "kernels/checks": {"torch"},

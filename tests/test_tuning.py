@@ -292,17 +292,14 @@ def test_a_fastest_backend_that_cannot_serve_decides_nothing(gpu):
 def test_explain_gives_the_measurement(gpu, monkeypatch):
     """`explain` of a tensor without data that says it is on a GPU."""
     write(gpu[0], make_entry(backend="torch", batch=2, channels_last=False, dtype=torch.float32))
-    problem_of = dispatch.problem_of
+    problem_of, measured = dispatch.problem_of, dispatch.measured
     monkeypatch.setattr(dispatch, "problem_of", lambda *args: problem_of(*args[:6], CUDA, args[7]))
     monkeypatch.setattr(dispatch, "measured", lambda problem, device, *rest: measured(problem, CUDA, *rest))
     x, weight = torch.empty(2, 128, 56, 56, device="meta"), torch.empty(128, 4, 3, 3, device="meta")
-    lines = dispatch.explain(x, weight, groups=32).splitlines()
+    lines = resnext.explain(x, weight, groups=32).splitlines()
     assert lines[1] == "  fwd: torch"
     assert "    not triton: PyTorch was measured to be faster on this GPU: 70.5 us against 50.0 us" in lines
     assert "  dgrad: triton" in lines
-
-
-measured = dispatch.measured
 
 
 def launchers(fusion, weight_shape, op="fwd", groups=1):
@@ -314,7 +311,6 @@ def launchers(fusion, weight_shape, op="fwd", groups=1):
 
 def test_measurements_of_what_is_fused(gpu, monkeypatch):
     """1x1 convolutions where the heuristic says no, 3x3 where it says yes; both gradients together."""
-    monkeypatch.setattr(dispatch, "_module", lambda name: sys.modules["resnext.kernels.reference"])
     monkeypatch.setattr(dispatch, "pointwise_by_triton", lambda problem: False)
     served = []
     monkeypatch.setattr(dispatch, "_module", lambda name: served.append(name) or sys)
