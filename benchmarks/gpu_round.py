@@ -146,7 +146,7 @@ def tuning(out: Path) -> list[Step]:
     return [
         _build(),
         tune("plain", 170),
-        _tests("tuning", "candidates"),
+        _tests("tuning", "tune", "candidates"),
         sanitize("memcheck", 90),
         sanitize("racecheck", 90),
         tune("stats,affine", 200),

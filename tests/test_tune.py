@@ -29,15 +29,20 @@ from resnext.kernels import reference, tuning  # noqa: E402
 QUICK = ["--device", "cpu", "--quick"]
 
 
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
+    command = [sys.executable, "benchmarks/tune.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def test_in_the_interpreter(tmp_path):
     """From the command line to the file, twice; the second run has nothing left to do."""
-    command = [sys.executable, "benchmarks/tune.py", *QUICK, "--candidates", "2", "--out", str(tmp_path)]
-    command += ["--passes", "fwd,wgrad", "--fusions", "plain,stats"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    arguments = [*QUICK, "--candidates", "2", "--passes", "fwd,wgrad", "--fusions", "plain,stats"]
     for runs in range(2):
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = run(*arguments, "--out", str(tmp_path), TRITON_INTERPRET="1")
         file = tmp_path / "interpreter.json"
         assert done.stdout.startswith(f"interpreter: {file}\n")
         entries = tuning.read(file, "interpreter")
@@ -59,6 +64,15 @@ def test_in_the_interpreter(tmp_path):
         else:
             assert "6 of 6 are in the file already" in done.stdout
             assert "candidates timed" not in done.stdout
+
+
+def test_on_a_gpu(cuda, tmp_path):
+    """Compiled by other processes, timed by CUDA graphs, and all of it right."""
+    done = run("--device", "cuda", "--quick", "--candidates", "6", "--out", str(tmp_path))
+    name = torch.cuda.get_device_name(cuda)
+    entries = tuning.read(tmp_path / tuning.file_name(name), name)
+    assert len(entries) == 13
+    assert not any(word in done.stdout for word in ("WRONG", "does not run", "does not compile"))
 
 
 # --- in this process: PyTorch plays the Triton kernels ---
