@@ -89,6 +89,10 @@ def test_where_pytorch_was_measured_faster_it_serves():
     others = ({"op": "wgrad"}, {"stride": (1, 1)}, {"input_shape": (2, 96, 14, 14)}, {"channels_last": False})
     for other in others:
         assert dispatch.not_chosen("cpu", problem(**(strided | other))) is None
+    narrower = strided | {"weight_shape": (96, 24, 3, 3), "groups": 4}
+    assert dispatch.not_chosen("cpu", problem(**narrower)) is None
+    narrower["input_shape"] = (2, 96, 56, 56)
+    assert "measured" in dispatch.not_chosen("cpu", problem(**narrower))
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):

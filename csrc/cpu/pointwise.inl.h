@@ -168,6 +168,7 @@ void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, 
 RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t lanes, float* out) {
   Vec acc[kProductPixels][kProductVectors] = {};
   for (int64_t i = 0; i < lanes; i += kLanes) {
+    RESNEXT_UNROLL_4
     for (int lane = 0; lane < kLanes; ++lane) {
       Vec w[kProductVectors];
       RESNEXT_UNROLL

@@ -16,8 +16,10 @@ typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 #define RESNEXT_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define RESNEXT_UNROLL _Pragma("unroll")
+#define RESNEXT_UNROLL_4 _Pragma("unroll 4")
 #else
 #define RESNEXT_UNROLL _Pragma("GCC unroll 64")
+#define RESNEXT_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
