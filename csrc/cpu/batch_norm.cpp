@@ -33,9 +33,9 @@ Elementwise elementwise_of(Elementwise::Kind kind, const Tensor& z, bool channel
 Parts parts_of(const Elementwise& e) {
   if (e.channels_last) {
     const int64_t pixels = e.batch * e.pixels;
-    return {1, (pixels + e.part_pixels - 1) / e.part_pixels, pixels, e.part_pixels};
+    return {1, ceil_div(pixels, e.part_pixels), pixels, e.part_pixels};
   }
-  return {e.batch, (e.pixels + e.part_pixels - 1) / e.part_pixels, e.pixels, e.part_pixels};
+  return {e.batch, ceil_div(e.pixels, e.part_pixels), e.pixels, e.part_pixels};
 }
 
 void run_elementwise(const Elementwise& e) {
@@ -122,7 +122,7 @@ MaxPool max_pool_of(const Tensor& z, const Tensor& pooled, const OptionalTensor&
   return p;
 }
 
-int64_t blocks_of(const MaxPool& p) { return (p.z.channels + p.lanes - 1) / p.lanes; }
+int64_t blocks_of(const MaxPool& p) { return ceil_div(p.z.channels, p.lanes); }
 
 void affine_relu_max_pool(const Tensor z, const OptionalTensor center, const Tensor scale, const Tensor shift,
                           Tensor out, const OptionalTensor taps, bool channels_last) {
@@ -132,10 +132,8 @@ void affine_relu_max_pool(const Tensor z, const OptionalTensor center, const Ten
   p.read = {ReadMap::kAffineRelu, affine.affine, nullptr};
   p.cuts = cut_rows(p.pooled, blocks_of(p), /*sums=*/false);
   const Kernels& kernels = active_kernels();
-  torch::stable::parallel_for(0, p.z.batch * p.cuts.bands * blocks_of(p), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(kernels.max_pool_scratch(p));
-    kernels.max_pool(p, scratch.get(), begin, end);
-  });
+  run_tasks(p.z.batch * p.cuts.bands * blocks_of(p), 1, kernels.max_pool_scratch(p),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.max_pool(p, scratch, begin, end); });
 }
 
 void affine_relu_max_pool_bwd(const Tensor dout, const Tensor taps, const Tensor z, const OptionalTensor center,
@@ -155,10 +153,8 @@ void affine_relu_max_pool_bwd(const Tensor dout, const Tensor taps, const Tensor
   const Buffer partial = allocate_partial(parts, p.z.channels);
   p.write.partial = partial.get();
   const Kernels& kernels = active_kernels();
-  torch::stable::parallel_for(0, p.z.batch * p.cuts.bands * blocks_of(p), 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(kernels.max_pool_gradient_scratch(p));
-    kernels.max_pool_gradient(p, scratch.get(), begin, end);
-  });
+  run_tasks(p.z.batch * p.cuts.bands * blocks_of(p), 1, kernels.max_pool_gradient_scratch(p),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.max_pool_gradient(p, scratch, begin, end); });
   if (!dshift.has_value()) return;
   merge_sums(partial.get(), parts, p.z.channels, 0, floats_of(dshift));
   merge_sums(partial.get(), parts, p.z.channels, 1, floats_of(dscale));

@@ -1,7 +1,5 @@
 #include "driver.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -12,8 +10,8 @@ namespace resnext::cpu {
 void Free::operator()(float* data) const { std::free(data); }
 
 Buffer allocate(int64_t count) {
-  constexpr size_t kAlignment = 64;  // a cache line, and the widest vector
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+  constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
+  const int64_t bytes = round_up(count * size_of(Dtype::kFloat32), kAlignment);
   void* data = nullptr;
   if (posix_memalign(&data, kAlignment, std::max(bytes, kAlignment)) != 0) throw std::bad_alloc();
   return Buffer(static_cast<float*>(data));
@@ -77,9 +75,9 @@ int64_t wanted_tasks() { return 4 * static_cast<int64_t>(torch::stable::get_num_
 RowCuts cut_rows(const Image& written, int64_t blocks, bool sums) {
   constexpr int64_t kPartPixels = 256;
   const int64_t part_rows = sums ? std::clamp<int64_t>(kPartPixels / written.width, 1, written.height) : 1;
-  const int64_t parts = (written.height + part_rows - 1) / part_rows;
+  const int64_t parts = ceil_div(written.height, part_rows);
   const int64_t tasks = written.batch * blocks;
-  return {part_rows, parts, std::clamp<int64_t>((wanted_tasks() + tasks - 1) / tasks, 1, parts)};
+  return {part_rows, parts, std::clamp<int64_t>(ceil_div(wanted_tasks(), tasks), 1, parts)};
 }
 
 Parts parts_of(const RowCuts& cuts, const Image& image) {
@@ -98,7 +96,7 @@ constexpr int64_t kBlock = 64;  // channels added up together
 template <class Merge>
 void for_channel_blocks(const Parts& parts, int64_t channels, Merge merge) {
   constexpr int64_t kAdditions = 32768;
-  torch::stable::parallel_for(0, (channels + kBlock - 1) / kBlock,
+  torch::stable::parallel_for(0, ceil_div(channels, kBlock),
                               std::max<int64_t>(1, kAdditions / (parts.count() * kBlock)),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t block = begin; block < end; ++block) {

@@ -2,7 +2,11 @@
 // every sum: partial results of the kernels, added up in an order that does not depend on the number of threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <memory>
 
 #include "../checks.h"
@@ -37,6 +41,21 @@ OwnedAffine statistics_gradient(const Tensor& mean, const Tensor& dmean, const T
 
 // Tasks of about equal length that keep all threads busy to the end.
 int64_t wanted_tasks();
+
+// Gives tasks [0, count) to threads as these become free, up to `at_once` that follow each other at a time: cores of
+// different speed, or shared with others' work, then end together. Calls work(begin, end, scratch).
+template <class Work>
+void run_tasks(int64_t count, int64_t at_once, int64_t scratch_size, Work work) {
+  const int64_t pieces = ceil_div(count, at_once);
+  const int64_t threads = std::min<int64_t>(pieces, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Buffer scratch = allocate(scratch_size);
+    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+      work(piece * at_once, std::min(count, (piece + 1) * at_once), scratch.get());
+    }
+  });
+}
 
 // Cuts the rows of the image that a band task writes. With sums, a part has enough pixels for its partial results to be
 // small beside it.

@@ -33,11 +33,11 @@ Axis gradient_rows(int64_t stride) {
 int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
   const int64_t narrowest = channels_last ? 32 : 16;
   const int64_t widest = channels_last ? 256 : 16;
-  const int64_t blocks = (wanted_tasks() + tasks - 1) / tasks;
+  const int64_t blocks = ceil_div(wanted_tasks(), tasks);
   const int64_t channels = std::clamp<int64_t>(layout.bundles * layout.src_lanes / blocks, narrowest, widest);
   const int64_t bundles = std::clamp<int64_t>(channels / layout.src_lanes, 1, layout.bundles);
-  const int64_t balanced = (layout.bundles + bundles - 1) / bundles;
-  return (layout.bundles + balanced - 1) / balanced;
+  const int64_t balanced = ceil_div(layout.bundles, bundles);
+  return ceil_div(layout.bundles, balanced);
 }
 
 // `results`: mean and variance, or dshift and dscale, where the write map makes them.
@@ -52,7 +52,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                transposed,
                /*mirrored=*/transposed && c.cols.phases == 1};
   c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
-  const int64_t blocks = (c.layout.bundles + c.block - 1) / c.block;
+  const int64_t blocks = ceil_div(c.layout.bundles, c.block);
   const bool sums = takes_sums(c.write);
   c.cuts = cut_rows(c.dst, blocks, sums);
   const Parts parts = parts_of(c.cuts, c.dst);
@@ -67,17 +67,14 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
     c.packed = {packed_weight.get(), packed_bias.get()};
     const int64_t bundle_size = kernels.packed_weight_size(c.layout) / c.layout.bundles;
     const int64_t bias_size = kernels.packed_bias_size(c.layout) / c.layout.bundles;
-    torch::stable::parallel_for(
-        0, c.layout.bundles, std::max<int64_t>(1, 16384 / bundle_size), [&](int64_t begin, int64_t end) {
-          const Buffer scratch = allocate(kernels.weight_scratch(c.layout));
-          const PackedFilters first = {c.packed.weight + begin * bundle_size, c.packed.bias + begin * bias_size};
-          kernels.pack_weight(c.layout, c.filters, scratch.get(), begin, end, first);
-        });
+    run_tasks(c.layout.bundles, std::max<int64_t>(1, 16384 / bundle_size), kernels.weight_scratch(c.layout),
+              [&](int64_t begin, int64_t end, float* scratch) {
+                const PackedFilters first = {c.packed.weight + begin * bundle_size, c.packed.bias + begin * bias_size};
+                kernels.pack_weight(c.layout, c.filters, scratch, begin, end, first);
+              });
   }
-  torch::stable::parallel_for(0, c.dst.batch * c.cuts.bands * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(kernels.correlate_scratch(c));
-    kernels.correlate(c, scratch.get(), begin, end);
-  });
+  run_tasks(c.dst.batch * c.cuts.bands * blocks, 1, kernels.correlate_scratch(c),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.correlate(c, scratch, begin, end); });
   merge_results(c.write, parts, results);
 }
 
@@ -119,19 +116,14 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
                                            kPartialFloats / (g.layout.bundles * slice_size)}),
                                  1, rows);
   g.block = bundle_block(g.layout, shape.channels_last, g.chunks);
-  const int64_t blocks = (g.layout.bundles + g.block - 1) / g.block;
+  const int64_t blocks = ceil_div(g.layout.bundles, g.block);
   const Buffer partial = g.chunks > 1 ? allocate(g.chunks * g.layout.bundles * slice_size) : nullptr;
   g.partial = partial.get();
-  torch::stable::parallel_for(0, blocks * g.chunks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(kernels.wgrad_scratch(g));
-    kernels.wgrad(g, scratch.get(), begin, end);
-  });
+  run_tasks(blocks * g.chunks, 1, kernels.wgrad_scratch(g),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.wgrad(g, scratch, begin, end); });
   if (g.chunks == 1) return;
-  torch::stable::parallel_for(0, g.layout.bundles, std::max<int64_t>(1, 16384 / (g.chunks * slice_size)),
-                              [&](int64_t begin, int64_t end) {
-                                const Buffer scratch = allocate(kernels.weight_scratch(g.layout));
-                                kernels.reduce_wgrad(g, scratch.get(), begin, end);
-                              });
+  run_tasks(g.layout.bundles, std::max<int64_t>(1, 16384 / (g.chunks * slice_size)), kernels.weight_scratch(g.layout),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.reduce_wgrad(g, scratch, begin, end); });
 }
 
 void grouped_conv2d_fwd(const Tensor x, const Tensor weight, const OptionalTensor bias, Tensor out, int64_t stride_h,

@@ -11,6 +11,9 @@
 
 namespace resnext::cpu {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 enum class Dtype { kFloat32, kFloat16, kBFloat16, kUint8 };  // uint8: the max pool's taps, small whole numbers
 
 constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kUint8 ? 1 : 2; }
@@ -224,7 +227,7 @@ struct MaxPool {
   int64_t lanes;
 };
 
-// Entry points of one instruction set. The driver's parallel_for gives out ranges of tasks; each range gets scratch
+// Entry points of one instruction set. `run_tasks` of driver.h gives out ranges of tasks; each thread gets scratch
 // memory of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
 struct Kernels {
   const char* name;

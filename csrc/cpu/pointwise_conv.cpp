@@ -11,9 +11,6 @@
 namespace resnext::cpu {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 constexpr int64_t kPanelFloats = 88 * 1024;  // of a source: a third of an L2 cache of 1 MiB
 
 // Pixels of a panel of `lanes` channels: many enough that weights are not read too often, few enough for the cache, and
@@ -80,10 +77,10 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
   const Buffer partial = takes_sums(write) ? allocate_partial(parts, channels) : nullptr;
   p.write.partial = partial.get();
   p.write.channels = channels;
-  torch::stable::parallel_for(0, panels * tiles, 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(kernels.product_scratch(p));
-    kernels.multiply(p, scratch.get(), begin, end);
-  });
+  // A panel is read again by every piece of its tiles: few pieces.
+  const int64_t at_once = std::clamp<int64_t>(panels * tiles / (2 * wanted_tasks()), 1, tiles);
+  run_tasks(panels * tiles, at_once, kernels.product_scratch(p),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.multiply(p, scratch, begin, end); });
   merge_results(p.write, parts, results);
 }
 
@@ -113,10 +110,8 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   g.chunks = std::clamp<int64_t>(pixels / kPixelsPerChunk, 1, ceil_div(kWantedTasks, blocks));
   const Buffer partial = g.chunks > 1 ? allocate(g.chunks * blocks * kernels.gradient_slice_size(g)) : nullptr;
   g.partial = partial.get();
-  torch::stable::parallel_for(0, g.chunks * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = allocate(kernels.gradient_scratch(g));
-    kernels.pixel_gradient(g, scratch.get(), begin, end);
-  });
+  run_tasks(g.chunks * blocks, 1, kernels.gradient_scratch(g),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.pixel_gradient(g, scratch, begin, end); });
   if (g.chunks == 1) return;
   torch::stable::parallel_for(0, blocks * ceil_div(g.x_block, kTileChannels), 1,
                               [&](int64_t begin, int64_t end) { kernels.reduce_gradient(g, begin, end); });

@@ -23,8 +23,6 @@ typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 #endif
 
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Half {
   uint16_t bits;
