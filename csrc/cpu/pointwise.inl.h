@@ -317,22 +317,22 @@ int64_t gradient_scratch(const PixelGradient& g) {
   return gradient_panels(g) + (g.chunks == 1 ? gradient_slice_size(g) : 0);
 }
 
-// Sums kTileChannels channels of x, number `tile` of a block, of all chunks, in order, and stores them; `slice` is the
+// Sums the channels of x in tiles [begin, end) of a block, of all chunks, in order, and stores them; `slice` is the
 // block's in the first chunk.
 template <class T>
-void store_gradient_as(const PixelGradient& g, int64_t block, int64_t tile, const float* slice) {
+void store_gradient_as(const PixelGradient& g, int64_t block, int64_t begin, int64_t end, const float* slice) {
   const int64_t all_channels = g.x.image.channels;
   const int64_t x_blocks = ceil_div(all_channels, g.x_block);
   const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
   const int64_t chunk_size = grad_blocks * x_blocks * gradient_slice_size(g);
   const int64_t first_row = block / x_blocks * g.grad_block;
   const int64_t rows = min_of(g.grad_block, g.grad.image.channels - first_row);
-  const int64_t first = block % x_blocks * g.x_block + tile * kTileChannels;
-  const int64_t channels = min_of(kTileChannels, all_channels - first);
+  const int64_t first = block % x_blocks * g.x_block;
+  const int64_t channels = min_of(end * kTileChannels, min_of(g.x_block, all_channels - first));
   T* to = static_cast<T*>(g.dw) + first_row * all_channels + first;
   for (int64_t row = 0; row < rows; ++row, to += all_channels) {
-    for (int64_t lane = 0; lane < channels; lane += kLanes) {
-      const int64_t column = (tile * kTileChannels + lane) / kProductLanes * kProductLanes;
+    for (int64_t lane = begin * kTileChannels; lane < channels; lane += kLanes) {
+      const int64_t column = lane / kProductLanes * kProductLanes;
       const float* from = slice + column * grad_lanes(g) + row * kProductLanes + lane % kProductLanes;
       Vec sum = load(from);
       for (int64_t chunk = 1; chunk < g.chunks; ++chunk) sum += load(from + chunk * chunk_size);
@@ -345,14 +345,14 @@ void store_gradient_as(const PixelGradient& g, int64_t block, int64_t tile, cons
   }
 }
 
-void store_gradient(const PixelGradient& g, int64_t block, int64_t tile, const float* slice) {
+void store_gradient(const PixelGradient& g, int64_t block, int64_t begin, int64_t end, const float* slice) {
   switch (g.dtype) {
     case Dtype::kFloat16:
-      return store_gradient_as<Half>(g, block, tile, slice);
+      return store_gradient_as<Half>(g, block, begin, end, slice);
     case Dtype::kBFloat16:
-      return store_gradient_as<BFloat16>(g, block, tile, slice);
+      return store_gradient_as<BFloat16>(g, block, begin, end, slice);
     default:
-      return store_gradient_as<float>(g, block, tile, slice);
+      return store_gradient_as<float>(g, block, begin, end, slice);
   }
 }
 
@@ -431,8 +431,7 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
         }
       }
     }
-    if (g.chunks > 1) continue;
-    for (int64_t tile = 0; tile < ceil_div(x_channels, kTileChannels); ++tile) store_gradient(g, task, tile, slice);
+    if (g.chunks == 1) store_gradient(g, task, 0, x_lanes(g) / kTileChannels, slice);
   }
 }
 
@@ -441,8 +440,6 @@ void reduce_gradient(const PixelGradient& g, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / tiles;
     const int64_t tile = task % tiles;
-    if (block % ceil_div(g.x.image.channels, g.x_block) * g.x_block + tile * kTileChannels < g.x.image.channels) {
-      store_gradient(g, block, tile, g.partial + block * gradient_slice_size(g));
-    }
+    store_gradient(g, block, tile, tile + 1, g.partial + block * gradient_slice_size(g));
   }
 }

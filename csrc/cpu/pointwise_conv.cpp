@@ -66,7 +66,8 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
   const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels);
   Buffer packed;
   p.packed = operands.packed;
-  if (p.packed == nullptr && panels > 1) {  // a single panel packs every tile once anyway
+  // A single panel's tiles are packed where they are used; not so transposed ones, which are quicker to read together.
+  if (p.packed == nullptr && (panels > 1 || operands.transposed)) {
     packed = allocate(tiles * lanes * tile_channels);
     pack(kernels, p.weight, packed.get());
     p.packed = packed.get();
