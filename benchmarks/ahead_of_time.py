@@ -54,7 +54,10 @@ def compile_launch(launch: Launch, tensors: Mapping[str, torch.dtype], arch: int
     constants, signature, attributes = dict(launch.constants), {}, {}
     for i, name in enumerate(launch.kernel.arg_names):
         size = launch.sizes.get(name)
-        if name in tensors:
+        if name in launch.blocks:
+            rows, columns = launch.blocks[name]
+            signature[name] = f"tensordesc<{POINTERS[tensors[name]][1:]}[{rows}, {columns}]>"
+        elif name in tensors:
             signature[name] = POINTERS[tensors[name]]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name in constants or size in (None, 1):
@@ -74,7 +77,7 @@ def compile_launch(launch: Launch, tensors: Mapping[str, torch.dtype], arch: int
 def specialization(launch: Launch, dtype: torch.dtype) -> Hashable:
     """What tells one compiled kernel from another: launches that share it are compiled once."""
     sizes = [(name, size == 1, size % 16 == 0) for name, size in launch.sizes.items()]
-    return (launch.kernel, dtype, *launch.constants.items(), *launch.options.items(), *sizes)
+    return (launch.kernel, dtype, *launch.constants.items(), *launch.options.items(), *launch.blocks.items(), *sizes)
 
 
 def machine_code(kernel: triton.compiler.CompiledKernel) -> str:
@@ -110,4 +113,9 @@ def describe(config: Config | PointwiseConfig) -> str:
     tile = f"strip {config.strip}" if isinstance(config, StripsConfig) else f"N {config.block_n} K {config.block_k}"
     merged = "" if isinstance(config, PointwiseConfig) else f"merged {config.merged} "
     text = f"{form} {merged}M {config.block_m} {tile} warps {config.num_warps} stages {config.num_stages}"
+    if config.max_registers is not None:
+        text += f" registers {config.max_registers}"
+    for name in ("source_in_registers", "tensor_descriptors"):
+        if getattr(config, name, False):
+            text += f" {name.replace('_', ' ')}"
     return text.strip()

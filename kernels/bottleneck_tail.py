@@ -34,7 +34,7 @@ from torch import Tensor
 from .config import ConvProblem, TapsConfig, bottleneck_tail_config
 from .grouped_conv_fusion import load_vector, relu
 from .grouped_conv_tiles import aligned, dot, exact_tile
-from .launch import Launch, empty, nhwc, precision, to_layout
+from .launch import Launch, empty, nhwc, options, precision, to_layout
 from .tuning import tf32_allowed
 
 
@@ -182,10 +182,8 @@ def plan(
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     constants["ALIGN"] = math.gcd(problem.in_channels, problem.out_channels, out_channels, 16)
     constants["PRECISION"] = precision(problem.dtype, allow_tf32)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
     programs = triton.cdiv(out_channels, config.block_n) * triton.cdiv(pixels, config.block_m)
-    return Launch(bottleneck_tail_kernel, programs, sizes, constants, options)
+    return Launch(bottleneck_tail_kernel, programs, sizes, constants, options(config))
 
 
 def bottleneck_tail(

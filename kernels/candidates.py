@@ -9,15 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from .config import (
     MATRIX_WIDTH,
+    MOST_REGISTERS,
     Config,
     ConvProblem,
     PointwiseConfig,
     StripsConfig,
     TapsConfig,
     choose_config,
+    fits_descriptors,
     fits_strips,
     pointwise_config,
     round_up_to_block,
@@ -25,30 +30,40 @@ from .config import (
     taps_config,
 )
 
+_WGMMA = 90  # The architecture that has it, and only that one.
+_TMA = 90  # The first architecture with tensor descriptors in hardware.
 _SHARED_MEMORY = 220 * 1024  # Of one program on an H100 or H200, less what epilogues take.
 
 
 def candidates(
-    problem: ConvProblem, *, fused: bool = False, allow_tf32: bool = True, num_sms: int = 132
+    problem: ConvProblem, *, fusion: str = "plain", allow_tf32: bool = True, num_sms: int = 132, arch: int = 90
 ) -> list[Config]:
     """Settings worth measuring for one pass of a 3x3 convolution, the heuristic's choice first.
 
     Args:
         problem: What to compute.
-        fused: As in `choose_config`.
+        fusion: What is fused, as `tuning.FUSIONS` names it.
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
+        arch: Ten times its compute capability.
     """
+    fused, crowded = fusion != "plain", fusion == "stats" or problem.dtype == torch.float32
     taps = taps_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)
-    configs: list[Config] = [choose_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms), taps]
+    chosen = choose_config(problem, fused=fused, crowded=crowded, allow_tf32=allow_tf32, num_sms=num_sms)
+    configs: list[Config] = [chosen, taps]
     strips = fits_strips(problem)
     if strips:
-        configs += _strips(problem, strips_config(problem, fused=fused, num_sms=num_sms))
+        # A prologue leaves the source in registers anyway; with four columns it does not fit there.
+        movable = arch == _WGMMA and problem.op != "wgrad" and fusion != "stats" and problem.dtype.itemsize == 2
+        for config in _strips(problem, strips_config(problem, fused=fused, crowded=crowded, num_sms=num_sms), crowded):
+            configs.append(config)
+            if movable and config.num_warps == 4 and config.strip <= 2:
+                configs.append(replace(config, source_in_registers=True))
     configs += _taps(problem, taps, few=strips)
     return list(dict.fromkeys(configs))
 
 
-def _strips(problem: ConvProblem, config: StripsConfig) -> Iterator[StripsConfig]:
+def _strips(problem: ConvProblem, config: StripsConfig, crowded: bool) -> Iterator[StripsConfig]:
     """Strips of 1 (rows that slide down), 2 and 4 columns."""
     bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], [1, 2, 3]
     if problem.op == "wgrad":
@@ -61,8 +76,17 @@ def _strips(problem: ConvProblem, config: StripsConfig) -> Iterator[StripsConfig
     for strip, (block_m, num_warps), num_stages, band, split in itertools.product(
         (1, 2, 4), tiles, stages, bands, splits
     ):
-        settings = {"strip": strip, "block_m": block_m, "num_warps": num_warps, "num_stages": num_stages}
-        yield replace(config, band=band, splits=split, **settings)
+        settings: dict[str, Any] = {
+            "strip": strip,
+            "block_m": block_m,
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+        }
+        limits: list[int | None] = [None]
+        if crowded and num_warps <= 2:  # without a limit the assembler spills some of these, and others with one
+            limits = [MOST_REGISTERS] if num_warps == 1 else [None, MOST_REGISTERS]
+        for limit in limits:
+            yield replace(config, band=band, splits=split, max_registers=limit, **settings)
 
 
 def _taps(problem: ConvProblem, config: TapsConfig, *, few: bool) -> Iterator[TapsConfig]:
@@ -82,9 +106,18 @@ def _taps(problem: ConvProblem, config: TapsConfig, *, few: bool) -> Iterator[Ta
 
 
 def pointwise_candidates(
-    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132
+    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132, arch: int = 90
 ) -> list[PointwiseConfig]:
-    """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first."""
+    """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first.
+
+    Args:
+        problem: What to compute.
+        affine: As in `pointwise_config`.
+        allow_tf32: Whether float32 products may be rounded to TF32.
+        num_sms: Streaming multiprocessors of the device.
+        arch: Ten times its compute capability.
+    """
+    described = arch >= _TMA and fits_descriptors(problem)
     chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms)
     configs = [chosen]
     for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
@@ -93,6 +126,9 @@ def pointwise_candidates(
         # Elements per step: dy and z, x and the weight, whichever the pass has.
         elements = block_m * (2 * block_n + block_k) if problem.op == "wgrad" else (2 * block_m + block_n) * block_k
         if elements * num_stages * problem.dtype.itemsize <= _SHARED_MEMORY:
-            blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-            configs.append(replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks))
+            blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+            config = replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks)
+            configs.append(config)
+            if described and block_m >= 64:  # less would leave the wide matrix instructions unused
+                configs.append(replace(config, tensor_descriptors=True))
     return list(dict.fromkeys(configs))

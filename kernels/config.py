@@ -80,6 +80,10 @@ class StripsConfig:
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
         splits: Weight gradient only: partial sums per weight.
+        max_registers: Most registers of a thread; None leaves it to the assembler, which may spill a few so that more
+            programs fit on a multiprocessor.
+        source_in_registers: Not in the weight gradient: whether wgmma takes the source from registers even where
+            nothing is computed on load; else from shared memory.
     """
 
     merged: int
@@ -89,6 +93,8 @@ class StripsConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
+    max_registers: int | None = None
+    source_in_registers: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class TapsConfig:
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
         splits: Weight gradient only: partial sums per weight.
+        max_registers: As in `StripsConfig`.
     """
 
     merged: int
@@ -112,12 +119,15 @@ class TapsConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
+    max_registers: int | None = None
 
 
 Config = StripsConfig | TapsConfig
 
 MATRIX_WIDTH = 16  # Channels that narrow groups are packed into: the least that 16-bit matrix units multiply.
 WIDEST_STRIPS = 32  # Wider groups are limited by arithmetic, and their nine weight tiles fill the registers.
+MOST_REGISTERS = 255  # Of a thread, on every GPU.
+DESCRIPTOR_ALIGNMENT = 16  # Bytes, of the address and of the rows that a tensor descriptor describes.
 _WAVES = 4  # Programs per program that a device holds at once, from which a half-empty last wave stops mattering.
 _STRIPS_PER_SM = 10  # Warps of the strips kernels that one multiprocessor holds at 168-200 registers a thread.
 
@@ -132,12 +142,15 @@ def fits_strips(problem: ConvProblem) -> bool:
     return problem.stride in ((1, 1), (2, 2)) and max(problem.group_in, problem.group_out) <= WIDEST_STRIPS
 
 
-def choose_config(problem: ConvProblem, *, fused: bool = False, allow_tf32: bool = True, num_sms: int = 132) -> Config:
+def choose_config(
+    problem: ConvProblem, *, fused: bool = False, crowded: bool = False, allow_tf32: bool = True, num_sms: int = 132
+) -> Config:
     """Launch settings for one pass, from sizes alone.
 
     Args:
         problem: What to compute.
         fused: Whether the kernel computes anything besides (grouped_conv_fusion.py), for which it needs registers.
+        crowded: Whether that keeps sums, or computes an operand of the weight gradient, for which it needs the most.
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
 
@@ -152,7 +165,7 @@ def choose_config(problem: ConvProblem, *, fused: bool = False, allow_tf32: bool
     wide = max(problem.group_in, problem.group_out) > MATRIX_WIDTH
     if (single and not allow_tf32) or (wide and (problem.op == "wgrad") + single + fused >= 2):
         return taps_config(problem, fused=fused, allow_tf32=allow_tf32, num_sms=num_sms)
-    return strips_config(problem, fused=fused, num_sms=num_sms)
+    return strips_config(problem, fused=fused, crowded=crowded, num_sms=num_sms)
 
 
 def _merged_groups(problem: ConvProblem) -> int:
@@ -160,7 +173,9 @@ def _merged_groups(problem: ConvProblem) -> int:
     return max(1, min(problem.groups, MATRIX_WIDTH // max(problem.group_in, problem.group_out)))
 
 
-def strips_config(problem: ConvProblem, *, fused: bool = False, num_sms: int = 132) -> StripsConfig:
+def strips_config(
+    problem: ConvProblem, *, fused: bool = False, crowded: bool = False, num_sms: int = 132
+) -> StripsConfig:
     """The heuristic's settings for the strips kernels; arguments as in `choose_config`."""
     merged = _merged_groups(problem)
     block = round_up_to_block(merged * max(problem.group_in, problem.group_out))
@@ -186,7 +201,9 @@ def strips_config(problem: ConvProblem, *, fused: bool = False, num_sms: int = 1
     num_stages = 1 if problem.op == "wgrad" else 2
     if problem.op == "dgrad" and problem.stride == (2, 2) and (fused or problem.dtype.itemsize == 2):
         num_stages = 3  # with two, a few registers spill on sm_80
-    return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits)
+    limited = num_warps == 1 and (crowded or problem.dtype == torch.float32)
+    max_registers = MOST_REGISTERS if limited else None
+    return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits, max_registers)
 
 
 def taps_config(
@@ -280,6 +297,8 @@ class PointwiseConfig:
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
         splits: Weight gradient only: partial sums per weight.
+        max_registers: As in `StripsConfig`.
+        tensor_descriptors: Whether operands are loaded by tensor descriptors (TMA); only where `fits_descriptors`.
     """
 
     block_m: int
@@ -288,6 +307,19 @@ class PointwiseConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
+    max_registers: int | None = None
+    tensor_descriptors: bool = False
+
+
+def fits_descriptors(problem: ConvProblem) -> bool:
+    """Whether tensor descriptors serve the operands of a 1x1 convolution, all of them matrices with aligned rows.
+
+    Not x with strides, whose rows are gathered; nor the weight gradient, whose kernel has none.
+    """
+    if problem.op == "wgrad" or (problem.op == "fwd" and problem.stride != (1, 1)):
+        return False
+    rows = (problem.in_channels, problem.out_channels) if problem.op == "dgrad" else (problem.in_channels,)
+    return all(channels * problem.dtype.itemsize % DESCRIPTOR_ALIGNMENT == 0 for channels in rows)
 
 
 _RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
@@ -355,4 +387,5 @@ def bottleneck_tail_config(problem: ConvProblem, out_channels: int, *, allow_tf3
     merged = max(1, min(problem.groups, narrowest // group))
     block_k = min(narrowest, round_up_to_block(merged * group))
     block_n = min(widest, round_up_to_block(out_channels))
-    return TapsConfig(merged, 64, block_n, block_k, num_warps=8 if block_n > 64 else 4, num_stages=3)
+    num_warps = 8 if block_n > 64 else 4
+    return TapsConfig(merged, 64, block_n, block_k, num_warps, num_stages=3, max_registers=MOST_REGISTERS)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .config import Affine, Config, ConvProblem, TapsConfig, choose_config
-from .grouped_conv_plan import fusion_of, partial_rows, plan
+from .grouped_conv_plan import fusion_of, is_crowded, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
 from .launch import empty, nhwc, num_sms, to_layout
 from .statistics import merge_partials, sum_partials
@@ -344,15 +344,17 @@ def _settings(
     """Precision and launch settings, with the defaults filled in."""
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
-    return allow_tf32, config or _default_config(problem, device, allow_tf32, fusion_of(fused))
+    return allow_tf32, config or _default_config(problem, device, allow_tf32, fused)
 
 
 @functools.lru_cache(maxsize=4096)
-def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fusion: str) -> Config:
+def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fused: frozenset[str]) -> Config:
+    fusion = fusion_of(fused)
     entry = lookup(problem, device, fusion=fusion, allow_tf32=allow_tf32)
     if entry is not None and entry.config is not None:
         return entry.config  # type: ignore[return-value]  # of a 3x3 convolution
-    return choose_config(problem, fused=fusion != "plain", allow_tf32=allow_tf32, num_sms=num_sms(device))
+    fuses, crowded = fusion != "plain", is_crowded(fused)
+    return choose_config(problem, fused=fuses, crowded=crowded, allow_tf32=allow_tf32, num_sms=num_sms(device))
 
 
 def _taps_outside(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ from .grouped_conv_fusion import (
     open_target,
     store_state,
 )
-from .grouped_conv_tiles import aligned, dot, exact_tile, weight_tiles, zero_tiles
+from .grouped_conv_tiles import aligned, dot, exact_tile, in_registers, weight_tiles, zero_tiles
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def grouped_conv_dgrad_strided_kernel(
     BLOCK_N: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    SOURCE_IN_REGISTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Input gradient at stride 2: a 2x2 block of dx per dy pixel, walking down the rows of dy."""
@@ -120,6 +121,7 @@ def grouped_conv_dgrad_strided_kernel(
         mask_row = mask_m & (src_row < src_height)
         offset = src_row * src_width * src_channels
         dy = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, STRIP + 1, PROLOGUE)
+        dy = in_registers(dy, SOURCE_IN_REGISTERS)
         done = _accumulate_strided(odd_row, dy, weights, 0, PRECISION)
         masks = columns_inside(mask_m & (i >= 1) & (src_row * 2 - 1 < dst_height), dst_column, dst_width, 2 * STRIP)
         offset = (src_row * 2 - 1) * dst_width * dst_channels

@@ -14,7 +14,7 @@ from .grouped_conv_fusion import (
     open_target,
     store_state,
 )
-from .grouped_conv_tiles import accumulate_row, aligned, dot, exact_tile, weight_tiles, zero_tiles
+from .grouped_conv_tiles import accumulate_row, aligned, dot, exact_tile, in_registers, weight_tiles, zero_tiles
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def grouped_conv_strips_kernel(
     BLOCK_N: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    SOURCE_IN_REGISTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Forward at stride 1 or 2, or (TRANSPOSED) the input gradient at stride 1: a strip-by-band block per program."""
@@ -115,6 +116,7 @@ def grouped_conv_strips_kernel(
             mask_row = mask_m & (src_row >= 0) & (src_row < src_height)
             offset = src_row * src_width * src_channels
             row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
+            row = in_registers(row, SOURCE_IN_REGISTERS)
             done = accumulate_row(ending, row, weights, 2, 1, PRECISION)
             ending = accumulate_row(going, row, weights, 1, 1, PRECISION)
             going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 1, PRECISION)
@@ -129,11 +131,13 @@ def grouped_conv_strips_kernel(
             mask_row = mask_m & (src_row >= 1) & (src_row <= src_height)
             offset = (src_row - 1) * src_width * src_channels
             row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
+            row = in_registers(row, SOURCE_IN_REGISTERS)
             done = accumulate_row(going, row, weights, 2, 2, PRECISION)
             going = accumulate_row(zero_tiles(STRIP, BLOCK_M, BLOCK_N), row, weights, 0, 2, PRECISION)
             mask_row = mask_m & (i < rows)
             offset = src_row * src_width * src_channels
             row = load_columns(source, offset, src_column, src_width, src_channels, mask_row, mask_k, columns, PROLOGUE)
+            row = in_registers(row, SOURCE_IN_REGISTERS)
             going = accumulate_row(going, row, weights, 1, 2, PRECISION)
             offset = (first_row + (i - 1)) * dst_width * dst_channels
             masks = columns_inside(mask_m & (i >= 1), column, dst_width, STRIP)

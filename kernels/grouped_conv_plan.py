@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 import triton
 
 from .config import Config, ConvProblem, StripsConfig, TapsConfig, round_up_to_block
 from .grouped_conv_dgrad import grouped_conv_dgrad_strided_kernel
 from .grouped_conv_forward import grouped_conv_strips_kernel, grouped_conv_taps_kernel
 from .grouped_conv_wgrad import grouped_conv_wgrad_strips_kernel, grouped_conv_wgrad_taps_kernel
-from .launch import Launch, precision
+from .launch import Launch, interpreted, options, precision
 
 _NOTHING: frozenset[str] = frozenset()
 _PROLOGUE = ("src_z_ptr", "src_center_ptr", "src_scale_ptr", "src_shift_ptr")
@@ -62,10 +61,7 @@ def plan(
             f"backend, got {max(counts)}; split the batch, or use the torch backend"
         )
     launch.constants["PRECISION"] = precision(problem.dtype, allow_tf32)
-    launch.options.update(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
-    crowded = problem.dtype == torch.float32 or fused & {"partials_ptr", "grad_z_ptr", "x_scale_ptr"}
-    if isinstance(config, StripsConfig) and config.num_warps == 1 and crowded:
-        launch.options["maxnreg"] = 255  # the assembler else spills a few, to fit more programs on a multiprocessor
+    launch.options.update(options(config))
     return launch
 
 
@@ -79,6 +75,11 @@ def fusion_of(fused: frozenset[str]) -> str:
     if fused <= {"dst_shift_ptr"}:
         return "plain"
     return "affine" if fused <= {"dst_scale_ptr", "dst_shift_ptr", "dst_side_ptr"} else "stats"
+
+
+def is_crowded(fused: frozenset[str]) -> bool:
+    """Whether what is fused needs the most registers, as `choose_config` asks."""
+    return bool(fused & {"partials_ptr", "grad_z_ptr", "x_scale_ptr"})
 
 
 def _optional(pointers: tuple[str, ...], fused: frozenset[str]) -> dict[str, None]:
@@ -125,6 +126,7 @@ def _plan_conv(problem: ConvProblem, config: Config, taps_outside: bool) -> tupl
         programs = tiles * triton.cdiv(problem.out_height, config.band) * triton.cdiv(strips, config.block_m)
         sizes["band"] = config.band
         constants |= {"STRIP": config.strip, "TAPS_OUTSIDE": taps_outside}
+        constants["SOURCE_IN_REGISTERS"] = config.source_in_registers and not interpreted()
         constants["BLOCK_K"] = round_up_to_block(config.merged * group_k)
         constants["BLOCK_N"] = round_up_to_block(config.merged * group_n)
         if transposed and problem.stride == (2, 2):

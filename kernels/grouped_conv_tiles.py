@@ -41,6 +41,28 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _moved(tile):
+    """The tile after a move from register to register that the compiler cannot see through."""
+    per_register: tl.constexpr = 32 // tile.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, True, per_register)
+
+
+@triton.jit
+def in_registers(tiles, SOURCE_IN_REGISTERS: tl.constexpr):
+    """The tuple of tiles, with SOURCE_IN_REGISTERS for wgmma to take them from there.
+
+    It takes its first operand from shared memory if that is where a load left it, but not what was computed since.
+    """
+    moved = ()
+    if SOURCE_IN_REGISTERS:
+        for i in tl.static_range(len(tiles)):
+            moved += (_moved(tiles[i]),)
+    else:
+        moved = tiles
+    return moved
+
+
+@triton.jit
 def weight_tile(
     weight_ptr,
     tile,

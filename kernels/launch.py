@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import DESCRIPTOR_ALIGNMENT, Config, PointwiseConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,9 @@ class Launch:
         programs: Grid size; the grid has one axis.
         sizes: Run-time numbers by argument name.
         constants: Compile-time values by argument name.
-        options: num_warps, num_stages and enable_fp_fusion.
+        options: num_warps, num_stages, enable_fp_fusion and maxnreg.
+        blocks: (rows, columns) that the kernel loads at a time, by the names of those arguments that are tensor
+            descriptors, of matrices of pixels by channels or, for a weight, of output by input channels.
     """
 
     kernel: Any
@@ -28,15 +33,38 @@ class Launch:
     sizes: Mapping[str, float]
     constants: dict[str, Any]
     options: dict[str, Any]
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def takes(self, **tensors: Tensor) -> bool:
+        """Whether the tensors, given by argument name, start where descriptors may if they are to have some."""
+        return all(tensors[name].data_ptr() % DESCRIPTOR_ALIGNMENT == 0 for name in self.blocks)
 
     def __call__(self, **tensors: Tensor | None) -> None:
-        """Launch on the tensors, given by argument name."""
-        self.kernel[(self.programs,)](**tensors, **self.sizes, **self.constants, **self.options)
+        """Launch on the tensors, given by argument name; they are NHWC or, if weights, (C_out, C_in, 1, 1)."""
+        arguments = {name: self._argument(name, tensor) for name, tensor in tensors.items()}
+        self.kernel[(self.programs,)](**arguments, **self.sizes, **self.constants, **self.options)
+
+    def _argument(self, name: str, tensor: Tensor | None) -> Tensor | TensorDescriptor | None:
+        if tensor is None or name not in self.blocks:
+            return tensor
+        columns = tensor.shape[1]
+        return TensorDescriptor(tensor, [tensor.numel() // columns, columns], [columns, 1], list(self.blocks[name]))
+
+
+def options(config: Config | PointwiseConfig) -> dict[str, Any]:
+    """Triton's launch options."""
+    limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True, **limit}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return triton.knobs.runtime.interpret
 
 
 def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     """How `grouped_conv_tiles.dot` multiplies operands of ``dtype``."""
-    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+    if dtype == torch.bfloat16 and interpreted():
         return "upcast"  # The interpreter multiplies the bit patterns of bfloat16 numbers.
     return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
@@ -44,6 +72,12 @@ def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors; an H200's for the interpreter's CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def architecture(device: torch.device) -> int:
+    """Ten times the compute capability; an H200's for the interpreter's CPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def nhwc(tensor: Tensor) -> Tensor:

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .config import Affine, ConvProblem, PointwiseConfig, pointwise_config
-from .launch import Launch, empty, nhwc, num_sms, precision, to_layout
+from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config
+from .launch import Launch, empty, nhwc, num_sms, options, precision, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
@@ -69,7 +70,7 @@ def plan(
         relu: Whether the forward pass ends in a ReLU.
 
     Raises:
-        ValueError: If a count passes what the kernels index with 32 bits.
+        ValueError: If a count passes what the kernels index with 32 bits, or tensor descriptors do not serve.
     """
     in_channels, out_channels = problem.in_channels, problem.out_channels
     pixels = problem.batch * problem.out_height * problem.out_width
@@ -95,8 +96,21 @@ def plan(
             f"conv2d 1x1: expected at most {_MAX_COUNT} pixels and programs for the triton backend, got {largest}; "
             "split the batch, or use the torch backend"
         )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return Launch(_KERNELS[problem.op], programs, sizes, constants, options)
+    blocks = _blocks(problem, config, fused) if config.tensor_descriptors else {}
+    if problem.op != "wgrad":
+        constants["DESCRIPTORS"] = config.tensor_descriptors
+    return Launch(_KERNELS[problem.op], programs, sizes, constants, options(config), blocks)
+
+
+def _blocks(problem: ConvProblem, config: PointwiseConfig, fused: frozenset[str]) -> dict[str, tuple[int, int]]:
+    """What the kernel loads by tensor descriptors, as `Launch.blocks`."""
+    if not fits_descriptors(problem):
+        raise ValueError(f"conv2d 1x1: expected a problem that tensor descriptors serve, got {problem}")
+    pixels = (config.block_m, config.block_k)
+    if problem.op == "fwd":
+        return {"x_ptr": pixels, "weight_ptr": (config.block_n, config.block_k)}
+    gradients = dict.fromkeys(["grad_ptr", *({"z_ptr"} & fused)], pixels)
+    return gradients | {"weight_ptr": (config.block_k, config.block_n)}
 
 
 def conv_stats_fwd(
@@ -284,6 +298,9 @@ def _launch(settings: _Settings, tensors: dict[str, Tensor | None], relu: bool =
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     fused = frozenset(present).intersection(_OPTIONAL[problem.op])
     launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
+    if not launch.takes(**present):
+        config = replace(config, tensor_descriptors=False)
+        launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
     with torch.cuda.device_of(present["weight_ptr" if "weight_ptr" in present else "x_ptr"]):
         launch(**present)
 

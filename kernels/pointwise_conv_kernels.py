@@ -6,6 +6,9 @@ channels are float32. A prologue is relu(x_scale * (x - x_center) + x_shift), a 
 what z contributes to through its statistics: 2 * z_scale / pixels * (z - z_center) + z_shift / pixels, where z_center
 is the mean of z and z_scale and z_shift are the gradients of its variance and mean. Channels that a block has beyond
 the last one load as zeros and stay zeros in both: their vectors are zeros.
+
+With DESCRIPTORS, arguments that are loaded block by block in the loop over channels are tensor descriptors of matrices
+(`Launch.blocks`), which load zeros outside of them; else pointers.
 """
 
 import triton
@@ -47,11 +50,11 @@ def load_gradient_affine(mean_ptr, dvar_ptr, dmean_ptr, pixels, channel, mask, D
 
 @triton.jit
 def pointwise_conv_fwd_kernel(
-    x_ptr,  # (batch, height, width, in_channels)
+    x_ptr,  # (batch, height, width, in_channels), or its descriptor
     x_center_ptr,  # (in_channels,) or None
     x_scale_ptr,  # (in_channels,) or None: no prologue
     x_shift_ptr,  # (in_channels,) or None
-    weight_ptr,  # (out_channels, in_channels)
+    weight_ptr,  # (out_channels, in_channels), or its descriptor
     y_scale_ptr,  # (out_channels,) or None
     y_shift_ptr,  # (out_channels,) or None
     residual_ptr,  # like y, or None
@@ -68,6 +71,7 @@ def pointwise_conv_fwd_kernel(
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
     RELU: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,22 +86,30 @@ def pointwise_conv_fwd_kernel(
 
     pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = pixel < pixels
-    channel_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = pid % blocks_n * BLOCK_N
+    channel_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = channel_n < out_channels
     offs_k = tl.arange(0, BLOCK_K)
     source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
-    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * in_channels + offs_k[None, :]
-    weight_ptrs = weight_ptr + channel_n.to(tl.int64)[None, :] * in_channels + offs_k[:, None]
+    if not DESCRIPTORS:
+        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * in_channels + offs_k[None, :]
+        weight_ptrs = weight_ptr + channel_n.to(tl.int64)[None, :] * in_channels + offs_k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, in_channels, BLOCK_K):
         mask_k = offs_k < in_channels - first_k
-        a = tl.load(x_ptrs + first_k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if DESCRIPTORS:
+            a = x_ptr.load([pid_m * BLOCK_M, first_k])
+        else:
+            a = tl.load(x_ptrs + first_k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if x_scale_ptr is not None:
             center, scale, constant = load_affine(
                 x_center_ptr, x_scale_ptr, x_shift_ptr, first_k + offs_k, mask_k, a.dtype
             )
             a = relu(affine(a, center, scale, constant)).to(a.dtype)
-        weight = tl.load(weight_ptrs + first_k, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        if DESCRIPTORS:
+            weight = weight_ptr.load([first_n, first_k]).T
+        else:
+            weight = tl.load(weight_ptrs + first_k, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(a, weight, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
@@ -125,12 +137,12 @@ def pointwise_conv_fwd_kernel(
 
 @triton.jit
 def pointwise_conv_dgrad_kernel(
-    grad_ptr,  # (batch, out_height, out_width, out_channels)
+    grad_ptr,  # (batch, out_height, out_width, out_channels), or its descriptor
     z_ptr,  # like grad, or None: no gradient prologue
     z_center_ptr,  # (out_channels,) or None with z_ptr, like the next two
     z_scale_ptr,
     z_shift_ptr,
-    weight_ptr,  # (out_channels, in_channels)
+    weight_ptr,  # (out_channels, in_channels), or its descriptor
     x_ptr,  # like dx, or None: the forward pass had no prologue
     x_center_ptr,  # (in_channels,) or None
     x_scale_ptr,  # (in_channels,) or None with x_ptr, like the next
@@ -147,6 +159,7 @@ def pointwise_conv_dgrad_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -161,24 +174,35 @@ def pointwise_conv_dgrad_kernel(
 
     pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = pixel < pixels
-    channel_n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = pid % blocks_n * BLOCK_N
+    channel_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = channel_n < in_channels
     offs_k = tl.arange(0, BLOCK_K)
     offs_grad = pixel.to(tl.int64)[:, None] * out_channels + offs_k[None, :]
-    weight_ptrs = weight_ptr + offs_k[:, None] * in_channels + channel_n[None, :]
+    if not DESCRIPTORS:
+        weight_ptrs = weight_ptr + offs_k[:, None] * in_channels + channel_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, out_channels, BLOCK_K):
         mask_k = offs_k < out_channels - first_k
         mask = mask_m[:, None] & mask_k[None, :]
-        grad = tl.load(grad_ptr + offs_grad + first_k, mask=mask, other=0.0)
+        if DESCRIPTORS:
+            grad = grad_ptr.load([pid_m * BLOCK_M, first_k])
+        else:
+            grad = tl.load(grad_ptr + offs_grad + first_k, mask=mask, other=0.0)
         if z_ptr is not None:
-            z = tl.load(z_ptr + offs_grad + first_k, mask=mask, other=0.0)
+            if DESCRIPTORS:
+                z = z_ptr.load([pid_m * BLOCK_M, first_k])
+            else:
+                z = tl.load(z_ptr + offs_grad + first_k, mask=mask, other=0.0)
             center, scale, constant = load_gradient_affine(
                 z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, first_k + offs_k, mask_k, z.dtype
             )
             grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
-        weight = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        weight_ptrs += BLOCK_K * in_channels
+        if DESCRIPTORS:
+            weight = weight_ptr.load([first_k, first_n])
+        else:
+            weight = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            weight_ptrs += BLOCK_K * in_channels
         acc = dot(grad, weight, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]

@@ -13,13 +13,22 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .config import Config, ConvProblem, PointwiseConfig, StripsConfig, TapsConfig, fits_strips
+from .config import (
+    MOST_REGISTERS,
+    Config,
+    ConvProblem,
+    PointwiseConfig,
+    StripsConfig,
+    TapsConfig,
+    fits_descriptors,
+    fits_strips,
+)
 
 FORMAT = 1  # Of the files; a file of another format is not used.
 OPS = ("fwd", "dgrad", "wgrad", "bwd")  # "bwd": both gradients of `conv_stats` in one call
@@ -285,10 +294,8 @@ def _config(record: Any, key: Key, batch: int) -> Config | PointwiseConfig | Non
     kind = _FORMS[form]
     names = [field.name for field in fields(kind)]
     _require_fields(record, ("form", *names), f"settings of form {form}")
-    for name in names:
-        _require_count(name, record[name])
-        if (name.startswith("block_") or name in ("strip", "num_warps")) and record[name] & (record[name] - 1):
-            raise ValueError(f"expected {name} to be a power of two, got {record[name]}")
+    for field in fields(kind):
+        _require_setting(field, record[field.name])
     config = kind(**{name: record[name] for name in names})
     op = "fwd" if key.op == "bwd" else key.op
     sizes = (batch, key.in_channels, key.out_channels, key.height, key.width, key.stride, key.groups)
@@ -297,11 +304,25 @@ def _config(record: Any, key: Key, batch: int) -> Config | PointwiseConfig | Non
         raise ValueError(f"expected settings of a {key.kernel_size}x{key.kernel_size} convolution, got form {form}")
     if isinstance(config, StripsConfig) and not fits_strips(problem):
         raise ValueError("expected a form that serves the problem, got strips")
+    if isinstance(config, PointwiseConfig) and config.tensor_descriptors and not fits_descriptors(problem):
+        raise ValueError("expected tensor descriptors where they serve the problem, got them where they do not")
     if isinstance(config, TapsConfig) and config.merged > 1:
         widest = config.merged * max(problem.group_in, problem.group_out)
         if widest > min(config.block_n, config.block_k):
             raise ValueError(f"expected blocks that hold {config.merged} merged groups, got narrower ones")
     return config
+
+
+def _require_setting(field: Field, value: Any) -> None:
+    if field.type == "bool":
+        if not isinstance(value, bool):
+            raise ValueError(f"expected {field.name} to be true or false, got {value!r}")
+    elif value is not None or field.type != "int | None":
+        _require_count(field.name, value)
+        if (field.name.startswith("block_") or field.name in ("strip", "num_warps")) and value & (value - 1):
+            raise ValueError(f"expected {field.name} to be a power of two, got {value}")
+        if field.name == "max_registers" and value > MOST_REGISTERS:
+            raise ValueError(f"expected max_registers to be at most {MOST_REGISTERS}, got {value}")
 
 
 def _require_fields(record: Any, names: Iterable[str], what: str) -> None:

@@ -28,7 +28,7 @@ from ahead_of_time import (
 )
 
 from resnext.kernels.config import Config, ConvProblem, choose_config
-from resnext.kernels.grouped_conv_plan import plan
+from resnext.kernels.grouped_conv_plan import is_crowded, plan
 from resnext.kernels.launch import Launch
 
 DTYPES = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float32, False)]  # with TF32
@@ -69,17 +69,22 @@ class Build:
 
     @property
     def config(self) -> Config:
-        return choose_config(self.problem, fused=bool(self.fusion), allow_tf32=self.allow_tf32)
+        options = {"fused": bool(self.fusion), "crowded": is_crowded(self.fused)}
+        return choose_config(self.problem, allow_tf32=self.allow_tf32, **options)
+
+    @property
+    def fused(self) -> frozenset[str]:
+        names = FUSIONS[self.problem.op, self.fusion][0] if self.fusion else ""
+        return frozenset(f"{name}_ptr" for name in names.split())
 
     @property
     def launch(self) -> Launch:
-        pointers, relu = FUSIONS[self.problem.op, self.fusion] if self.fusion else ("", False)
         return plan(
             self.problem,
             self.config,
             allow_tf32=self.allow_tf32,
-            fused=frozenset(f"{name}_ptr" for name in pointers.split()),
-            relu=relu,
+            fused=self.fused,
+            relu=bool(self.fusion) and FUSIONS[self.problem.op, self.fusion][1],
             taps_outside=self.problem.channels_last,  # models hold weights in the layout of their activations
         )
 

@@ -5,6 +5,8 @@ The numbers come from a GPU or else from Triton's interpreter, in a process of i
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -14,10 +16,21 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from ahead_of_time import SHARED_LIMITS, Usage, exceeds, specialization
+from ahead_of_time import (
+    SHARED_LIMITS,
+    Usage,
+    compile_launch,
+    describe,
+    exceeds,
+    machine_code,
+    pointers,
+    specialization,
+    usage,
+)
 from shapes import Layer
 from targets import Gate, Target, resources
 
+from resnext.kernels.candidates import candidates
 from resnext.kernels.config import StripsConfig, TapsConfig
 
 from .interpreter import DEVICE, INTERPRETED, compiles, here, not_here, run_tests
@@ -60,10 +73,48 @@ def test_wide_groups_have_tiles_no_wider_than_a_group():
     assert {config.num_stages for config in configs} == {2, 3, 4}
 
 
+def test_operands_move_where_the_machine_can():
+    """Into registers for wgmma where a load left them elsewhere; by descriptors where there are some."""
+    for of, arch, wanted in (
+        (target(STAGE4), 90, True),
+        (target(STAGE4, "affine"), 90, True),
+        (target(STAGE4, "stats"), 90, False),
+        (target(STAGE4), 80, False),
+        (target(STAGE4), 100, False),
+        (target(STAGE1), 90, False),
+        (target(STAGE4, op="wgrad"), 90, False),
+    ):
+        configs = candidates(of.problem, fusion=of.fusion, arch=arch)
+        moved = [config for config in configs if getattr(config, "source_in_registers", False)]
+        assert bool(moved) == wanted
+        assert all((config.block_m, config.num_warps) == (64, 4) for config in moved)
+
+
+def test_strips_of_two_warps_may_use_all_registers():
+    """Where much is computed besides; one warp has them there anyway."""
+    for fusion, dtype, limits in (
+        ("plain", torch.bfloat16, {1: {None}, 2: {None}}),
+        ("affine", torch.bfloat16, {1: {None}, 2: {None}}),
+        ("stats", torch.bfloat16, {1: {255}, 2: {None, 255}}),
+        ("plain", torch.float32, {1: {255}, 2: {None, 255}}),
+    ):
+        strips = [c for c in target(STAGE1, fusion, dtype=dtype).candidates(CPU) if isinstance(c, StripsConfig)]
+        for num_warps, limit in limits.items():
+            assert {config.max_registers for config in strips if config.num_warps == num_warps} == limit
+
+
 def test_what_exceeds_the_machine():
     assert exceeds(Usage(255, 1000, 0, "-"), 1000) is None
     assert exceeds(Usage(255, 1001, 0, "-"), 1000) == "1001 bytes of shared memory, of 1000"
     assert exceeds(Usage(255, 0, 3, "-"), 1000) == "3 spills"
+
+
+def test_settings_in_words():
+    strips = dataclasses.replace(target(STAGE1).candidates(CPU)[0], max_registers=255, source_in_registers=True)
+    words = "strips merged 4 M 16 strip 4 warps 1 stages 2"
+    assert describe(strips) == f"{words} registers 255 source in registers"
+    described = pick(target(POINTWISE, "stats", kernel_size=1), tensor_descriptors=True)
+    assert describe(described) == "M 64 N 64 K 32 warps 4 stages 2 tensor descriptors"
 
 
 def test_launches_that_share_a_kernel_are_told_from_others():
@@ -74,11 +125,14 @@ def test_launches_that_share_a_kernel_are_told_from_others():
     assert len({kernels[config] for config in heights}) >= 12
 
 
+TWO_WARPS = {"strip": 2, "block_m": 16, "num_warps": 2, "num_stages": 2}
 # Settings that no heuristic chooses, of every kernel; and what comes of them: whether they fit, and the instruction.
 COMPILED = {
     "rows": (target(STAGE1), {"strip": 1, "block_m": 32, "num_warps": 2, "num_stages": 3}, True, "HMMA"),
     "strips-2": (target(STAGE1, "stats"), {"strip": 2, "block_m": 16, "num_warps": 2, "num_stages": 1}, True, "HMMA"),
     "too-many-registers": (target(STAGE1), {"strip": 4, "block_m": 32, "num_warps": 1, "num_stages": 2}, False, "HMMA"),
+    "two-warps": (target(STAGE1, "stats"), TWO_WARPS | {"max_registers": 255}, True, "HMMA"),
+    "two-warps-unlimited": (target(STAGE1, "stats"), TWO_WARPS | {"max_registers": None}, False, "HMMA"),
     "taps": (target(STAGE1), {"block_m": 128, "block_k": 16, "num_warps": 4, "num_stages": 2}, True, "HGMMA"),
     "wgmma": (target(STAGE4), {"strip": 1, "block_m": 64, "num_warps": 4, "num_stages": 2}, True, "HGMMA"),
     "dgrad-stride2": (target(STRIDED, "stats", "dgrad"), {"strip": 1, "num_warps": 1, "num_stages": 1}, True, "HMMA"),
@@ -106,6 +160,42 @@ def test_candidates_compile_and_what_spills_is_found_out(name):
     assert isinstance(used, Usage), used
     assert (exceeds(used, SHARED_LIMITS[90]) is None) == fits, used
     assert used.matrix_instruction.startswith(instruction)
+
+
+LONG_STRIPS = {"strip": 2, "block_m": 64, "num_warps": 4, "num_stages": 2}
+WIDE_TILE = {"block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}
+# Settings that move operands otherwise, and an instruction by which the machine code shows it.
+MOVED = {
+    "shared-memory": (target(STAGE4), LONG_STRIPS, r"HGMMA\S+ R\d+, gdesc\[UR\d+\],"),
+    "registers": (target(STAGE4), LONG_STRIPS | {"source_in_registers": True}, r"HGMMA\S+ R\d+, R\d+, gdesc\[UR\d+\],"),
+    "descriptors": (
+        target(POINTWISE, "stats", kernel_size=1),
+        WIDE_TILE | {"tensor_descriptors": True},
+        r"UTMALDG\.2D",
+    ),
+    "descriptors-dgrad": (
+        target(POINTWISE, "stats", "dgrad", kernel_size=1),
+        {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3, "tensor_descriptors": True},
+        r"UTMALDG\.2D",
+    ),
+    "descriptors-residual": (
+        target(POINTWISE, "affine", kernel_size=1),
+        WIDE_TILE | {"tensor_descriptors": True},
+        r"UTMALDG\.2D",
+    ),
+}
+
+
+@compiles
+@pytest.mark.parametrize("name", MOVED)
+def test_operands_move_as_the_settings_say(name):
+    of, settings, instruction = MOVED[name]
+    launch = of.launch(pick(of, **settings))
+    kernel = compile_launch(launch, pointers(launch, of.dtype), 90)
+    assert re.search(instruction, machine_code(kernel))
+    if name == "registers":
+        assert not re.search(MOVED["shared-memory"][2], machine_code(kernel))
+    assert exceeds(usage(kernel), SHARED_LIMITS[90]) is None
 
 
 @compiles
@@ -164,3 +254,25 @@ def test_pointwise_candidates_compute_right():
         tensors = of.operands(torch.device(DEVICE))
         for config in of.candidates(CPU)[::40]:
             assert Gate(of, tensors).mismatch(of.run(of.triton(), tensors, **of.settings(config))) is None
+
+
+@here
+@pytest.mark.parametrize(
+    ("of", "settings"),
+    [
+        (target(Layer(64, 64, 3, 4, 1, 2), dtype=torch.float16, batch=2, device=DEVICE), {"source_in_registers": True}),
+        (
+            target(Layer(16, 32, 3, 4, 1, 1), "affine", "fwd", 1, torch.float16, 2, DEVICE),
+            {"tensor_descriptors": True},
+        ),
+        (
+            target(Layer(16, 32, 3, 4, 2, 1), "stats", "dgrad", 1, torch.float16, 2, DEVICE),
+            {"tensor_descriptors": True},
+        ),
+    ],
+    ids=["registers", "descriptors", "descriptors-dgrad"],
+)
+def test_moved_operands_compute_right(of, settings):
+    tensors = of.operands(torch.device(DEVICE))
+    config = pick(of, **settings)
+    assert Gate(of, tensors).mismatch(of.run(of.triton(), tensors, **of.settings(config))) is None

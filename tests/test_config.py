@@ -38,6 +38,7 @@ def check(config: StripsConfig | TapsConfig, problem: ConvProblem) -> None:
     assert config.num_warps in (1, 2, 4, 8)
     assert config.num_stages in (1, 2, 3, 4)
     assert 1 <= config.splits < 2**31
+    assert config.max_registers in (None, 255)
     if problem.op != "wgrad":
         assert config.splits == 1
     if isinstance(config, StripsConfig):
@@ -78,13 +79,13 @@ def test_valid_for_tiny_and_huge_sizes(op, batch, size):
             check(choose_config(problem, num_sms=num_sms), problem)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("fusion", ["plain", "stats", "affine"])
 @pytest.mark.parametrize("width", [4, 24, 32, 64, 112])
 @pytest.mark.parametrize("op", OPS)
-def test_candidates_are_valid_and_distinct(op, width, fused):
+def test_candidates_are_valid_and_distinct(op, width, fusion):
     problem = make_problem(op, width)
-    configs = candidates(problem, fused=fused)
-    assert configs[0] == choose_config(problem, fused=fused)
+    configs = candidates(problem, fusion=fusion)
+    assert configs[0] == choose_config(problem, fused=fusion != "plain", crowded=fusion == "stats")
     assert len(configs) == len(set(configs)) > 10
     for config in configs:
         check(config, problem)

@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from resnext.kernels.candidates import pointwise_candidates
-from resnext.kernels.config import ConvProblem, PointwiseConfig, pointwise_by_triton, pointwise_config
+from resnext.kernels.config import (
+    ConvProblem,
+    PointwiseConfig,
+    fits_descriptors,
+    pointwise_by_triton,
+    pointwise_config,
+)
 
 from .fused_numerics import (
     POINTWISE_CASES,
@@ -131,6 +137,62 @@ def test_every_setting(changes):
         config = pointwise_config(ConvProblem(op, *sizes, 1, torch.float32, DEVICE, True))
         configs[op] = replace(config, **(changes if op == "wgrad" else {**changes, "splits": 1}))
     check_conv_stats(launchers(**configs), case, device=DEVICE)
+
+
+def described(case, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """The launchers with tensor descriptors wherever these serve the case."""
+    sizes = (case.batch, case.in_channels, case.out_channels, case.height, case.width, case.stride)
+    problems = {op: ConvProblem(op, *sizes, 1, dtype, DEVICE, True) for op in OPS}
+    configs = {op: pointwise_config(problem) for op, problem in problems.items()}
+    configs = {op: replace(c, tensor_descriptors=fits_descriptors(problems[op])) for op, c in configs.items()}
+    assert configs["dgrad"].tensor_descriptors
+    return launchers(**configs)
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["odd-channels", "stride2", "one-pixel", "more-rows-than-a-block", "wide"])
+def test_tensor_descriptors(case, dtype):
+    """Blocks that reach beyond pixels and channels, and an input gradient with strides."""
+    options = {"arithmetic": arithmetic(dtype), "device": DEVICE}
+    check_conv_stats(described(BY_ID[case], dtype), BY_ID[case], dtype, **options)
+    if BY_ID[case].stride == (1, 1):
+        check_conv_affine(described(BY_ID[case], dtype), BY_ID[case], dtype, **options)
+
+
+@here
+def test_tensors_that_descriptors_do_not_reach():
+    """Views that start in the middle of 16 bytes: the same result by pointers."""
+    case = BY_ID["odd-channels"]
+    generator = torch.Generator().manual_seed(0)
+    weight = make((40, 24, 1, 1), torch.float32, generator, device=DEVICE)
+    x = make((2, 24, 5, 7), torch.float32, generator, channels_last=True, device=DEVICE)
+    shifted = torch.empty(weight.numel() + 1, device=DEVICE)[1:].view_as(weight).copy_(weight)
+    assert shifted.data_ptr() % 16
+    results = [described(case).conv_stats_fwd(x, None, w, (1, 1), 1, True, False)[0] for w in (weight, shifted)]
+    assert torch.equal(*results)
+
+
+def test_tensor_descriptors_where_rows_are_aligned():
+    for op, in_channels, out_channels, stride, dtype, wanted in (
+        ("fwd", 8, 3, 1, torch.float16, True),
+        ("fwd", 4, 8, 1, torch.float16, False),
+        ("fwd", 4, 8, 1, torch.float32, True),
+        ("fwd", 64, 64, 2, torch.float16, False),
+        ("dgrad", 64, 64, 2, torch.float16, True),
+        ("dgrad", 64, 60, 1, torch.float16, False),
+        ("dgrad", 60, 64, 1, torch.float16, False),
+        ("wgrad", 64, 64, 1, torch.float16, False),
+    ):
+        problem = make_problem(op, in_channels, out_channels, stride=stride, dtype=dtype)
+        assert fits_descriptors(problem) == wanted
+        described = [config for config in pointwise_candidates(problem) if config.tensor_descriptors]
+        assert bool(described) == wanted
+        assert not any(config.tensor_descriptors for config in pointwise_candidates(problem, arch=80))
+        if not wanted:
+            config = replace(pointwise_config(problem), tensor_descriptors=True)
+            with pytest.raises(ValueError, match="conv2d 1x1: expected a problem that tensor descriptors serve"):
+                pointwise_conv.plan(problem, config, allow_tf32=True)
 
 
 @here

@@ -56,7 +56,7 @@ def test_in_the_interpreter(tmp_path):
         ]
         if runs == 0:
             assert "no candidate is left out for its registers, spills or memory" in done.stdout
-            assert "16x4x3_s1_gw4 plain fwd, batch 2: 2 of 80 candidates timed (left out: 78 beyond" in done.stdout
+            assert "16x4x3_s1_gw4 plain fwd, batch 2: 2 of 116 candidates timed (left out: 114 beyond" in done.stdout
             assert "heuristic us" in done.stdout
             for entry in entries:
                 assert entry.backend in entry.microseconds.keys() >= {"triton", "torch", "torch_nchw"}
@@ -108,7 +108,7 @@ def pretend(monkeypatch):
 
 TARGET = all_targets(TINY, [], ["plain"], ["fwd"], [2], torch.float32, "cpu")[0]
 CONFIGS = TARGET.candidates(torch.device("cpu"))
-PLAIN = [*QUICK, "--passes", "fwd", "--fusions", "plain", "--candidates", "80"]
+PLAIN = [*QUICK, "--passes", "fwd", "--fusions", "plain", "--candidates", "116"]
 
 
 def entries_of(folder: Path) -> list[tuning.Entry]:
@@ -147,7 +147,7 @@ def test_wrong_and_broken_settings_are_left_out_and_named(pretend, tmp_path, cap
     pretend.seconds |= dict.fromkeys(CONFIGS[:5], 0.1)
     assert tune.main([*PLAIN, "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr()
-    assert "75 of 80 candidates timed (left out: 2 WRONG; 3 does not run (RuntimeError))" in shown.out
+    assert "111 of 116 candidates timed (left out: 2 WRONG; 3 does not run (RuntimeError))" in shown.out
     assert "2 candidates are WRONG and were not timed" in shown.out
     assert shown.err.count("WRONG: 16x4x3_s1_gw4 plain fwd: ") == 2
     assert entries_of(tmp_path)[0].config not in CONFIGS[:5]
@@ -216,7 +216,7 @@ def test_what_does_not_fit_the_machine_is_not_run(pretend, tmp_path, monkeypatch
     assert {arch for _, _, arch in compiled} == {90}
     assert sum(compiled.values()) < len(CONFIGS)
     fits = [c for c in CONFIGS if c.num_warps in (2, 4) and c.block_m < 128]
-    assert f"{len(fits) + 1} of 80 candidates timed" in shown
+    assert f"{len(fits) + 1} of 116 candidates timed" in shown
 
 
 def test_both_gradients_have_the_settings_of_each(monkeypatch):

@@ -30,6 +30,7 @@ CUDA = torch.device("cuda", 0)
 STRIPS = StripsConfig(merged=4, strip=1, band=3, block_m=32, num_warps=2, num_stages=1)
 TAPS = TapsConfig(merged=4, block_m=128, block_n=16, block_k=16, num_warps=8, num_stages=2)
 POINTWISE = PointwiseConfig(block_m=32, block_n=64, block_k=32, num_warps=4, num_stages=2)
+DESCRIBED = dataclasses.replace(POINTWISE, tensor_descriptors=True)
 
 
 def make_problem(**changes) -> ConvProblem:
@@ -85,6 +86,8 @@ def test_what_is_written_is_read(tmp_path):
         make_entry(),
         make_entry(TAPS, dtype=torch.float32, stride=(2, 1)),
         make_entry(POINTWISE, fusion="stats", kernel_size=1, groups=1),
+        make_entry(dataclasses.replace(STRIPS, max_registers=255, source_in_registers=True), batch=128),
+        make_entry(DESCRIBED, fusion="affine", kernel_size=1, groups=1),
         make_entry(None, backend="torch", fusion="stats", op="bwd"),
         make_entry(None, backend="torch"),
     ]
@@ -135,6 +138,10 @@ WRONG = {
     "no-config": (change(config=None), "expected settings of the Triton kernel, got none"),
     "block": (configure(block_m=48), "expected block_m to be a power of two, got 48"),
     "warps": (configure(num_warps=True), "expected num_warps to be a whole number"),
+    "null": (configure(splits=None), "expected splits to be a whole number from 1 on, got None"),
+    "no-registers": (configure(max_registers=0), "expected max_registers to be a whole number from 1 on, got 0"),
+    "registers": (configure(max_registers=256), "expected max_registers to be at most 255, got 256"),
+    "in-registers": (configure(source_in_registers=1), "expected source_in_registers to be true or false, got 1"),
     "wrong-form": (change(kernel_size=1, groups=1), "expected settings of a 1x1 convolution, got form strips"),
     "strips-do-not-serve": (change(stride=[2, 1]), "expected a form that serves the problem, got strips"),
 }
@@ -156,6 +163,12 @@ def test_narrow_blocks_of_merged_groups_are_refused(tmp_path):
     narrow = make_entry(dataclasses.replace(TAPS, merged=8))
     with pytest.raises(ValueError, match="expected blocks that hold 8 merged groups"):
         tuning.read(write(tmp_path, narrow), GPU)
+
+
+@pytest.mark.parametrize("changes", [{"stride": (2, 2)}, {"in_channels": 100}, {"op": "wgrad"}], ids=str)
+def test_tensor_descriptors_that_do_not_serve_are_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match="expected tensor descriptors where they serve the problem"):
+        tuning.read(write(tmp_path, make_entry(DESCRIBED, fusion="stats", kernel_size=1, groups=1, **changes)), GPU)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 100_000], ids=range(6))
