@@ -298,7 +298,8 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuni
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     # By less than separate passes around PyTorch's convolution take.
     strided = problem.stride == (2, 2) and problem.channels_last and not fused
-    if strided and (problem.out_width >= 28 and width >= 24 and width % 16 or problem.out_width >= 14 and width >= 40):
+    least = 24 if problem.out_width >= 28 and width % 16 else 40
+    if strided and problem.out_width >= 14 and width >= least:
         return "PyTorch was measured to be faster forward in float32 with stride 2 and this many channels per group"
     return None
 
