@@ -131,14 +131,16 @@ RESNEXT_INLINE int64_t panel_columns(const Correlation& c) {
 RESNEXT_INLINE int64_t panel_size(const Correlation& c) { return panel_columns(c) * c.layout.src_lanes; }
 RESNEXT_INLINE int64_t ring_size(const Correlation& c) { return kRingRows * c.block * panel_size(c); }
 
-// Floats of one block's packed filters.
-RESNEXT_INLINE int64_t packed_block_size(const Correlation& c) {
-  return c.block * c.layout.tiles * (3 * packed_row_size(c.layout) + tile_lanes(c.layout));
+// Floats of a destination row of one tile.
+RESNEXT_INLINE int64_t buffer_size(const Correlation& c) {
+  return (c.dst.width + kMaxBlockPixels) * tile_lanes(c.layout);
 }
 
 int64_t correlate_scratch(const Correlation& c) {
-  int64_t size = ring_size(c) + (c.dst.width + kMaxBlockPixels) * tile_lanes(c.layout);
-  if (c.packed.weight == nullptr) size += packed_block_size(c) + weight_scratch(c.layout);
+  int64_t size = ring_size(c) + buffer_size(c);
+  if (c.packed.weight == nullptr) {
+    size += c.block * (packed_weight_size(c.layout) + packed_bias_size(c.layout)) + weight_scratch(c.layout);
+  }
   return size;
 }
 
@@ -209,9 +211,9 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
   const int64_t blocks = ceil_div(layout.bundles, c.block);
   float* ring = scratch;
   float* buffer = ring + ring_size(c);
-  float* own_weight = buffer + (c.dst.width + kMaxBlockPixels) * tile_lanes(layout);
-  float* own_bias = own_weight + c.block * layout.tiles * 3 * packed_row_size(layout);
-  float* pack_scratch = own_weight + packed_block_size(c);
+  float* own_weight = buffer + buffer_size(c);
+  float* own_bias = own_weight + c.block * packed_weight_size(layout);
+  float* pack_scratch = own_bias + c.block * packed_bias_size(layout);
   __builtin_memset(ring, 0, ring_size(c) * sizeof(float));
   RowPlan plan;
   plan.kernel = row_kernel(c);
@@ -226,8 +228,8 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
     if (c.packed.weight == nullptr) {
       pack_weight(layout, c.filters, pack_scratch, first_bundle, first_bundle + bundles, packed);
     } else {
-      packed = {c.packed.weight + first_bundle * layout.tiles * 3 * packed_row_size(layout),
-                c.packed.bias + first_bundle * layout.tiles * tile_lanes(layout)};
+      packed = {c.packed.weight + first_bundle * packed_weight_size(layout),
+                c.packed.bias + first_bundle * packed_bias_size(layout)};
     }
     plan.bias = packed.bias;
     int64_t next_row = 0;

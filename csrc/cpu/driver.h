@@ -42,6 +42,9 @@ OwnedAffine statistics_gradient(const Tensor& mean, const Tensor& dmean, const T
 // Tasks of about equal length that keep all threads busy to the end.
 int64_t wanted_tasks();
 
+// Tasks that each copy `floats` floats, as many as are worth a thread.
+inline int64_t copies_at_once(int64_t floats) { return std::max<int64_t>(1, 16384 / floats); }
+
 // Gives tasks [0, count) to threads as these become free, up to `at_once` that follow each other at a time: cores of
 // different speed, or shared with others' work, then end together. Calls work(begin, end, scratch).
 template <class Work>

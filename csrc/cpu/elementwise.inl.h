@@ -165,12 +165,5 @@ void elementwise_as(const Elementwise& e, int64_t begin, int64_t end) {
 }
 
 void elementwise(const Elementwise& e, int64_t begin, int64_t end) {
-  switch (e.dtype) {
-    case Dtype::kFloat16:
-      return elementwise_as<Half>(e, begin, end);
-    case Dtype::kBFloat16:
-      return elementwise_as<BFloat16>(e, begin, end);
-    default:
-      return elementwise_as<float>(e, begin, end);
-  }
+  with_float_type(e.dtype, [&](auto value) { elementwise_as<decltype(value)>(e, begin, end); });
 }

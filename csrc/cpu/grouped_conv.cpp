@@ -62,14 +62,14 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
 
   Buffer packed_weight, packed_bias;
   if (c.dst.batch * c.cuts.bands > 1) {
-    packed_weight = allocate(kernels.packed_weight_size(c.layout));
-    packed_bias = allocate(kernels.packed_bias_size(c.layout));
+    const int64_t weight_size = kernels.packed_weight_size(c.layout);
+    const int64_t bias_size = kernels.packed_bias_size(c.layout);
+    packed_weight = allocate(c.layout.bundles * weight_size);
+    packed_bias = allocate(c.layout.bundles * bias_size);
     c.packed = {packed_weight.get(), packed_bias.get()};
-    const int64_t bundle_size = kernels.packed_weight_size(c.layout) / c.layout.bundles;
-    const int64_t bias_size = kernels.packed_bias_size(c.layout) / c.layout.bundles;
-    run_tasks(c.layout.bundles, std::max<int64_t>(1, 16384 / bundle_size), kernels.weight_scratch(c.layout),
+    run_tasks(c.layout.bundles, copies_at_once(weight_size), kernels.weight_scratch(c.layout),
               [&](int64_t begin, int64_t end, float* scratch) {
-                const PackedFilters first = {c.packed.weight + begin * bundle_size, c.packed.bias + begin * bias_size};
+                const PackedFilters first = {c.packed.weight + begin * weight_size, c.packed.bias + begin * bias_size};
                 kernels.pack_weight(c.layout, c.filters, scratch, begin, end, first);
               });
   }
@@ -122,7 +122,7 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   run_tasks(blocks * g.chunks, 1, kernels.wgrad_scratch(g),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.wgrad(g, scratch, begin, end); });
   if (g.chunks == 1) return;
-  run_tasks(g.layout.bundles, std::max<int64_t>(1, 16384 / (g.chunks * slice_size)), kernels.weight_scratch(g.layout),
+  run_tasks(g.layout.bundles, copies_at_once(g.chunks * slice_size), kernels.weight_scratch(g.layout),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.reduce_wgrad(g, scratch, begin, end); });
 }
 

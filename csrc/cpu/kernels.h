@@ -185,8 +185,8 @@ struct PixelProduct {
 };
 
 // Tasks take blocks of both images' channels, chunks of the pixels. Of several chunks each has a slice of partial
-// results, [chunk][block of grad][block of x], of the size that a function of that name tells, to be reduced afterwards;
-// a single one is stored where it was made.
+// results, [chunk][block of grad][block of x], of the size that a function of that name tells, to be reduced
+// afterwards; a single one is stored where it was made.
 struct PixelGradient {
   GridImage grad, x;
   PixelGrid grid;
@@ -233,7 +233,7 @@ struct Kernels {
   const char* name;
 
   Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
-  int64_t (*packed_weight_size)(const Layout&);
+  int64_t (*packed_weight_size)(const Layout&);  // of a bundle
   int64_t (*packed_bias_size)(const Layout&);
   int64_t (*weight_scratch)(const Layout&);
   void (*pack_weight)(const Layout&, const Filters&, float* scratch, int64_t begin_bundle, int64_t end_bundle,

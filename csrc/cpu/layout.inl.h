@@ -55,9 +55,9 @@ RESNEXT_INLINE int64_t bundle_dst_channels(const Layout& layout, int64_t bundle)
 // Floats of one kernel row of one tile.
 RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.group_src * 3 * tile_lanes(layout); }
 
-int64_t packed_weight_size(const Layout& layout) { return layout.bundles * layout.tiles * 3 * packed_row_size(layout); }
-
-int64_t packed_bias_size(const Layout& layout) { return layout.bundles * layout.tiles * tile_lanes(layout); }
+// Floats of a bundle's packed weights and biases.
+int64_t packed_weight_size(const Layout& layout) { return layout.tiles * 3 * packed_row_size(layout); }
+int64_t packed_bias_size(const Layout& layout) { return layout.tiles * tile_lanes(layout); }
 
 // Floats of a bundle's weights before packing, in whole vectors; also room for one bundle's biases.
 int64_t weight_scratch(const Layout& layout) {
@@ -165,7 +165,6 @@ void pack_tile(const Layout& layout, const Filters& f, const float* filters, int
 
 void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t begin_bundle, int64_t end_bundle,
                  const PackedFilters& first) {
-  const int64_t lanes = tile_lanes(layout);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     const int64_t first_dst = bundle * layout.dst_channels;
     const int64_t dst_channels = bundle_dst_channels(layout, bundle);
@@ -174,15 +173,16 @@ void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t
     const float* filters =
         read_floats(f.weight, f.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      float* packed = first.weight + ((bundle - begin_bundle) * layout.tiles + tile) * 3 * packed_row_size(layout);
+      float* packed =
+          first.weight + (bundle - begin_bundle) * packed_weight_size(layout) + tile * 3 * packed_row_size(layout);
       if (layout.shared > 1) {
         pack_shared_tile(layout, f, filters, dst_channels / layout.group_dst, packed);
       } else {
         pack_tile(layout, f, filters, tile, packed);
       }
     }
-    float* packed_bias = first.bias + (bundle - begin_bundle) * layout.tiles * lanes;
-    __builtin_memset(packed_bias, 0, layout.tiles * lanes * sizeof(float));
+    float* packed_bias = first.bias + (bundle - begin_bundle) * packed_bias_size(layout);
+    __builtin_memset(packed_bias, 0, packed_bias_size(layout) * sizeof(float));
     if (f.bias != nullptr) {
       const float* bias = read_floats(f.bias, f.dtype, first_dst, dst_channels, scratch);
       for (int64_t c = 0; c < dst_channels; ++c) {

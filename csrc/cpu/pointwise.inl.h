@@ -13,7 +13,7 @@
 constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
 constexpr int kGradientChannels = kRegisters >= 32 ? 8 : 4;
 constexpr int kProductVectors = 2;
-constexpr int kGradientPiece = 16;   // pixels
+constexpr int kGradientPiece = 16;  // pixels read together
 constexpr int kGradientPixels = 4;  // of one iteration: short loops' ends are predicted
 constexpr int kProductLanes = kProductVectors * kLanes;
 
@@ -95,14 +95,9 @@ void read_panel_of(const GridImage& from, const PixelGrid& grid, const ReadMap& 
 template <int kPiece>
 void read_panel(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
                 int64_t block_pixels, float* panel) {
-  switch (from.image.dtype) {
-    case Dtype::kFloat16:
-      return read_panel_of<kPiece, Half>(from, grid, read, part, block_pixels, panel);
-    case Dtype::kBFloat16:
-      return read_panel_of<kPiece, BFloat16>(from, grid, read, part, block_pixels, panel);
-    default:
-      return read_panel_of<kPiece, float>(from, grid, read, part, block_pixels, panel);
-  }
+  with_float_type(from.image.dtype, [&](auto value) {
+    read_panel_of<kPiece, decltype(value)>(from, grid, read, part, block_pixels, panel);
+  });
 }
 
 // --- weights: [tile][source channel][kTileChannels], whatever the instruction set ---
@@ -141,14 +136,8 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64
 }
 
 void pack_tile(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
-  switch (weight.dtype) {
-    case Dtype::kFloat16:
-      return pack_tile_of<Half>(weight, tile, begin, end, packed);
-    case Dtype::kBFloat16:
-      return pack_tile_of<BFloat16>(weight, tile, begin, end, packed);
-    default:
-      return pack_tile_of<float>(weight, tile, begin, end, packed);
-  }
+  with_float_type(weight.dtype,
+                  [&](auto value) { pack_tile_of<decltype(value)>(weight, tile, begin, end, packed); });
 }
 
 // Reads the weight in the order of memory: a transposed one row by row, through all tiles.
@@ -346,14 +335,7 @@ void store_gradient_as(const PixelGradient& g, int64_t block, int64_t begin, int
 }
 
 void store_gradient(const PixelGradient& g, int64_t block, int64_t begin, int64_t end, const float* slice) {
-  switch (g.dtype) {
-    case Dtype::kFloat16:
-      return store_gradient_as<Half>(g, block, begin, end, slice);
-    case Dtype::kBFloat16:
-      return store_gradient_as<BFloat16>(g, block, begin, end, slice);
-    default:
-      return store_gradient_as<float>(g, block, begin, end, slice);
-  }
+  with_float_type(g.dtype, [&](auto value) { store_gradient_as<decltype(value)>(g, block, begin, end, slice); });
 }
 
 // Asks for what the next panel will read, a few lines at a time while this one is multiplied. (`multiply` does without:

@@ -40,9 +40,9 @@ std::array<int64_t, 3> packed_sizes(int64_t src_channels, int64_t dst_channels) 
 
 void pack(const Kernels& kernels, const WeightMatrix& weight, float* packed) {
   const auto [tiles, lanes, tile_channels] = packed_sizes(weight.src_channels, weight.dst_channels);
-  torch::stable::parallel_for(
-      0, tiles, std::max<int64_t>(1, 16384 / (lanes * tile_channels)),
-      [&](int64_t begin, int64_t end) { kernels.pack_matrix(weight, packed, begin, end); });
+  torch::stable::parallel_for(0, tiles, copies_at_once(lanes * tile_channels), [&](int64_t begin, int64_t end) {
+    kernels.pack_matrix(weight, packed, begin, end);
+  });
 }
 
 }  // namespace

@@ -273,12 +273,5 @@ const float* read_floats(const void* data, Dtype dtype, int64_t begin, int64_t c
 }
 
 void write_floats(void* data, Dtype dtype, int64_t begin, int64_t count, const float* from) {
-  switch (dtype) {
-    case Dtype::kFloat16:
-      return narrow(static_cast<Half*>(data) + begin, count, from);
-    case Dtype::kBFloat16:
-      return narrow(static_cast<BFloat16*>(data) + begin, count, from);
-    default:
-      return narrow(static_cast<float*>(data) + begin, count, from);
-  }
+  with_float_type(dtype, [&](auto value) { narrow(static_cast<decltype(value)*>(data) + begin, count, from); });
 }

@@ -31,6 +31,19 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// work(a value of the dtype, one of floating-point numbers), for its type.
+template <class Work>
+RESNEXT_INLINE auto with_float_type(Dtype dtype, Work work) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return work(Half{});
+    case Dtype::kBFloat16:
+      return work(BFloat16{});
+    default:
+      return work(float{});
+  }
+}
+
 RESNEXT_INLINE Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, also for -0
 
 template <class To, class From>

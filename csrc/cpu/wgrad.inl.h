@@ -123,8 +123,12 @@ RESNEXT_INLINE int64_t wgrad_ring_size(const WeightGradient& g) {
   return wgrad_ring_rows(g) * g.block * wgrad_panel_size(g);
 }
 
+RESNEXT_INLINE int64_t wgrad_grad_size(const WeightGradient& g) {
+  return wgrad_rows(g) * g.grad.width * grad_lanes(g.layout);
+}
+
 int64_t wgrad_scratch(const WeightGradient& g) {
-  int64_t size = wgrad_ring_size(g) + wgrad_rows(g) * g.grad.width * grad_lanes(g.layout);
+  int64_t size = wgrad_ring_size(g) + wgrad_grad_size(g);
   if (g.chunks == 1) size += g.block * wgrad_slice_size(g.layout) + weight_scratch(g.layout);
   return size;
 }
@@ -225,15 +229,14 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   const IntVec grad_order = channels_of_lanes(layout, layout.group_dst);
   float* ring = scratch;
   float* grad = ring + wgrad_ring_size(g);
-  float* own_slices = grad + wgrad_rows(g) * g.grad.width * grad_lanes(layout);
+  float* own_slices = grad + wgrad_grad_size(g);
   float* store_scratch = own_slices + g.block * slice_size;
   __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % g.chunks;
     const int64_t first_bundle = task / g.chunks * g.block;
     const int64_t bundles = min_of(g.block, layout.bundles - first_bundle);
-    float* slices =
-        g.chunks == 1 ? own_slices : g.partial + (chunk * layout.bundles + first_bundle) * slice_size;
+    float* slices = g.chunks == 1 ? own_slices : g.partial + (chunk * layout.bundles + first_bundle) * slice_size;
     __builtin_memset(slices, 0, bundles * slice_size * sizeof(float));
     const int64_t chunk_end = rows * (chunk + 1) / g.chunks;
     int64_t next_row = 0;
