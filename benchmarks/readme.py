@@ -59,8 +59,6 @@ def _collapsed(summary: str, *paragraphs: str) -> list[str]:
 
 
 def _grouped(runs: Sequence[Run]) -> list[str]:
-    if not runs:
-        return []
     paragraphs = [
         "**Grouped 3x3 convolutions**, fwd / dgrad / wgrad: the time of PyTorch's fastest layout over ours (above 1 we "
         "are faster), geometric mean over a network's distinct layers.",
@@ -80,8 +78,6 @@ def _grouped(runs: Sequence[Run]) -> list[str]:
 
 
 def _networks(runs: Sequence[Run]) -> list[str]:
-    if not runs:
-        return []
     paragraphs = [
         "**Whole networks**: median time of a step, bars from the 20th to the 80th percentile; ratio: PyTorch's "
         "fastest over our fastest (above 1 we are faster)."
@@ -93,8 +89,6 @@ def _networks(runs: Sequence[Run]) -> list[str]:
 
 
 def _memory(runs: Sequence[Run]) -> list[str]:
-    if not runs:
-        return []
     paragraphs = [
         "**Memory**: peak megabytes of a training step, beyond parameters and optimizer; ratio: the least of PyTorch's "
         "over ours."
@@ -113,7 +107,8 @@ def performance(root: Path) -> list[str]:
     for device in sorted({run.device for run in every}):
         paragraphs.append(f"### {device.upper()}")
         for program, write in kinds.items():
-            paragraphs += write([run for run in found[program] if run.device == device])
+            if runs := [run for run in found[program] if run.device == device]:
+                paragraphs += write(runs)
     if not any("gpu" in run.result["environment"] for run in every):
         paragraphs += ["### GPU", "Not yet measured."]
     timed = [run for program in ("grouped_conv", "block", "model") for run in found[program]]
