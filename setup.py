@@ -64,6 +64,7 @@ def extension() -> dict:
     patterns, kind = ["*.cpp", "cpu/*.cpp"], cpp_extension.CppExtension
     if with_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        flags["cxx"].append("-DRESNEXT_CUDA")
         flags["nvcc"] = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI]
         patterns, kind = [*patterns, "cuda/*.cu"], cpp_extension.CUDAExtension
     sources = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))

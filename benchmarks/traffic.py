@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from resnext.kernels import extension
+
 _BACKENDS = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}
 # In-place, but the old contents do not matter.
 _OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_"}
@@ -45,9 +47,30 @@ def moved_bytes(call: Callable[[], object]) -> int:
                 launch(self, **tensors)
 
             stack.enter_context(mock.patch.object(Launch, "__call__", counted))
+        if extension.load() is None:
+            stack.enter_context(mock.patch.object(extension, "_C", _CountedExtension(extension._C, counter)))
         stack.enter_context(counter)
         call()
     return counter.bytes
+
+
+class _CountedExtension:
+    """The functions of the extension, which PyTorch does not see."""
+
+    def __init__(self, module: Any, counter: _Counter) -> None:
+        self._module, self._counter = module, counter
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        function = getattr(self._module, name)
+        if name.startswith("empty"):
+            return function
+
+        def counted(*args: Any) -> object:
+            packed = name == "conv_affine" and args[2] is not None  # read in place of the weight
+            self._counter.bytes += _size([*args[:1], *args[2:]] if packed else args)
+            return function(*args)
+
+        return counted
 
 
 class _Counter(TorchDispatchMode):
@@ -79,13 +102,12 @@ def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         passes = [(grad, weight, dx)] * (dx is not None) + [(grad, x, dw)] * (dw is not None)
         return sum(map(_size, passes)) + _size([db])
     arguments = list(_arguments(func, args, kwargs))
-    packed = any(argument.name == "packed" and leaf is not None for argument, leaf in arguments)
-    inputs = [leaf for argument, leaf in arguments if not (packed and argument.name == "weight")]
+    inputs = [leaf for _, leaf in arguments]
     outputs = tree_leaves(result)
     written = [leaf for argument, leaf in arguments if _is_written(argument)]
     if not written and {_place(t) for t in outputs} & {_place(t) for t in inputs} - {None}:
         return 0  # a view
-    if func.namespace == "resnext_C" or name in _OVERWRITES or ".out" in str(func):
+    if name in _OVERWRITES or ".out" in str(func):
         moved = _size(inputs)
     else:
         moved = _size(inputs) + _size([*written, *outputs])

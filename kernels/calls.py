@@ -18,26 +18,35 @@ from . import dispatch
 
 _MOST = 10_000  # images of every size
 _PLAIN = (Tensor, nn.Parameter)
+# Looked up once: beside a convolution's data nothing of Python stays in the caches, and each step costs a microsecond.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_autocast = torch._C._is_any_autocast_enabled
+_traced = torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled
 _serves: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}
 
 
 def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What a call's checks and dispatch depend on, or None where PyTorch may have a part in it."""
-    if torch.compiler.is_compiling() or _attended():
+    if _is_compiling() or _attended():
         return None
-    recording = torch.is_grad_enabled()
+    for number in numbers:  # True and 1.0 are equal to 1, but PyTorch refuses them
+        if type(number) is not int and not (isinstance(number, tuple) and all(type(each) is int for each in number)):
+            return None
+    recording = _is_grad_enabled()
     key: list[Any] = [op, dispatch.forced_backend(), numbers]
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif type(tensor) in _PLAIN and not (recording and tensor.requires_grad):
-            key.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        elif type(tensor) not in _PLAIN or (recording and tensor.requires_grad) or tensor.is_neg():
+            return None
         else:
-            return None
-    for number in numbers:  # True and 1.0 are equal to 1, but PyTorch refuses them
-        if type(number) is not int and not (isinstance(number, tuple) and all(type(each) is int for each in number)):
-            return None
-    if (first := tensors[0]) is not None:
+            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    if (first := tensors[0]) is not None and first.is_cuda:
         key.append(dispatch.rounds_to_tf32(first.dtype, first.device))
     return tuple(key)
 
@@ -63,10 +72,11 @@ def forget() -> None:
 def _attended() -> bool:
     """Whether anything of PyTorch's attends to operators."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state()
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms()
+        or _autocast()
+        or _traced()
+        or _profiled()
         or forward_ad._current_level >= 0
     )

@@ -329,8 +329,10 @@ def _force_capability() -> None:
     """Let the extension use the instruction set that the environment asks for."""
     if not (capability := os.environ.get("RESNEXT_CPU_CAPABILITY")):
         return
+    from . import extension
+
     try:
-        torch.ops.resnext_C.set_cpu_capability(capability)
+        extension.force_cpu_capability(capability)
     except RuntimeError:
         raise ValueError(
             "RESNEXT_CPU_CAPABILITY: expected avx512, avx2 or portable, and a machine that has it, got "

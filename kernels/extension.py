@@ -1,7 +1,7 @@
 """The launchers served by the compiled extension ``resnext._C`` (csrc): C++ on the CPU, CUDA C++ on GPUs.
 
-Both kinds of device share one set of operators, ``torch.ops.resnext_C``: PyTorch's dispatcher sends them to the kernels
-of the tensors' device. The operators only fill outputs, which are allocated here.
+Both kinds of device share one set of functions, which choose by their first tensor. They only fill outputs, which are
+allocated here. PyTorch does not see them: its dispatcher has had its part when a launcher is called.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .config import Affine
 
 _NO_AFFINE = (None, None, None)
 _NO_STATISTICS = (None, None, None, None)
+
+_C: Any = None  # resnext._C, once it is loaded
 
 
 @functools.cache
@@ -31,11 +34,12 @@ def load() -> str | None:
     Raises:
         RuntimeError: If it is there but cannot be loaded: a broken build must not pass for an absent one.
     """
+    global _C
     if importlib.util.find_spec("resnext._C") is None:
         return "the C++ extension is not built; install a C++ compiler and reinstall with --no-build-isolation"
     try:
-        importlib.import_module("resnext._C")
-    except ImportError as error:
+        _C = importlib.import_module("resnext._C")
+    except (AttributeError, ImportError) as error:
         raise RuntimeError(
             f"resnext._C: expected an extension that loads with torch {torch.__version__}, got {error}; rebuild it "
             "with `python setup.py build_ext --inplace`, or delete the file to do without it"
@@ -46,7 +50,16 @@ def load() -> str | None:
 @functools.cache
 def has_cuda() -> bool:
     """Whether the loaded extension holds the CUDA kernels."""
-    return load() is None and torch._C._dispatch_has_kernel_for_dispatch_key("resnext_C::grouped_conv2d_fwd", "CUDA")
+    return load() is None and _C.has_cuda()
+
+
+def force_cpu_capability(name: str) -> None:
+    """Let the CPU kernels use ``"avx512"``, ``"avx2"`` or ``"portable"``; ``""`` is the best that the machine has.
+
+    Raises:
+        RuntimeError: If there is none of that name, or the machine lacks it.
+    """
+    _C.set_cpu_capability(name)
 
 
 def fwd(
@@ -54,7 +67,7 @@ def fwd(
 ) -> Tensor:
     """Forward pass: y (N, C_out, H_out, W_out) of x (N, C_in, H, W), dense in the given layout."""
     out = _empty(_output_size(x, weight, stride), x, channels_last)
-    torch.ops.resnext_C.grouped_conv2d_fwd(x, weight, bias, out, stride[0], stride[1], groups, channels_last)
+    _C.grouped_conv2d_fwd(x, weight, bias, out, stride[0], stride[1], groups, channels_last)
     return out
 
 
@@ -68,14 +81,14 @@ def dgrad(
 ) -> Tensor:
     """Gradient of the input: dx (N, C_in, H, W) with (H, W) = ``input_size``, dense in the given layout."""
     out = _empty((grad.shape[0], weight.shape[1] * groups, *input_size), grad, channels_last)
-    torch.ops.resnext_C.grouped_conv2d_dgrad(grad, weight, out, stride[0], stride[1], groups, channels_last)
+    _C.grouped_conv2d_dgrad(grad, weight, out, stride[0], stride[1], groups, channels_last)
     return out
 
 
 def wgrad(grad: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor:
     """Gradient of the weight: dw (C_out, C_in/groups, 3, 3), dense in the given layout."""
     out = _empty((grad.shape[1], x.shape[1] // groups, 3, 3), x, channels_last)
-    torch.ops.resnext_C.grouped_conv2d_wgrad(grad, x, out, stride[0], stride[1], groups, channels_last)
+    _C.grouped_conv2d_wgrad(grad, x, out, stride[0], stride[1], groups, channels_last)
     return out
 
 
@@ -91,9 +104,7 @@ def conv_stats_fwd(
     """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
     z = _empty(_output_size(x, weight, stride), x, channels_last)
     mean, var = (_vector(z), _vector(z)) if stats else (None, None)
-    torch.ops.resnext_C.conv_stats_fwd(
-        x, *(prologue or _NO_AFFINE), weight, z, mean, var, stride[0], stride[1], groups, channels_last
-    )
+    _C.conv_stats_fwd(x, *(prologue or _NO_AFFINE), weight, z, mean, var, stride[0], stride[1], groups, channels_last)
     return z, mean, var
 
 
@@ -116,10 +127,10 @@ def conv_stats_bwd(
         dx = _empty(x.shape, x, channels_last)
         dscale, dshift = (_vector(x), _vector(x)) if prologue else (None, None)
         masked = (x, *prologue) if prologue else (None, *_NO_AFFINE)
-        torch.ops.resnext_C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, dx, dscale, dshift, *geometry)
+        _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, dx, dscale, dshift, *geometry)
     if wanted[1]:
         dw = _empty(weight.shape, x, channels_last)
-        torch.ops.resnext_C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), dw, *geometry)
+        _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), dw, *geometry)
     return dx, dscale, dshift, dw
 
 
@@ -136,7 +147,7 @@ def conv_affine(
 ) -> Tensor:
     """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
     y = _empty(_output_size(x, weight, stride), x, channels_last)
-    torch.ops.resnext_C.conv_affine(
+    _C.conv_affine(
         x, weight, _packed_of(weight), scale, shift, residual, relu, y, stride[0], stride[1], groups, channels_last
     )
     return y
@@ -154,7 +165,7 @@ def keep_packed(weight: Tensor) -> None:
     out_channels, in_channels = weight.shape[:2]
     # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
     packed = torch.empty(-(-out_channels // 32), -(-in_channels // 16) * 16, 32)
-    torch.ops.resnext_C.pack_pointwise(weight, packed)
+    _C.pack_pointwise(weight, packed)
     _PACKED[weight] = (weight._version, packed)
 
 
@@ -168,14 +179,14 @@ def _packed_of(weight: Tensor) -> Tensor | None:
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel."""
     mean, var = _vector(z), _vector(z)
-    torch.ops.resnext_C.statistics(z, mean, var, channels_last)
+    _C.statistics(z, mean, var, channels_last)
     return mean, var
 
 
 def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
     """Gradient of ``z`` from its own, ``dz``, and those of its statistics."""
     g = _empty(z.shape, z, channels_last)
-    torch.ops.resnext_C.statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last)
+    _C.statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last)
     return g
 
 
@@ -184,7 +195,7 @@ def affine_add_relu(
 ) -> Tensor:
     """relu(affine(z) + residual), the residual through an affine of its own if there is one."""
     out = _empty(z.shape, z, channels_last)
-    torch.ops.resnext_C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), out, channels_last)
+    _C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), out, channels_last)
     return out
 
 
@@ -209,9 +220,7 @@ def affine_add_relu_bwd(
     dresidual_scale = _vector(z) if wanted[2] and residual_affine else None
     residual_center, residual_scale, _ = residual_affine or _NO_AFFINE
     results = (dz, dresidual, dscale, dshift, dresidual_scale)
-    torch.ops.resnext_C.affine_add_relu_bwd(
-        dout, out, z, *affine, residual, residual_center, residual_scale, *results, channels_last
-    )
+    _C.affine_add_relu_bwd(dout, out, z, *affine, residual, residual_center, residual_scale, *results, channels_last)
     return results
 
 
@@ -219,8 +228,9 @@ def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: b
     """Pool relu(affine(z)) (3x3, stride 2, padding 1), with the place 3*kh + kw of each maximum in its window."""
     size = (z.shape[0], z.shape[1], (z.shape[2] - 1) // 2 + 1, (z.shape[3] - 1) // 2 + 1)
     out = _empty(size, z, channels_last)
-    places = _empty(size, z, channels_last, torch.uint8) if taps else None
-    torch.ops.resnext_C.affine_relu_max_pool(z, *affine, out, places, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    places = torch.empty(size, dtype=torch.uint8, device=z.device, memory_format=layout) if taps else None
+    _C.affine_relu_max_pool(z, *affine, out, places, channels_last)
     return out, places
 
 
@@ -230,19 +240,25 @@ def affine_relu_max_pool_bwd(
     """Gradients of z, scale and shift; ``wanted``: z, the vectors."""
     dz = _empty(z.shape, z, channels_last) if wanted[0] else None
     dscale, dshift = (_vector(z), _vector(z)) if wanted[1] else (None, None)
-    torch.ops.resnext_C.affine_relu_max_pool_bwd(dout, taps, z, *affine, dz, dscale, dshift, channels_last)
+    _C.affine_relu_max_pool_bwd(dout, taps, z, *affine, dz, dscale, dshift, channels_last)
     return dz, dscale, dshift
 
 
 def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int, int, int]:
-    return x.shape[0], weight.shape[0], (x.shape[2] - 1) // stride[0] + 1, (x.shape[3] - 1) // stride[1] + 1
+    batch, _, height, width = x.shape
+    return batch, weight.shape[0], (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
 
 
 def _vector(image: Tensor) -> Tensor:
     """One float32 value per channel."""
-    return torch.empty(image.shape[1], dtype=torch.float32, device=image.device)
+    if image.is_cuda:  # as below
+        return torch.empty(image.shape[1], dtype=torch.float32, device=image.device)
+    return _C.empty_vector(image)
 
 
-def _empty(size: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+def _empty(size: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+    """(N, C, H, W), dense in the given layout, of the dtype and on the device of ``like``."""
+    if like.is_cuda:  # whose allocator has a class of its own for being out of memory
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+    return _C.empty_image(like, *size, channels_last)

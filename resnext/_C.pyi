@@ -1,1 +1,4 @@
-# The compiled extension: an empty module whose import registers torch.ops.resnext_C (see csrc/bindings.cpp).
+# The compiled extension: the operators of csrc/operators.h, as functions that fill their results.
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...

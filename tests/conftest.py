@@ -104,12 +104,14 @@ def built() -> None:
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def capability(built: None, request: pytest.FixtureRequest) -> Iterator[str]:
     """Force one instruction set of the extension for the length of a test."""
+    from resnext.kernels import extension
+
     try:
-        torch.ops.resnext_C.set_cpu_capability(request.param)
+        extension.force_cpu_capability(request.param)
     except RuntimeError:
         pytest.skip(f"this machine lacks {request.param}")
     yield request.param
-    torch.ops.resnext_C.set_cpu_capability("")
+    extension.force_cpu_capability("")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Device:
 
 
 class Emulator:
-    """Stands in for ``torch.ops.resnext_C`` under kernels/extension.py. Convolutions in channels_last only."""
+    """Stands in for ``resnext._C`` under kernels/extension.py. Convolutions in channels_last only."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -86,6 +86,16 @@ class Emulator:
             yield
         finally:
             self._device = before
+
+    def empty_image(self, like: Tensor, *size_and_layout: int) -> Tensor:
+        """What the bindings allocate."""
+        *size, channels_last = size_and_layout
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(size, dtype=like.dtype, memory_format=layout)
+
+    def empty_vector(self, image: Tensor) -> Tensor:
+        """Likewise."""
+        return torch.empty(image.shape[1])
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name not in IMAGES:

@@ -66,7 +66,7 @@ def library(tmp_path_factory: pytest.TempPathFactory):
 def emulator(library, monkeypatch: pytest.MonkeyPatch) -> Emulator:
     """The emulated operators, under the launchers of kernels/extension.py for the length of a test."""
     emulator = Emulator(library)
-    monkeypatch.setattr(torch.ops, "resnext_C", emulator, raising=False)
+    monkeypatch.setattr(extension, "_C", emulator)
     return emulator
 
 

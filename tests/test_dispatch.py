@@ -184,9 +184,9 @@ def test_wrong_environment_is_an_error_with_the_names():
 
 def test_environment_forces_the_instruction_set(built):
     code = (
-        "import torch; from resnext import grouped_conv2d\n"
+        "import torch; from resnext import grouped_conv2d; from resnext.kernels import extension\n"
         "y = grouped_conv2d(torch.ones(1, 8, 3, 3), torch.ones(8, 2, 3, 3), groups=4)\n"
-        "print(torch.ops.resnext_C.cpu_capability(), y[0, 0, 1, 1].item())"
+        "print(extension._C.cpu_capability(), y[0, 0, 1, 1].item())"
     )
     assert run_python(code, RESNEXT_CPU_CAPABILITY="portable").stdout == "portable 18.0\n"
     result = run_python(code, RESNEXT_CPU_CAPABILITY="mmx")

@@ -146,16 +146,16 @@ def test_inputs_that_start_in_the_middle_of_a_vector(capability):
 
 
 def test_capability_can_be_forced_and_released(capability):
-    assert torch.ops.resnext_C.cpu_capability() == capability
-    torch.ops.resnext_C.set_cpu_capability("")
-    assert torch.ops.resnext_C.cpu_capability() in ("avx512", "avx2", "portable")
+    assert extension._C.cpu_capability() == capability
+    extension.force_cpu_capability("")
+    assert extension._C.cpu_capability() in ("avx512", "avx2", "portable")
 
 
 def test_unknown_capability_is_refused(built):
-    before = torch.ops.resnext_C.cpu_capability()
+    before = extension._C.cpu_capability()
     with pytest.raises(RuntimeError, match=r"expected avx512, avx2, portable or an empty name.*got 'mmx'"):
-        torch.ops.resnext_C.set_cpu_capability("mmx")
-    assert torch.ops.resnext_C.cpu_capability() == before
+        extension.force_cpu_capability("mmx")
+    assert extension._C.cpu_capability() == before
 
 
 def _fwd(**changes):
@@ -169,7 +169,7 @@ def _fwd(**changes):
         "groups": 2,
         "channels_last": False,
     }
-    torch.ops.resnext_C.grouped_conv2d_fwd(*(arguments | changes).values())
+    extension._C.grouped_conv2d_fwd(*(arguments | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_wrong_arguments_are_refused(built, changes, message):
 def test_backward_operators_check_too(built):
     x, grad, weight = torch.zeros(2, 8, 6, 6), torch.zeros(2, 8, 3, 3), torch.zeros(8, 4, 3, 3)
     with pytest.raises(RuntimeError, match=r"expected grad of shape \(2, 8, 6, 6\), got \(2, 8, 3, 3\)"):
-        torch.ops.resnext_C.grouped_conv2d_dgrad(grad, weight, x, 1, 1, 2, False)
+        extension._C.grouped_conv2d_dgrad(grad, weight, x, 1, 1, 2, False)
     with pytest.raises(RuntimeError, match=r"expected output of shape \(8, 4, 3, 3\), got \(8, 8, 3, 3\)"):
-        torch.ops.resnext_C.grouped_conv2d_wgrad(grad, x, torch.zeros(8, 8, 3, 3), 2, 2, 2, False)
+        extension._C.grouped_conv2d_wgrad(grad, x, torch.zeros(8, 8, 3, 3), 2, 2, 2, False)
 
 
 def test_an_absent_extension_is_a_reason(monkeypatch):

@@ -356,4 +356,4 @@ WRONG = {
 @pytest.mark.parametrize(("op", "arguments", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_refused(built, op, arguments, message):
     with pytest.raises(RuntimeError, match=message):
-        getattr(torch.ops.resnext_C, op)(*arguments)
+        getattr(extension._C, op)(*arguments)

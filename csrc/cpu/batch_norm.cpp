@@ -1,10 +1,9 @@
 // The CPU operators around the convolutions: batch norm's statistics, affine-add-relu, and the stem's max pool.
 #include "../batch_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
+#include "../operators.h"
 #include "capability.h"
 #include "driver.h"
 
@@ -46,7 +45,7 @@ void run_elementwise(const Elementwise& e) {
                               [&](int64_t begin, int64_t end) { kernels.elementwise(e, begin, end); });
 }
 
-void statistics(const Tensor z, Tensor mean, Tensor var, bool channels_last) {
+void statistics(const Tensor& z, const Tensor& mean, const Tensor& var, bool channels_last) {
   check_statistics(z, mean, var, channels_last);
   Elementwise e = elementwise_of(Elementwise::kMoments, z, channels_last);
   const Parts parts = parts_of(e);
@@ -56,7 +55,7 @@ void statistics(const Tensor z, Tensor mean, Tensor var, bool channels_last) {
   merge_moments(e.partial, parts, e.channels, floats_of(mean), floats_of(var));
 }
 
-void statistics_bwd(const Tensor dz, const Tensor z, const Tensor mean, const Tensor dmean, const Tensor dvar, Tensor g,
+void statistics_bwd(const Tensor& dz, const Tensor& z, const Tensor& mean, const Tensor& dmean, const Tensor& dvar, const Tensor& g,
                     bool channels_last) {
   check_statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last);
   const OwnedAffine affine = statistics_gradient(mean, dmean, dvar, z.numel() / z.size(1));
@@ -67,9 +66,9 @@ void statistics_bwd(const Tensor dz, const Tensor z, const Tensor mean, const Te
   run_elementwise(e);
 }
 
-void affine_add_relu(const Tensor z, const OptionalTensor center, const Tensor scale, const Tensor shift,
-                     const OptionalTensor residual, const OptionalTensor residual_center,
-                     const OptionalTensor residual_scale, const OptionalTensor residual_shift, Tensor out,
+void affine_add_relu(const Tensor& z, const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
+                     const OptionalTensor& residual, const OptionalTensor& residual_center,
+                     const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, const Tensor& out,
                      bool channels_last) {
   check_affine_add_relu(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, out,
                         channels_last);
@@ -83,11 +82,11 @@ void affine_add_relu(const Tensor z, const OptionalTensor center, const Tensor s
   run_elementwise(e);
 }
 
-void affine_add_relu_bwd(const Tensor dout, const OptionalTensor out, const Tensor z, const OptionalTensor center,
-                         const Tensor scale, const Tensor shift, const OptionalTensor residual,
-                         const OptionalTensor residual_center, const OptionalTensor residual_scale,
-                         const OptionalTensor dz, const OptionalTensor dresidual, const OptionalTensor dscale,
-                         const OptionalTensor dshift, const OptionalTensor dresidual_scale, bool channels_last) {
+void affine_add_relu_bwd(const Tensor& dout, const OptionalTensor& out, const Tensor& z, const OptionalTensor& center,
+                         const Tensor& scale, const Tensor& shift, const OptionalTensor& residual,
+                         const OptionalTensor& residual_center, const OptionalTensor& residual_scale,
+                         const OptionalTensor& dz, const OptionalTensor& dresidual, const OptionalTensor& dscale,
+                         const OptionalTensor& dshift, const OptionalTensor& dresidual_scale, bool channels_last) {
   check_affine_add_relu_bwd(dout, out, z, center, scale, shift, residual, residual_center, residual_scale, dz,
                             dresidual, dscale, dshift, dresidual_scale, channels_last);
   const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
@@ -124,8 +123,8 @@ MaxPool max_pool_of(const Tensor& z, const Tensor& pooled, const OptionalTensor&
 
 int64_t blocks_of(const MaxPool& p) { return ceil_div(p.z.channels, p.lanes); }
 
-void affine_relu_max_pool(const Tensor z, const OptionalTensor center, const Tensor scale, const Tensor shift,
-                          Tensor out, const OptionalTensor taps, bool channels_last) {
+void affine_relu_max_pool(const Tensor& z, const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
+                          const Tensor& out, const OptionalTensor& taps, bool channels_last) {
   check_affine_relu_max_pool(z, center, scale, shift, out, taps, channels_last);
   const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
   MaxPool p = max_pool_of(z, out, taps, channels_last);
@@ -136,9 +135,9 @@ void affine_relu_max_pool(const Tensor z, const OptionalTensor center, const Ten
             [&](int64_t begin, int64_t end, float* scratch) { kernels.max_pool(p, scratch, begin, end); });
 }
 
-void affine_relu_max_pool_bwd(const Tensor dout, const Tensor taps, const Tensor z, const OptionalTensor center,
-                              const Tensor scale, const Tensor shift, const OptionalTensor dz,
-                              const OptionalTensor dscale, const OptionalTensor dshift, bool channels_last) {
+void affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& taps, const Tensor& z, const OptionalTensor& center,
+                              const Tensor& scale, const Tensor& shift, const OptionalTensor& dz,
+                              const OptionalTensor& dscale, const OptionalTensor& dshift, bool channels_last) {
   check_affine_relu_max_pool_bwd(dout, taps, z, center, scale, shift, dz, dscale, dshift, channels_last);
   const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
   MaxPool p = max_pool_of(z, dout, taps, channels_last);
@@ -161,13 +160,14 @@ void affine_relu_max_pool_bwd(const Tensor dout, const Tensor taps, const Tensor
 }
 
 }  // namespace
-}  // namespace resnext::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(resnext_C, CPU, m) {
-  m.impl("statistics", TORCH_BOX(&resnext::cpu::statistics));
-  m.impl("statistics_bwd", TORCH_BOX(&resnext::cpu::statistics_bwd));
-  m.impl("affine_add_relu", TORCH_BOX(&resnext::cpu::affine_add_relu));
-  m.impl("affine_add_relu_bwd", TORCH_BOX(&resnext::cpu::affine_add_relu_bwd));
-  m.impl("affine_relu_max_pool", TORCH_BOX(&resnext::cpu::affine_relu_max_pool));
-  m.impl("affine_relu_max_pool_bwd", TORCH_BOX(&resnext::cpu::affine_relu_max_pool_bwd));
+void add_batch_norm(Operators& operators) {
+  operators.statistics = &statistics;
+  operators.statistics_bwd = &statistics_bwd;
+  operators.affine_add_relu = &affine_add_relu;
+  operators.affine_add_relu_bwd = &affine_add_relu_bwd;
+  operators.affine_relu_max_pool = &affine_relu_max_pool;
+  operators.affine_relu_max_pool_bwd = &affine_relu_max_pool_bwd;
 }
+
+}  // namespace resnext::cpu

@@ -2,10 +2,9 @@
 // the active instruction set.
 #include "../grouped_conv.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
+#include "../operators.h"
 #include "capability.h"
 #include "driver.h"
 #include "pointwise_conv.h"
@@ -126,21 +125,21 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
             [&](int64_t begin, int64_t end, float* scratch) { kernels.reduce_wgrad(g, scratch, begin, end); });
 }
 
-void grouped_conv2d_fwd(const Tensor x, const Tensor weight, const OptionalTensor bias, Tensor out, int64_t stride_h,
+void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out, int64_t stride_h,
                         int64_t stride_w, int64_t groups, bool channels_last) {
   check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   Correlation c = forward(x, out, stride_h, stride_w, channels_last);
   run_correlation(c, weight, bias, /*transposed=*/false, groups);
 }
 
-void grouped_conv2d_dgrad(const Tensor grad, const Tensor weight, Tensor out, int64_t stride_h, int64_t stride_w,
+void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h, int64_t stride_w,
                           int64_t groups, bool channels_last) {
   check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   Correlation c = input_gradient(grad, out, stride_h, stride_w, channels_last);
   run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups);
 }
 
-void grouped_conv2d_wgrad(const Tensor grad, const Tensor x, Tensor out, int64_t stride_h, int64_t stride_w,
+void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, const Tensor& out, int64_t stride_h, int64_t stride_w,
                           int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_wgrad(grad, x, out, stride_h, stride_w, groups, channels_last);
   WeightGradient g{};
@@ -181,8 +180,8 @@ void run_forward(const Tensor& x, const ReadMap& read, const Tensor& weight, con
   run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape.groups, results);
 }
 
-void conv_stats_fwd(const Tensor x, const OptionalTensor center, const OptionalTensor scale, const OptionalTensor shift,
-                    const Tensor weight, Tensor z, const OptionalTensor mean, const OptionalTensor var,
+void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift,
+                    const Tensor& weight, const Tensor& z, const OptionalTensor& mean, const OptionalTensor& var,
                     int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape =
       check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last,
@@ -193,10 +192,10 @@ void conv_stats_fwd(const Tensor x, const OptionalTensor center, const OptionalT
   run_forward(x, prologue.read, weight, nullptr, z, write, shape, {floats_of(mean), floats_of(var)});
 }
 
-void conv_stats_dgrad(const Tensor dz, const OptionalTensor z, const OptionalTensor mean, const OptionalTensor dmean,
-                      const OptionalTensor dvar, const Tensor weight, const OptionalTensor x,
-                      const OptionalTensor center, const OptionalTensor scale, const OptionalTensor shift, Tensor dx,
-                      const OptionalTensor dscale, const OptionalTensor dshift, int64_t stride_h, int64_t stride_w,
+void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& dmean,
+                      const OptionalTensor& dvar, const Tensor& weight, const OptionalTensor& x,
+                      const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& dx,
+                      const OptionalTensor& dscale, const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w,
                       int64_t groups, bool channels_last) {
   const GroupedConvShape shape =
       check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
@@ -219,9 +218,9 @@ void conv_stats_dgrad(const Tensor dz, const OptionalTensor z, const OptionalTen
   run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups, results);
 }
 
-void conv_stats_wgrad(const Tensor dz, const OptionalTensor z, const OptionalTensor mean, const OptionalTensor dmean,
-                      const OptionalTensor dvar, const Tensor x, const OptionalTensor center,
-                      const OptionalTensor scale, const OptionalTensor shift, Tensor dw, int64_t stride_h,
+void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& dmean,
+                      const OptionalTensor& dvar, const Tensor& x, const OptionalTensor& center,
+                      const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& dw, int64_t stride_h,
                       int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw,
                                                         stride_h, stride_w, groups, channels_last,
@@ -237,8 +236,8 @@ void conv_stats_wgrad(const Tensor dz, const OptionalTensor z, const OptionalTen
   run_wgrad(g, dw, shape);
 }
 
-void conv_affine(const Tensor x, const Tensor weight, const OptionalTensor packed, const OptionalTensor scale,
-                 const OptionalTensor shift, const OptionalTensor residual, bool relu, Tensor y, int64_t stride_h,
+void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
+                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y, int64_t stride_h,
                  int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape =
       check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last,
@@ -253,25 +252,17 @@ void conv_affine(const Tensor x, const Tensor weight, const OptionalTensor packe
   run_forward(x, {}, weight, packed_weight, y, write, shape);
 }
 
-std::string cpu_capability() { return active_kernels().name; }
-
-void set_cpu_capability(std::string name) { force_capability(name); }
-
 }  // namespace
+
+void add_convolutions(Operators& operators) {
+  operators.grouped_conv2d_fwd = &grouped_conv2d_fwd;
+  operators.grouped_conv2d_dgrad = &grouped_conv2d_dgrad;
+  operators.grouped_conv2d_wgrad = &grouped_conv2d_wgrad;
+  operators.conv_stats_fwd = &conv_stats_fwd;
+  operators.conv_stats_dgrad = &conv_stats_dgrad;
+  operators.conv_stats_wgrad = &conv_stats_wgrad;
+  operators.conv_affine = &conv_affine;
+  operators.pack_pointwise = &pack_pointwise;
+}
+
 }  // namespace resnext::cpu
-
-STABLE_TORCH_LIBRARY_IMPL(resnext_C, CPU, m) {
-  m.impl("grouped_conv2d_fwd", TORCH_BOX(&resnext::cpu::grouped_conv2d_fwd));
-  m.impl("grouped_conv2d_dgrad", TORCH_BOX(&resnext::cpu::grouped_conv2d_dgrad));
-  m.impl("grouped_conv2d_wgrad", TORCH_BOX(&resnext::cpu::grouped_conv2d_wgrad));
-  m.impl("conv_stats_fwd", TORCH_BOX(&resnext::cpu::conv_stats_fwd));
-  m.impl("conv_stats_dgrad", TORCH_BOX(&resnext::cpu::conv_stats_dgrad));
-  m.impl("conv_stats_wgrad", TORCH_BOX(&resnext::cpu::conv_stats_wgrad));
-  m.impl("conv_affine", TORCH_BOX(&resnext::cpu::conv_affine));
-}
-
-// No tensor argument to dispatch on.
-STABLE_TORCH_LIBRARY_IMPL(resnext_C, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&resnext::cpu::cpu_capability));
-  m.impl("set_cpu_capability", TORCH_BOX(&resnext::cpu::set_cpu_capability));
-}

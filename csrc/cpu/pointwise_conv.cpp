@@ -1,8 +1,6 @@
 // The 1x1 convolutions of the CPU operators: plan, pack the weights, run the kernels of the active instruction set.
 #include "pointwise_conv.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -129,9 +127,7 @@ const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int6
   return static_cast<const float*>(packed->data_ptr());
 }
 
-namespace {
-
-void pack_pointwise(const Tensor weight, Tensor packed) {
+void pack_pointwise(const Tensor& weight, const Tensor& packed) {
   constexpr const char* kOp = "pack_pointwise";
   const Checks check(kOp);
   check.dtype(weight, "weight");
@@ -142,7 +138,4 @@ void pack_pointwise(const Tensor weight, Tensor packed) {
   pack(active_kernels(), {weight.data_ptr(), dtype_of(weight), /*transposed=*/false, sizes[1], sizes[0]}, data);
 }
 
-}  // namespace
 }  // namespace resnext::cpu
-
-STABLE_TORCH_LIBRARY_IMPL(resnext_C, CPU, m) { m.impl("pack_pointwise", TORCH_BOX(&resnext::cpu::pack_pointwise)); }

@@ -2,6 +2,7 @@
 // them work in the tensors' own layout.
 #include "../batch_norm.h"
 
+#include "../operators.h"
 #include "operator.h"
 
 namespace resnext::cuda {
@@ -11,14 +12,14 @@ ImageShape image_shape(const Tensor& z, bool channels_last) {
   return {z.size(0), z.size(1), z.size(2), z.size(3), channels_last};
 }
 
-void statistics(const Tensor& z, Tensor mean, Tensor var, bool channels_last) {
+void statistics(const Tensor& z, const Tensor& mean, const Tensor& var, bool channels_last) {
   check_statistics(z, mean, var, channels_last);
   STD_CUDA_CHECK(launch_statistics(image_shape(z, channels_last), kernel_dtype(z), Call(z), z.const_data_ptr(),
                                    mutable_vector_data(mean), mutable_vector_data(var)));
 }
 
 void statistics_bwd(const Tensor& dz, const Tensor& z, const Tensor& mean, const Tensor& dmean, const Tensor& dvar,
-                    Tensor g, bool channels_last) {
+                    const Tensor& g, bool channels_last) {
   check_statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last);
   STD_CUDA_CHECK(launch_statistics_bwd(image_shape(z, channels_last), kernel_dtype(z), Call(z), dz.const_data_ptr(),
                                        statistics_of(z, mean, dmean, dvar), g.mutable_data_ptr()));
@@ -26,7 +27,7 @@ void statistics_bwd(const Tensor& dz, const Tensor& z, const Tensor& mean, const
 
 void affine_add_relu(const Tensor& z, const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
                      const OptionalTensor& residual, const OptionalTensor& residual_center,
-                     const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, Tensor out,
+                     const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, const Tensor& out,
                      bool channels_last) {
   check_affine_add_relu(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, out,
                         channels_last);
@@ -52,7 +53,7 @@ void affine_add_relu_bwd(const Tensor& dout, const OptionalTensor& out, const Te
 }
 
 void affine_relu_max_pool(const Tensor& z, const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
-                          Tensor out, const OptionalTensor& taps, bool channels_last) {
+                          const Tensor& out, const OptionalTensor& taps, bool channels_last) {
   check_affine_relu_max_pool(z, center, scale, shift, out, taps, channels_last);
   STD_CUDA_CHECK(launch_affine_relu_max_pool(image_shape(z, channels_last), kernel_dtype(z), Call(z),
                                              z.const_data_ptr(), affine_of(center, scale, shift),
@@ -72,13 +73,14 @@ void affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& taps, const Tens
 }
 
 }  // namespace
-}  // namespace resnext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(resnext_C, CUDA, m) {
-  m.impl("statistics", TORCH_BOX(&resnext::cuda::statistics));
-  m.impl("statistics_bwd", TORCH_BOX(&resnext::cuda::statistics_bwd));
-  m.impl("affine_add_relu", TORCH_BOX(&resnext::cuda::affine_add_relu));
-  m.impl("affine_add_relu_bwd", TORCH_BOX(&resnext::cuda::affine_add_relu_bwd));
-  m.impl("affine_relu_max_pool", TORCH_BOX(&resnext::cuda::affine_relu_max_pool));
-  m.impl("affine_relu_max_pool_bwd", TORCH_BOX(&resnext::cuda::affine_relu_max_pool_bwd));
+void add_batch_norm(Operators& operators) {
+  operators.statistics = &statistics;
+  operators.statistics_bwd = &statistics_bwd;
+  operators.affine_add_relu = &affine_add_relu;
+  operators.affine_add_relu_bwd = &affine_add_relu_bwd;
+  operators.affine_relu_max_pool = &affine_relu_max_pool;
+  operators.affine_relu_max_pool_bwd = &affine_relu_max_pool_bwd;
 }
+
+}  // namespace resnext::cuda

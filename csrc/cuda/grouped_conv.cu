@@ -1,12 +1,13 @@
 // The CUDA operators of the grouped convolution, plain, in training between batch norms, and for inference.
 #include "../grouped_conv.h"
 
+#include "../operators.h"
 #include "operator.h"
 
 namespace resnext::cuda {
 namespace {
 
-void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Tensor out,
+void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
                         int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   const Call call(x);
@@ -16,7 +17,7 @@ void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTen
   target.store();
 }
 
-void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, Tensor out, int64_t stride_h, int64_t stride_w,
+void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h, int64_t stride_w,
                           int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   const Call call(grad);
@@ -26,7 +27,7 @@ void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, Tensor out, 
   target.store();
 }
 
-void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, Tensor out, int64_t stride_h, int64_t stride_w,
+void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, const Tensor& out, int64_t stride_h, int64_t stride_w,
                           int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_wgrad(grad, x, out, stride_h, stride_w, groups, channels_last);
   const Call call(grad);
@@ -37,7 +38,7 @@ void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, Tensor out, int64
 }
 
 void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
-                    const OptionalTensor& shift, const Tensor& weight, Tensor z, const OptionalTensor& mean,
+                    const OptionalTensor& shift, const Tensor& weight, const Tensor& z, const OptionalTensor& mean,
                     const OptionalTensor& var, int64_t stride_h, int64_t stride_w, int64_t groups,
                     bool channels_last) {
   const GroupedConvShape shape = check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h,
@@ -53,7 +54,7 @@ void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const Optiona
 void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
                       const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& weight,
                       const OptionalTensor& x, const OptionalTensor& center, const OptionalTensor& scale,
-                      const OptionalTensor& shift, Tensor dx, const OptionalTensor& dscale,
+                      const OptionalTensor& shift, const Tensor& dx, const OptionalTensor& dscale,
                       const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w, int64_t groups,
                       bool channels_last) {
   const GroupedConvShape shape =
@@ -72,7 +73,7 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
 void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
                       const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& x,
                       const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift,
-                      Tensor dw, int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+                      const Tensor& dw, int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw,
                                                         stride_h, stride_w, groups, channels_last);
   const Call call(dz);
@@ -85,7 +86,7 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
 }
 
 void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
-                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, Tensor y, int64_t stride_h,
+                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y, int64_t stride_h,
                  int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape =
       check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
@@ -98,14 +99,15 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
 }
 
 }  // namespace
-}  // namespace resnext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(resnext_C, CUDA, m) {
-  m.impl("grouped_conv2d_fwd", TORCH_BOX(&resnext::cuda::grouped_conv2d_fwd));
-  m.impl("grouped_conv2d_dgrad", TORCH_BOX(&resnext::cuda::grouped_conv2d_dgrad));
-  m.impl("grouped_conv2d_wgrad", TORCH_BOX(&resnext::cuda::grouped_conv2d_wgrad));
-  m.impl("conv_stats_fwd", TORCH_BOX(&resnext::cuda::conv_stats_fwd));
-  m.impl("conv_stats_dgrad", TORCH_BOX(&resnext::cuda::conv_stats_dgrad));
-  m.impl("conv_stats_wgrad", TORCH_BOX(&resnext::cuda::conv_stats_wgrad));
-  m.impl("conv_affine", TORCH_BOX(&resnext::cuda::conv_affine));
+void add_convolutions(Operators& operators) {
+  operators.grouped_conv2d_fwd = &grouped_conv2d_fwd;
+  operators.grouped_conv2d_dgrad = &grouped_conv2d_dgrad;
+  operators.grouped_conv2d_wgrad = &grouped_conv2d_wgrad;
+  operators.conv_stats_fwd = &conv_stats_fwd;
+  operators.conv_stats_dgrad = &conv_stats_dgrad;
+  operators.conv_stats_wgrad = &conv_stats_wgrad;
+  operators.conv_affine = &conv_affine;
 }
+
+}  // namespace resnext::cuda
