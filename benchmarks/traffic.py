@@ -62,13 +62,12 @@ class _CountedExtension:
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         function = getattr(self._module, name)
-        if name.startswith("empty"):
-            return function
 
         def counted(*args: Any) -> object:
+            results = function(*args)
             packed = name == "conv_affine" and args[2] is not None  # read in place of the weight
-            self._counter.bytes += _size([*args[:1], *args[2:]] if packed else args)
-            return function(*args)
+            self._counter.bytes += _size([*args[:1], *args[2:]] if packed else args) + _size(tree_leaves(results))
+            return results
 
         return counted
 

@@ -1,4 +1,4 @@
-// The Python module: the operators as functions of tensors, and memory for their results.
+// The Python module: the operators as functions of tensors, which make their results where given a size in their place.
 //
 // Tensors come by DLPack's exchange interface, a table of C functions that PyTorch publishes. A call by PyTorch's
 // dispatcher costs several times as much, and beside small convolutions that counts; what the dispatcher is for
@@ -22,7 +22,9 @@
 namespace resnext {
 namespace {
 
-const dlpack::Exchange* exchange = nullptr;  // set when the module is imported
+// Set when the module is imported.
+const dlpack::Exchange* exchange = nullptr;
+PyObject* out_of_memory = nullptr;  // torch.OutOfMemoryError
 
 struct PythonError {};  // Python has been told already
 
@@ -69,9 +71,8 @@ ScalarType dtype_of(const dlpack::DataType& type) {
                   " of ", int{type.bits}, " bits; cast the tensor");
 }
 
-// A tensor on the memory of the object's, for as long as that lives.
-Tensor tensor_of(PyObject* object) {
-  const dlpack::TensorView view = view_of(object);
+// A tensor on the memory of another, for as long as that lives.
+Tensor tensor_of(const dlpack::TensorView& view) {
   STD_TORCH_CHECK(view.device.type == dlpack::kCpu || view.device.type == dlpack::kCuda,
                   "resnext._C: expected a tensor on the CPU or a CUDA GPU, got DLPack device ",
                   view.device.type, "; move it");
@@ -88,38 +89,115 @@ Tensor tensor_of(PyObject* object) {
       dtype_of(view.dtype));
 }
 
-template <class T>
-T argument(PyObject* object) {
-  if constexpr (std::is_same_v<T, Tensor>) {
-    return tensor_of(object);
-  } else if constexpr (std::is_same_v<T, dlpack::TensorView>) {
-    return view_of(object);
-  } else if constexpr (std::is_same_v<T, OptionalTensor>) {
-    return object == Py_None ? OptionalTensor() : OptionalTensor(tensor_of(object));
-  } else if constexpr (std::is_same_v<T, bool>) {
-    const int truth = PyObject_IsTrue(object);
-    if (truth < 0) throw PythonError();
-    return truth != 0;
-  } else {
-    static_assert(std::is_same_v<T, int64_t>);
-    const int64_t number = PyLong_AsLongLong(object);
-    if (number == -1 && PyErr_Occurred() != nullptr) throw PythonError();
-    return number;
+// An uninitialised tensor on the device of another, dense: images (N, C, H, W) and weights in either layout.
+PyObject* allocate(const dlpack::TensorView& like, dlpack::DataType dtype, const int64_t* sizes, int dims,
+                   bool channels_last) {
+  // PyTorch's allocator knows one order; the tensor is turned afterwards.
+  constexpr int kOrders[2][4] = {{0, 1, 2, 3}, {0, 2, 3, 1}};
+  const auto& order = kOrders[channels_last && dims == 4];
+  int64_t in_memory[4];
+  for (int i = 0; i < dims; ++i) in_memory[i] = sizes[order[i]];
+  dlpack::TensorView prototype{};
+  prototype.device = like.device;
+  prototype.dtype = dtype;
+  prototype.dims = dims;
+  prototype.shape = in_memory;
+  dlpack::OwnedTensor* allocated = nullptr;
+  PyObject* error = like.device.type == dlpack::kCpu ? PyExc_RuntimeError : out_of_memory;  // as PyTorch has it
+  const auto raise = [](void* type, const char*, const char* message) {
+    PyErr_SetString(static_cast<PyObject*>(type), message);
+  };
+  if (exchange->allocate(&prototype, &allocated, error, raise) != 0) throw PythonError();
+  int64_t stride = 1;
+  for (int i = dims - 1; i >= 0; --i) {
+    allocated->tensor.shape[order[i]] = in_memory[i];
+    allocated->tensor.strides[order[i]] = stride;
+    stride *= in_memory[i];
   }
+  void* tensor = nullptr;
+  if (exchange->to_object(allocated, &tensor) != 0) throw PythonError();
+  return static_cast<PyObject*>(tensor);
 }
+
+int64_t integer(PyObject* object) {
+  const int64_t number = PyLong_AsLongLong(object);
+  if (number == -1 && PyErr_Occurred() != nullptr) throw PythonError();
+  return number;
+}
+
+bool truth(PyObject* object) {
+  const int value = PyObject_IsTrue(object);
+  if (value < 0) throw PythonError();
+  return value != 0;
+}
+
+// The arguments of a call, and the results that are made for it. In place of a tensor stands the size of a new one: four
+// numbers, of the first tensor's dtype, dense in the layout that the last argument tells; or one number, float32.
+class Call {
+ public:
+  Call(PyObject* const* objects, Py_ssize_t count) : objects_(objects), count_(count) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  ~Call() {
+    for (int i = 0; i < made_; ++i) Py_DECREF(results_[i]);
+  }
+
+  template <class T>
+  T get(size_t index) {
+    PyObject* const object = objects_[index];
+    if constexpr (std::is_same_v<T, OptionalTensor>) {
+      return object == Py_None ? OptionalTensor() : OptionalTensor(get<Tensor>(index));
+    } else if constexpr (std::is_same_v<T, Tensor>) {
+      if (PyTuple_Check(object) == 0 && PyLong_Check(object) == 0) return tensor_of(view_of(object));
+      return tensor_of(view_of(make(object)));
+    } else if constexpr (std::is_same_v<T, bool>) {
+      return truth(object);
+    } else {
+      static_assert(std::is_same_v<T, int64_t>);
+      return integer(object);
+    }
+  }
+
+  // None, the only result, or a tuple of all.
+  PyObject* results() {
+    if (made_ == 0) return Py_NewRef(Py_None);
+    if (made_ == 1) return results_[--made_];
+    PyObject* all = PyTuple_New(made_);
+    if (all == nullptr) throw PythonError();
+    const int count = std::exchange(made_, 0);
+    for (int i = 0; i < count; ++i) PyTuple_SetItem(all, i, results_[i]);
+    return all;
+  }
+
+ private:
+  static constexpr int kMost = 8;
+
+  PyObject* make(PyObject* size) {
+    STD_TORCH_CHECK(made_ < kMost, "resnext._C: expected fewer results");
+    const dlpack::TensorView like = view_of(objects_[0]);
+    int64_t sizes[4];
+    const bool vector = PyLong_Check(size) != 0;
+    if (vector) {
+      sizes[0] = integer(size);
+    } else {
+      STD_TORCH_CHECK(PyTuple_Size(size) == 4, "resnext._C: expected a size (N, C, H, W), got ", PyTuple_Size(size),
+                      " numbers");
+      for (int i = 0; i < 4; ++i) sizes[i] = integer(PyTuple_GetItem(size, i));
+    }
+    PyObject* const result = vector ? allocate(like, {dlpack::kFloat, 32, 1}, sizes, 1, /*channels_last=*/false)
+                                    : allocate(like, like.dtype, sizes, 4, truth(objects_[count_ - 1]));
+    return results_[made_++] = result;
+  }
+
+  PyObject* const* objects_;
+  Py_ssize_t count_;
+  PyObject* results_[kMost];
+  int made_ = 0;
+};
 
 template <class... T, size_t... I>
-std::tuple<T...> arguments(PyObject* const* objects, Py_ssize_t count, std::index_sequence<I...>) {
-  if (count != sizeof...(T)) {
-    PyErr_Format(PyExc_TypeError, "resnext._C: expected %zd arguments, got %zd", Py_ssize_t{sizeof...(T)}, count);
-    throw PythonError();
-  }
-  return {argument<T>(objects[I])...};
-}
-
-template <class... T>
-std::tuple<T...> arguments(PyObject* const* objects, Py_ssize_t count) {
-  return arguments<T...>(objects, count, std::index_sequence_for<T...>{});
+std::tuple<T...> arguments(Call& call, std::index_sequence<I...>) {
+  return {call.get<T>(I)...};
 }
 
 const Operators& operators_for(const Tensor& tensor) {
@@ -148,7 +226,12 @@ template <class... T, void (*Operators::*kOperator)(T...)>
 struct Function<kOperator> {
   static PyObject* call(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     return guarded([&] {
-      const auto given = arguments<std::decay_t<T>...>(objects, count);
+      if (count != sizeof...(T)) {
+        PyErr_Format(PyExc_TypeError, "resnext._C: expected %d arguments, got %zd", int{sizeof...(T)}, count);
+        throw PythonError();
+      }
+      Call call(objects, count);
+      const auto given = arguments<std::decay_t<T>...>(call, std::index_sequence_for<T...>{});
       const auto run = operators_for(std::get<0>(given)).*kOperator;
       STD_TORCH_CHECK(run != nullptr, "resnext._C: expected tensors on a device that has this operator, got others; "
                                       "move them, or build with CUDA (RESNEXT_BUILD_CUDA=1)");
@@ -156,54 +239,10 @@ struct Function<kOperator> {
         const WithoutGil released;
         std::apply(run, given);
       }
-      return Py_NewRef(Py_None);
+      return call.results();
     });
   }
 };
-
-// An uninitialised tensor, of the dtype and on the device of another: (N, C, H, W) as given, dense in one layout or the
-// other.
-PyObject* allocate(const dlpack::TensorView& like, dlpack::DataType dtype, const int64_t* sizes, int dims, bool channels_last) {
-  // PyTorch's allocator knows one order; the tensor is turned afterwards.
-  int order[4] = {0, 1, 2, 3};
-  if (channels_last) std::swap(order[1], order[3]), std::swap(order[1], order[2]);  // N, H, W, C
-  int64_t in_memory[4];
-  for (int i = 0; i < dims; ++i) in_memory[i] = sizes[order[i]];
-  dlpack::TensorView prototype{};
-  prototype.device = like.device;
-  prototype.dtype = dtype;
-  prototype.dims = dims;
-  prototype.shape = in_memory;
-  dlpack::OwnedTensor* allocated = nullptr;
-  const auto raise = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
-  if (exchange->allocate(&prototype, &allocated, nullptr, raise) != 0) throw PythonError();
-  int64_t stride = 1;
-  for (int i = dims - 1; i >= 0; --i) {
-    allocated->tensor.shape[order[i]] = in_memory[i];
-    allocated->tensor.strides[order[i]] = stride;
-    stride *= in_memory[i];
-  }
-  void* tensor = nullptr;
-  if (exchange->to_object(allocated, &tensor) != 0) throw PythonError();
-  return static_cast<PyObject*>(tensor);
-}
-
-PyObject* empty_image(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  return guarded([&] {
-    const auto [like, n, c, h, w, channels_last] =
-        arguments<dlpack::TensorView, int64_t, int64_t, int64_t, int64_t, bool>(objects, count);
-    const int64_t sizes[] = {n, c, h, w};
-    return allocate(like, like.dtype, sizes, 4, channels_last);
-  });
-}
-
-PyObject* empty_vector(PyObject*, PyObject* image) {
-  return guarded([&] {
-    const dlpack::TensorView like = view_of(image);
-    STD_TORCH_CHECK(like.dims > 1, "resnext._C: expected an image (N, C, H, W), got ", like.dims, " dimensions");
-    return allocate(like, {dlpack::kFloat, 32, 1}, like.shape + 1, 1, /*channels_last=*/false);
-  });
-}
 
 PyObject* has_cuda(PyObject*, PyObject*) {
 #ifdef RESNEXT_CUDA
@@ -226,11 +265,9 @@ PyObject* set_cpu_capability(PyObject*, PyObject* name) {
   });
 }
 
-PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
-#define RESNEXT_OPERATOR(name) {#name, fast(&Function<&Operators::name>::call), METH_FASTCALL, nullptr}
+#define RESNEXT_OPERATOR(name) \
+  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function<&Operators::name>::call)), \
+   METH_FASTCALL, nullptr}
 
 PyMethodDef methods[] = {
     RESNEXT_OPERATOR(grouped_conv2d_fwd),
@@ -247,29 +284,27 @@ PyMethodDef methods[] = {
     RESNEXT_OPERATOR(affine_add_relu_bwd),
     RESNEXT_OPERATOR(affine_relu_max_pool),
     RESNEXT_OPERATOR(affine_relu_max_pool_bwd),
-    {"empty_image", fast(&empty_image), METH_FASTCALL, nullptr},
-    {"empty_vector", &empty_vector, METH_O, nullptr},
     {"has_cuda", &has_cuda, METH_NOARGS, nullptr},
     {"cpu_capability", &cpu_capability, METH_NOARGS, nullptr},
     {"set_cpu_capability", &set_cpu_capability, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
-// PyTorch's table of DLPack functions, or null with a Python error.
-const dlpack::Exchange* find_exchange() {
+// Finds what PyTorch publishes; false with a Python error.
+bool find_exchange() {
   PyObject* torch = PyImport_ImportModule("torch");
   PyObject* type = torch == nullptr ? nullptr : PyObject_GetAttrString(torch, "Tensor");
   PyObject* capsule = type == nullptr ? nullptr : PyObject_GetAttrString(type, dlpack::kExchangeAttribute);
   void* table = capsule == nullptr ? nullptr : PyCapsule_GetPointer(capsule, dlpack::kExchangeCapsule);
+  exchange = static_cast<const dlpack::Exchange*>(table);
+  out_of_memory = table == nullptr ? nullptr : PyObject_GetAttrString(torch, "OutOfMemoryError");
   Py_XDECREF(capsule);
   Py_XDECREF(type);
   Py_XDECREF(torch);
-  const auto* found = static_cast<const dlpack::Exchange*>(table);
-  if (found != nullptr && (found->version.major != dlpack::kMajorVersion || found->view == nullptr)) {
-    PyErr_SetString(PyExc_ImportError, "expected PyTorch to speak version 1 of DLPack, got another");
-    return nullptr;
-  }
-  return found;
+  if (out_of_memory == nullptr) return false;
+  if (exchange->version.major == dlpack::kMajorVersion && exchange->view != nullptr) return true;
+  PyErr_SetString(PyExc_ImportError, "expected PyTorch to speak version 1 of DLPack, got another");
+  return false;
 }
 
 }  // namespace
@@ -278,6 +313,5 @@ const dlpack::Exchange* find_exchange() {
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, resnext::methods,
                                    nullptr,               nullptr, nullptr, nullptr};
-  resnext::exchange = resnext::find_exchange();
-  return resnext::exchange == nullptr ? nullptr : PyModule_Create(&definition);
+  return resnext::find_exchange() ? PyModule_Create(&definition) : nullptr;
 }

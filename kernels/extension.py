@@ -1,7 +1,9 @@
 """The launchers served by the compiled extension ``resnext._C`` (csrc): C++ on the CPU, CUDA C++ on GPUs.
 
-Both kinds of device share one set of functions, which choose by their first tensor. They only fill outputs, which are
-allocated here. PyTorch does not see them: its dispatcher has had its part when a launcher is called.
+Both kinds of device share one set of functions, which choose by their first tensor. Where they are given a size in
+place of a tensor, four numbers or a number of channels, they allocate it, in the layout that their last argument tells
+(a vector in float32), and return it. PyTorch does not see them: its dispatcher has had its part when a launcher is
+called.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,9 +67,8 @@ def fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], groups: int, channels_last: bool
 ) -> Tensor:
     """Forward pass: y (N, C_out, H_out, W_out) of x (N, C_in, H, W), dense in the given layout."""
-    out = _empty(_output_size(x, weight, stride), x, channels_last)
-    _C.grouped_conv2d_fwd(x, weight, bias, out, stride[0], stride[1], groups, channels_last)
-    return out
+    size = _output_size(x, weight, stride)
+    return _C.grouped_conv2d_fwd(x, weight, bias, size, stride[0], stride[1], groups, channels_last)
 
 
 def dgrad(
@@ -80,16 +80,14 @@ def dgrad(
     channels_last: bool,
 ) -> Tensor:
     """Gradient of the input: dx (N, C_in, H, W) with (H, W) = ``input_size``, dense in the given layout."""
-    out = _empty((grad.shape[0], weight.shape[1] * groups, *input_size), grad, channels_last)
-    _C.grouped_conv2d_dgrad(grad, weight, out, stride[0], stride[1], groups, channels_last)
-    return out
+    size = (grad.shape[0], weight.shape[1] * groups, *input_size)
+    return _C.grouped_conv2d_dgrad(grad, weight, size, stride[0], stride[1], groups, channels_last)
 
 
 def wgrad(grad: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor:
     """Gradient of the weight: dw (C_out, C_in/groups, 3, 3), dense in the given layout."""
-    out = _empty((grad.shape[1], x.shape[1] // groups, 3, 3), x, channels_last)
-    _C.grouped_conv2d_wgrad(grad, x, out, stride[0], stride[1], groups, channels_last)
-    return out
+    size = (grad.shape[1], x.shape[1] // groups, 3, 3)
+    return _C.grouped_conv2d_wgrad(grad, x, size, stride[0], stride[1], groups, channels_last)
 
 
 def conv_stats_fwd(
@@ -102,10 +100,12 @@ def conv_stats_fwd(
     stats: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
-    z = _empty(_output_size(x, weight, stride), x, channels_last)
-    mean, var = (_vector(z), _vector(z)) if stats else (None, None)
-    _C.conv_stats_fwd(x, *(prologue or _NO_AFFINE), weight, z, mean, var, stride[0], stride[1], groups, channels_last)
-    return z, mean, var
+    size = _output_size(x, weight, stride)
+    vector = size[1] if stats else None
+    made = _C.conv_stats_fwd(
+        x, *(prologue or _NO_AFFINE), weight, size, vector, vector, stride[0], stride[1], groups, channels_last
+    )
+    return made if stats else (made, None, None)
 
 
 def conv_stats_bwd(
@@ -124,13 +124,13 @@ def conv_stats_bwd(
     statistics_of_z = grad_prologue or _NO_STATISTICS
     geometry = (stride[0], stride[1], groups, channels_last)
     if wanted[0]:
-        dx = _empty(x.shape, x, channels_last)
-        dscale, dshift = (_vector(x), _vector(x)) if prologue else (None, None)
+        size = x.shape
+        vector = size[1] if prologue else None
         masked = (x, *prologue) if prologue else (None, *_NO_AFFINE)
-        _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, dx, dscale, dshift, *geometry)
+        made = _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, size, vector, vector, *geometry)
+        dx, dscale, dshift = made if prologue else (made, None, None)
     if wanted[1]:
-        dw = _empty(weight.shape, x, channels_last)
-        _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), dw, *geometry)
+        dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), weight.shape, *geometry)
     return dx, dscale, dshift, dw
 
 
@@ -146,11 +146,10 @@ def conv_affine(
     channels_last: bool,
 ) -> Tensor:
     """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
-    y = _empty(_output_size(x, weight, stride), x, channels_last)
-    _C.conv_affine(
-        x, weight, _packed_of(weight), scale, shift, residual, relu, y, stride[0], stride[1], groups, channels_last
+    size, packed = _output_size(x, weight, stride), _packed_of(weight)
+    return _C.conv_affine(
+        x, weight, packed, scale, shift, residual, relu, size, stride[0], stride[1], groups, channels_last
     )
-    return y
 
 
 # Weight -> its version when it was packed, and what it was packed to.
@@ -178,25 +177,20 @@ def _packed_of(weight: Tensor) -> Tensor | None:
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel."""
-    mean, var = _vector(z), _vector(z)
-    _C.statistics(z, mean, var, channels_last)
-    return mean, var
+    channels = z.shape[1]
+    return _C.statistics(z, channels, channels, channels_last)
 
 
 def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
     """Gradient of ``z`` from its own, ``dz``, and those of its statistics."""
-    g = _empty(z.shape, z, channels_last)
-    _C.statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last)
-    return g
+    return _C.statistics_bwd(dz, z, mean, dmean, dvar, z.shape, channels_last)
 
 
 def affine_add_relu(
     z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
 ) -> Tensor:
     """relu(affine(z) + residual), the residual through an affine of its own if there is one."""
-    out = _empty(z.shape, z, channels_last)
-    _C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), out, channels_last)
-    return out
+    return _C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), z.shape, channels_last)
 
 
 def affine_add_relu_bwd(
@@ -214,34 +208,37 @@ def affine_add_relu_bwd(
     ``out`` None, where there is no residual, stands for what `affine_add_relu` makes of ``z``. ``residual`` is there
     only with an affine of its own. The residual's shift has the gradient of the shift.
     """
-    dz = _empty(z.shape, z, channels_last) if wanted[0] else None
-    dresidual = _empty(z.shape, z, channels_last) if wanted[1] else None
-    dscale, dshift = (_vector(z), _vector(z)) if wanted[2] else (None, None)
-    dresidual_scale = _vector(z) if wanted[2] and residual_affine else None
+    size = z.shape
+    vector = size[1] if wanted[2] else None
     residual_center, residual_scale, _ = residual_affine or _NO_AFFINE
-    results = (dz, dresidual, dscale, dshift, dresidual_scale)
-    _C.affine_add_relu_bwd(dout, out, z, *affine, residual, residual_center, residual_scale, *results, channels_last)
-    return results
+    sizes = (
+        size if wanted[0] else None,
+        size if wanted[1] else None,
+        vector,
+        vector,
+        vector if residual_affine else None,
+    )
+    made = _C.affine_add_relu_bwd(
+        dout, out, z, *affine, residual, residual_center, residual_scale, *sizes, channels_last
+    )
+    return _placed(made, sizes)
 
 
 def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: bool) -> tuple[Tensor, Tensor | None]:
     """Pool relu(affine(z)) (3x3, stride 2, padding 1), with the place 3*kh + kw of each maximum in its window."""
     size = (z.shape[0], z.shape[1], (z.shape[2] - 1) // 2 + 1, (z.shape[3] - 1) // 2 + 1)
-    out = _empty(size, z, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     places = torch.empty(size, dtype=torch.uint8, device=z.device, memory_format=layout) if taps else None
-    _C.affine_relu_max_pool(z, *affine, out, places, channels_last)
-    return out, places
+    return _C.affine_relu_max_pool(z, *affine, size, places, channels_last), places
 
 
 def affine_relu_max_pool_bwd(
     dout: Tensor, taps: Tensor, z: Tensor, affine: Affine, channels_last: bool, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, scale and shift; ``wanted``: z, the vectors."""
-    dz = _empty(z.shape, z, channels_last) if wanted[0] else None
-    dscale, dshift = (_vector(z), _vector(z)) if wanted[1] else (None, None)
-    _C.affine_relu_max_pool_bwd(dout, taps, z, *affine, dz, dscale, dshift, channels_last)
-    return dz, dscale, dshift
+    vector = z.shape[1] if wanted[1] else None
+    sizes = (z.shape if wanted[0] else None, vector, vector)
+    return _placed(_C.affine_relu_max_pool_bwd(dout, taps, z, *affine, *sizes, channels_last), sizes)
 
 
 def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -249,16 +246,7 @@ def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[in
     return batch, weight.shape[0], (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
 
 
-def _vector(image: Tensor) -> Tensor:
-    """One float32 value per channel."""
-    if image.is_cuda:  # as below
-        return torch.empty(image.shape[1], dtype=torch.float32, device=image.device)
-    return _C.empty_vector(image)
-
-
-def _empty(size: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
-    """(N, C, H, W), dense in the given layout, of the dtype and on the device of ``like``."""
-    if like.is_cuda:  # whose allocator has a class of its own for being out of memory
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
-    return _C.empty_image(like, *size, channels_last)
+def _placed(made: Any, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What was made of some sizes, in their order, and None where there was none."""
+    results = iter(made if isinstance(made, tuple) else (made,))
+    return tuple(None if size is None else next(results) for size in sizes)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,22 +88,27 @@ class Emulator:
         finally:
             self._device = before
 
-    def empty_image(self, like: Tensor, *size_and_layout: int) -> Tensor:
-        """What the bindings allocate."""
-        *size, channels_last = size_and_layout
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=like.dtype, memory_format=layout)
-
-    def empty_vector(self, image: Tensor) -> Tensor:
-        """Likewise."""
-        return torch.empty(image.shape[1])
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in IMAGES:
             raise AttributeError(name)
         return lambda *arguments: self._run(name, arguments)
 
-    def _run(self, name: str, arguments: tuple[Tensor | int | None, ...]) -> None:
+    def _run(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """As the bindings do: results are made where a size stands in place of a tensor, and returned."""
+        trailing = 4 if name in WEIGHTS else 1
+        layout = torch.channels_last if arguments[-1] else torch.contiguous_format
+        results = []
+
+        def filled(argument: Any) -> Any:
+            if isinstance(argument, tuple):
+                results.append(torch.empty(argument, dtype=arguments[0].dtype, memory_format=layout))
+            elif type(argument) is int:
+                results.append(torch.empty(argument))
+            else:
+                return argument
+            return results[-1]
+
+        arguments = (*map(filled, arguments[:-trailing]), *arguments[-trailing:])
         tensors = [a for a in arguments if a is None or isinstance(a, Tensor)]
         options = [a for a in arguments if isinstance(a, int)]
         sizes = [(ctypes.c_int64 * 4)(*tensors[i].shape) for i in IMAGES[name]]
@@ -126,6 +132,7 @@ class Emulator:
         assert self.launches >= 0, f"{name}: launch failed with CUDA error {-self.launches}"
         if name.endswith("wgrad"):
             weight.copy_(tensors[WEIGHTS[name]])
+        return results[0] if len(results) == 1 else tuple(results)
 
 
 def build(folder: Path) -> Path:
