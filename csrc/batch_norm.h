@@ -130,4 +130,33 @@ inline void check_affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& tap
   check.together({&dscale, &dshift}, "dscale and dshift");
 }
 
+// Vectors of one length, float32, on one device.
+inline void check_bn_affine(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                            const OptionalTensor& beta, const Tensor& scale, const Tensor& shift) {
+  const Checks check("bn_affine");
+  const int64_t channels = mean.numel();
+  check.vector(mean, "mean", channels, ScalarType::Float, mean, "mean");
+  check.vector(var, "var", channels, ScalarType::Float, mean, "mean");
+  check.vector(gamma, "gamma", channels, mean, "mean");
+  check.vector(beta, "beta", channels, mean, "mean");
+  check.vector(scale, "scale", channels, ScalarType::Float, mean, "mean");
+  check.vector(shift, "shift", channels, ScalarType::Float, mean, "mean");
+}
+
+inline void check_bn_affine_bwd(const Tensor& dscale, const Tensor& dshift, const Tensor& var,
+                                const OptionalTensor& gamma, const Tensor& dmean, const Tensor& dvar,
+                                const OptionalTensor& dgamma, const OptionalTensor& dbeta) {
+  const Checks check("bn_affine_bwd");
+  const int64_t channels = dscale.numel();
+  check.vector(dscale, "dscale", channels, ScalarType::Float, dscale, "dscale");
+  check.vector(dshift, "dshift", channels, ScalarType::Float, dscale, "dscale");
+  check.vector(var, "var", channels, ScalarType::Float, dscale, "dscale");
+  check.vector(gamma, "gamma", channels, dscale, "dscale");
+  check.vector(dmean, "dmean", channels, ScalarType::Float, dscale, "dscale");
+  check.vector(dvar, "dvar", channels, ScalarType::Float, dscale, "dscale");
+  check.vector(dgamma, "dgamma", channels, dscale, "dscale");
+  check.vector(dbeta, "dbeta", channels, dscale, "dscale");
+  check.together({&gamma, &dgamma, &dbeta}, "gamma, dgamma and dbeta");
+}
+
 }  // namespace resnext

@@ -152,6 +152,10 @@ class Call {
       return tensor_of(view_of(make(object)));
     } else if constexpr (std::is_same_v<T, bool>) {
       return truth(object);
+    } else if constexpr (std::is_same_v<T, double>) {
+      const double number = PyFloat_AsDouble(object);
+      if (number == -1.0 && PyErr_Occurred() != nullptr) throw PythonError();
+      return number;
     } else {
       static_assert(std::is_same_v<T, int64_t>);
       return integer(object);
@@ -277,13 +281,15 @@ PyMethodDef methods[] = {
     RESNEXT_OPERATOR(conv_stats_dgrad),
     RESNEXT_OPERATOR(conv_stats_wgrad),
     RESNEXT_OPERATOR(conv_affine),
-    RESNEXT_OPERATOR(pack_pointwise),
     RESNEXT_OPERATOR(statistics),
     RESNEXT_OPERATOR(statistics_bwd),
     RESNEXT_OPERATOR(affine_add_relu),
     RESNEXT_OPERATOR(affine_add_relu_bwd),
     RESNEXT_OPERATOR(affine_relu_max_pool),
     RESNEXT_OPERATOR(affine_relu_max_pool_bwd),
+    RESNEXT_OPERATOR(bn_affine),
+    RESNEXT_OPERATOR(bn_affine_bwd),
+    RESNEXT_OPERATOR(pack_pointwise),
     {"has_cuda", &has_cuda, METH_NOARGS, nullptr},
     {"cpu_capability", &cpu_capability, METH_NOARGS, nullptr},
     {"set_cpu_capability", &set_cpu_capability, METH_O, nullptr},

@@ -31,7 +31,6 @@ struct Operators {
   void (*conv_affine)(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
                       const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y,
                       int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last);
-  void (*pack_pointwise)(const Tensor& weight, const Tensor& packed);  // on the CPU only
 
   // The parts of batch norm, and the stem's max pool.
   void (*statistics)(const Tensor& z, const Tensor& mean, const Tensor& var, bool channels_last);
@@ -53,6 +52,14 @@ struct Operators {
                                    const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
                                    const OptionalTensor& dz, const OptionalTensor& dscale,
                                    const OptionalTensor& dshift, bool channels_last);
+
+  // On the CPU only.
+  void (*bn_affine)(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
+                    const Tensor& scale, const Tensor& shift, double eps);
+  void (*bn_affine_bwd)(const Tensor& dscale, const Tensor& dshift, const Tensor& var, const OptionalTensor& gamma,
+                        const Tensor& dmean, const Tensor& dvar, const OptionalTensor& dgamma,
+                        const OptionalTensor& dbeta, double eps);
+  void (*pack_pointwise)(const Tensor& weight, const Tensor& packed);
 };
 
 namespace cpu {

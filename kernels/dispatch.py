@@ -166,7 +166,7 @@ def _launchers(forced: str | None, tf32: bool, *problem) -> ModuleType:
 _ELEMENTWISE = {"triton": "batch_norm", "cuda": "extension", "cpu": "extension", "torch": "reference"}
 _POOLING = _ELEMENTWISE | {"triton": "max_pool"}
 # Vectors of a few thousand numbers: what counts is how many kernels a GPU has to start.
-_VECTORS = {"triton": "batch_norm", "cuda": "reference", "cpu": "reference", "torch": "reference"}
+_VECTORS = {"triton": "batch_norm", "cuda": "reference", "cpu": "extension", "torch": "reference"}
 
 
 def elementwise(dtype: torch.dtype, device: torch.device) -> ModuleType:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import reference
 from .config import Affine
 
 _NO_AFFINE = (None, None, None)
@@ -184,6 +185,32 @@ def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
 def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
     """Gradient of ``z`` from its own, ``dz``, and those of its statistics."""
     return _C.statistics_bwd(dz, z, mean, dmean, dvar, z.shape, channels_last)
+
+
+def bn_affine(
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Make scale and shift of the affine, centred at ``mean``, that is a batch norm with these statistics."""
+    if not _in_float32(gamma, beta):
+        return reference.bn_affine(mean, var, gamma, beta, eps)
+    channels = mean.shape[0]
+    return _C.bn_affine(mean, var, gamma, beta, channels, channels, eps)
+
+
+def bn_affine_bwd(
+    dscale: Tensor, dshift: Tensor, var: Tensor, gamma: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of mean, var, gamma and beta; the mean's, since the affine is centred there, by way of the shift."""
+    if not _in_float32(gamma):
+        return reference.bn_affine_bwd(dscale, dshift, var, gamma, eps)
+    channels = var.shape[0]
+    if gamma is None:
+        return *_C.bn_affine_bwd(dscale, dshift, var, gamma, channels, channels, None, None, eps), None, None
+    return _C.bn_affine_bwd(dscale, dshift, var, gamma, channels, channels, channels, channels, eps)
+
+
+def _in_float32(*parameters: Tensor | None) -> bool:
+    return all(each is None or each.dtype == torch.float32 for each in parameters)
 
 
 def affine_add_relu(

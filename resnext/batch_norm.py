@@ -128,13 +128,15 @@ def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> N
             factor = 1.0 / bn.num_batches_tracked.to(mean.dtype)
     if bn.running_mean is None or bn.running_var is None:
         return
-    buffers = [bn.running_mean, bn.running_var]
-    running = [buffer.to(mean.dtype) for buffer in buffers]
-    torch._foreach_mul_(running, 1 - factor)
-    torch._foreach_add_(running, torch._foreach_mul([mean, var * (number / (number - 1))], factor))
-    for buffer, value in zip(buffers, running, strict=True):
-        if value is not buffer:
-            buffer.copy_(value)
+    for buffer, value, correction in ((bn.running_mean, mean, 1.0), (bn.running_var, var, number / (number - 1))):
+        running = buffer.to(mean.dtype)
+        running.mul_(1 - factor)
+        if isinstance(factor, float) and isinstance(correction, float):
+            running.add_(value, alpha=factor * correction)
+        else:
+            running.add_(value * (factor * correction))
+        if running is not buffer:
+            buffer.copy_(running)
 
 
 def _process_group(bn: BatchNorm) -> Any:

@@ -43,7 +43,7 @@ ALLOWED = {
     "kernels/config": {"torch"},
     "kernels/candidates": {".config", "torch"},
     "kernels/reference": {".checks", ".config", "torch"},
-    "kernels/extension": {".config", "torch", "resnext._C"},
+    "kernels/extension": {".config", ".reference", "torch", "resnext._C"},
     "kernels/launch": TRITON,
     "kernels/statistics": {".launch", "triton", "torch"},
     "kernels/batch_norm": TRITON | {".batch_norm_kernels", ".launch", ".statistics"},

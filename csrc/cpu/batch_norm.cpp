@@ -1,7 +1,8 @@
-// The CPU operators around the convolutions: batch norm's statistics, affine-add-relu, and the stem's max pool.
+// The CPU operators around the convolutions: batch norm's statistics and vectors, affine-add-relu, the stem's max pool.
 #include "../batch_norm.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "../operators.h"
 #include "capability.h"
@@ -159,6 +160,41 @@ void affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& taps, const Tens
   merge_sums(partial.get(), parts, p.z.channels, 1, floats_of(dscale));
 }
 
+const float* numbers_of(const Tensor& vector) { return static_cast<const float*>(vector.data_ptr()); }
+
+// As torch.rsqrt has it.
+float rsqrt(float value) { return 1.0f / std::sqrt(value); }
+
+void bn_affine(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
+               const Tensor& scale, const Tensor& shift, double eps) {
+  check_bn_affine(mean, var, gamma, beta, scale, shift);
+  const float *vars = numbers_of(var), *gammas = floats_of(gamma), *betas = floats_of(beta);
+  float *scales = floats_of(scale), *shifts = floats_of(shift);
+  for (int64_t c = 0; c < mean.numel(); ++c) {
+    const float rstd = rsqrt(vars[c] + static_cast<float>(eps));
+    scales[c] = gammas == nullptr ? rstd : rstd * gammas[c];
+    shifts[c] = betas == nullptr ? 0.0f : betas[c];
+  }
+}
+
+void bn_affine_bwd(const Tensor& dscale, const Tensor& dshift, const Tensor& var, const OptionalTensor& gamma,
+                   const Tensor& dmean, const Tensor& dvar, const OptionalTensor& dgamma, const OptionalTensor& dbeta,
+                   double eps) {
+  check_bn_affine_bwd(dscale, dshift, var, gamma, dmean, dvar, dgamma, dbeta);
+  const float *dscales = numbers_of(dscale), *dshifts = numbers_of(dshift), *vars = numbers_of(var);
+  const float* gammas = floats_of(gamma);
+  float *dmeans = floats_of(dmean), *dvars = floats_of(dvar), *dgammas = floats_of(dgamma), *dbetas = floats_of(dbeta);
+  for (int64_t c = 0; c < dscale.numel(); ++c) {
+    const float rstd = rsqrt(vars[c] + static_cast<float>(eps));
+    const float scale = gammas == nullptr ? rstd : rstd * gammas[c];
+    dmeans[c] = -scale * dshifts[c];
+    dvars[c] = dscales[c] * scale * (rstd * rstd) * -0.5f;
+    if (gammas == nullptr) continue;
+    dgammas[c] = dscales[c] * rstd;
+    dbetas[c] = dshifts[c];
+  }
+}
+
 }  // namespace
 
 void add_batch_norm(Operators& operators) {
@@ -168,6 +204,8 @@ void add_batch_norm(Operators& operators) {
   operators.affine_add_relu_bwd = &affine_add_relu_bwd;
   operators.affine_relu_max_pool = &affine_relu_max_pool;
   operators.affine_relu_max_pool_bwd = &affine_relu_max_pool_bwd;
+  operators.bn_affine = &bn_affine;
+  operators.bn_affine_bwd = &bn_affine_bwd;
 }
 
 }  // namespace resnext::cpu
