@@ -130,6 +130,13 @@ inline void check_affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& tap
   check.together({&dscale, &dshift}, "dscale and dshift");
 }
 
+// From one layout to the other: `out` is dense in channels_last or else NCHW, x the other way round.
+inline void check_laid_out(const Tensor& x, const Tensor& out, bool channels_last) {
+  const Checks check("laid_out");
+  const Sizes4 sizes = check_z(check, x, !channels_last);
+  check.image(out, "out", sizes, x, "x", channels_last);
+}
+
 // Vectors of one length, float32, on one device.
 inline void check_bn_affine(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
                             const OptionalTensor& beta, const Tensor& scale, const Tensor& shift) {

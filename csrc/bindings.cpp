@@ -287,6 +287,7 @@ PyMethodDef methods[] = {
     RESNEXT_OPERATOR(affine_add_relu_bwd),
     RESNEXT_OPERATOR(affine_relu_max_pool),
     RESNEXT_OPERATOR(affine_relu_max_pool_bwd),
+    RESNEXT_OPERATOR(laid_out),
     RESNEXT_OPERATOR(bn_affine),
     RESNEXT_OPERATOR(bn_affine_bwd),
     RESNEXT_OPERATOR(pack_pointwise),

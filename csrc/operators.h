@@ -54,6 +54,7 @@ struct Operators {
                                    const OptionalTensor& dshift, bool channels_last);
 
   // On the CPU only.
+  void (*laid_out)(const Tensor& x, const Tensor& out, bool channels_last);
   void (*bn_affine)(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
                     const Tensor& scale, const Tensor& shift, double eps);
   void (*bn_affine_bwd)(const Tensor& dscale, const Tensor& dshift, const Tensor& var, const OptionalTensor& gamma,

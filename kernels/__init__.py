@@ -19,6 +19,8 @@ from .fused import (
     conv_affine,
     conv_stats,
     keep_packed,
+    laid_out,
+    prefers_channels_last,
     why_not_conv_stats,
 )
 from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
@@ -36,6 +38,8 @@ __all__ = [
     "grouped_conv2d_dgrad",
     "grouped_conv2d_wgrad",
     "keep_packed",
+    "laid_out",
+    "prefers_channels_last",
     "serving_backend",
     "use_backend",
     "why_not_conv_stats",

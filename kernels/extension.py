@@ -273,6 +273,11 @@ def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[in
     return batch, weight.shape[0], (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
 
 
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """A copy of a tensor on the CPU that is dense in the other layout."""
+    return _C.laid_out(x, x.shape, channels_last)
+
+
 def _placed(made: Any, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     """What was made of some sizes, in their order, and None where there was none."""
     results = iter(made if isinstance(made, tuple) else (made,))

@@ -185,6 +185,45 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     return True
 
 
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether 1x1 convolutions of an NCHW tensor are enough faster in channels_last to be worth turning it and back.
+
+    Those on the CPU are, in float32: only in channels_last they have kernels that fuse. False for a tensor that is not
+    dense, empty, or in channels_last as well.
+
+    Args:
+        x: Anything; True only for (N, C, H, W).
+    """
+    if x.dim() != 4 or x.device.type != "cpu" or not x.is_contiguous() or is_dense(x, True) or 0 in x.shape:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    problem = ("fwd", (1, 16, 1, 1), (16, 16, 1, 1), (1, 1), 1, x.dtype, x.device, True)
+    return hasattr(dispatch.fused_launchers(*problem), "keep_packed")
+
+
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """The tensor itself if it is dense in a layout, else a copy that is.
+
+    ``x.contiguous`` with a kernel for the CPU. Differentiable any number of times; the gradient is passed on as it
+    comes.
+
+    Args:
+        x: (N, C, H, W), any dtype, device and layout.
+        channels_last: Whether to channels_last, or to NCHW.
+
+    Raises:
+        ValueError: If ``x`` does not have four dimensions.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"laid_out: expected x (N, C, H, W), got {tuple(x.shape)}")
+    if is_dense(x, channels_last):
+        return x
+    if 0 in x.shape or not x.is_floating_point() or _transformed():
+        return x.contiguous(memory_format=checks.memory_format(channels_last))
+    return fused_ops.LAID_OUT(x, channels_last)
+
+
 def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Affine:
     """Make the affine that is a batch norm: center = mean, scale = gamma * rsqrt(var + eps), shift = beta.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checks, composed, dispatch, reference
 from .config import Affine
-from .ops import LIBRARY, OPS, dense, dense_weight, empty, register
+from .ops import LIBRARY, OPS, dense, dense_weight, empty, is_dense, register
 
 _AFFINE = "Tensor? center, Tensor scale, Tensor shift"
 _PROLOGUE = "Tensor? center, Tensor? scale, Tensor? shift"
@@ -37,6 +37,7 @@ _SCHEMAS = {
     "_affine_relu_max_pool": f"(Tensor z, {_AFFINE}, bool channels_last, bool taps) -> (Tensor, Tensor)",
     "_affine_relu_max_pool_bwd": f"(Tensor dout, Tensor taps, Tensor z, {_AFFINE}, bool channels_last, bool[2] wanted) "
     "-> (Tensor, Tensor, Tensor)",
+    "_laid_out": "(Tensor x, bool channels_last) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -49,6 +50,7 @@ AFFINE_ADD_RELU = OPS._affine_add_relu.default
 AFFINE_ADD_RELU_BWD = OPS._affine_add_relu_bwd.default
 POOL = OPS._affine_relu_max_pool.default
 POOL_BWD = OPS._affine_relu_max_pool_bwd.default
+LAID_OUT = OPS._laid_out.default
 
 FORMULA = composed.Composed(reference)
 
@@ -183,6 +185,13 @@ def _affine_relu_max_pool_bwd(dout, taps, z, center, scale, shift, channels_last
     return _or_empty(z, *results)
 
 
+def _laid_out(x, channels_last):
+    launchers = dispatch.elementwise(x.dtype, x.device)
+    if x.device.type == "cpu" and hasattr(launchers, "laid_out") and is_dense(x, not channels_last):
+        return launchers.laid_out(x, channels_last)
+    return x.clone(memory_format=checks.memory_format(channels_last))
+
+
 def _vector(like: Tensor, size: int) -> Tensor:
     return like.new_empty(size, dtype=checks.vector_dtype(like.dtype))
 
@@ -241,6 +250,10 @@ def _fake_pool(z, center, scale, shift, channels_last, taps):
 def _fake_pool_bwd(dout, taps, z, center, scale, shift, channels_last, wanted):
     dz = empty(z, z.shape, channels_last) if wanted[0] else z.new_empty(0)
     return dz, *(_vector(z, z.shape[1]) if wanted[1] else z.new_empty(0) for _ in range(2))
+
+
+def _fake_laid_out(x, channels_last):
+    return empty(x, x.shape, channels_last)
 
 
 # --- their derivatives ---
@@ -432,6 +445,17 @@ class _Pool(torch.autograd.Function):
         return *(_if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
 
 
+class _LaidOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, channels_last):
+        with torch._C._AutoDispatchBelowAutograd():
+            return LAID_OUT(x, channels_last)
+
+    @staticmethod
+    def backward(ctx, gradient):  # in whatever layout it comes, as that of a copy in PyTorch
+        return gradient, None
+
+
 register(CONV_STATS, _conv_stats, _fake_conv_stats, _ConvStats)
 register(CONV_STATS_BWD, _conv_stats_bwd, _fake_conv_stats_bwd)
 register(CONV_AFFINE, _conv_affine, _fake_conv_affine)
@@ -441,3 +465,4 @@ register(AFFINE_ADD_RELU, _affine_add_relu, _fake_affine_add_relu, _AffineAddRel
 register(AFFINE_ADD_RELU_BWD, _affine_add_relu_bwd, _fake_affine_add_relu_bwd)
 register(POOL, _affine_relu_max_pool, _fake_pool, _Pool)
 register(POOL_BWD, _affine_relu_max_pool_bwd, _fake_pool_bwd)
+register(LAID_OUT, _laid_out, _fake_laid_out, _LaidOut)

@@ -25,6 +25,8 @@ from resnext.kernels import (
     conv_affine,
     conv_stats,
     keep_packed,
+    laid_out,
+    prefers_channels_last,
     why_not_conv_stats,
 )
 from resnext.layers import is_plain_conv, original_class
@@ -205,6 +207,8 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
         arguments: What it is called with.
         recompute: Whether backward computes the last convolution of a block again instead of keeping its output.
     """
+    if turned := _works_in_channels_last(unit, plan, arguments):
+        arguments = [laid_out(argument, True) for argument in arguments]
     values: list[Any] = [*arguments, *[None] * (plan.slots - len(arguments) + 1)]  # the last one is the slot NONE
     infers = _infers(unit, plan, arguments)
     folded = _folded(unit, plan.folds, arguments[0]) if infers else {}
@@ -237,7 +241,26 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
             values[step.out] = _call(unit, step.node, values)
         for slot in free:
             values[slot] = None
-    return replaced(program.output, lambda ref: values[ref.index])
+    if not turned:
+        return replaced(program.output, lambda ref: values[ref.index])
+    return replaced(program.output, lambda ref: _in_nchw(values[ref.index]))
+
+
+def _works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
+    """Whether to turn what is given in NCHW to channels_last, and the results back: for the kernels that only it has.
+
+    The caller must not notice: neither the results' layout changes, nor is there anything that writes to arguments.
+    """
+    if plan.pointwise < 2 or plan.writes or torch.compiler.is_compiling():
+        return False
+    if not all(prefers_channels_last(argument) for argument in arguments):
+        return False
+    # A convolution with a weight in channels_last returns channels_last.
+    return all(child(unit, conv).weight.stride(3) == 1 for conv, _ in plan.pairs)
+
+
+def _in_nchw(value: Any) -> Any:
+    return laid_out(value, False) if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
 def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:

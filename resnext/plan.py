@@ -125,6 +125,8 @@ class Plan:
         roles: Names of further modules that the steps stand for, with their classes.
         dropouts: Names of the modules that ``infer`` leaves out, which pass their input on in evaluation.
         shells: The modules whose forwards the steps replace.
+        pointwise: How many of the convolutions have 1x1 kernels and one group.
+        writes: Whether a node that is called as it was recorded writes into memory that it is given.
     """
 
     kind: str
@@ -137,6 +139,8 @@ class Plan:
     roles: tuple[tuple[str, type[nn.Module]], ...]
     dropouts: tuple[str, ...]
     shells: tuple[Shell, ...]
+    pointwise: int
+    writes: bool
 
 
 def plan(root: nn.Module, recording: Recording) -> Plan | None:
@@ -158,6 +162,8 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
         shells=recording.shells,
+        pointwise=sum(_is_pointwise(root.get_submodule(conv)) for conv in (*(conv for conv, _ in pairs), *train.convs)),
+        writes=train.writes(train_program) or infer.writes(infer_program),
     )
 
 
@@ -334,6 +340,10 @@ class _Planner:
                 free[position].append(slot)
         return Program(tuple(zip(steps, map(tuple, free), strict=True)), output)
 
+    def writes(self, program: Program) -> bool:
+        """Whether what a program calls writes into memory that it is given."""
+        return any(isinstance(step, Call) and self.ops[step.out].in_place for step, _ in program.steps)
+
     def _step(self, index: int, op: _Op) -> Step | None:
         if op.role in ("input", "output"):
             return None
@@ -437,6 +447,10 @@ def _role_of(module: Any) -> str:
     if kind in _DROPOUTS or kind.__name__ in _DROP_PATHS:
         return "dropout"
     return {nn.ReLU: "relu", nn.Identity: "identity"}.get(kind, "")
+
+
+def _is_pointwise(conv: Any) -> bool:
+    return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1
 
 
 def is_stem_pool(pool: nn.MaxPool2d) -> bool:

@@ -367,6 +367,7 @@ def operators(requires_grad, channels_last):
             fused_ops.POOL_BWD,
             (torch.randn_like(pooled), taps, *detached, channels_last, (True, True)),
         ),
+        "laid_out": (fused_ops.LAID_OUT, (x, not channels_last)),
     }
 
 

@@ -160,6 +160,24 @@ void affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& taps, const Tens
   merge_sums(partial.get(), parts, p.z.channels, 1, floats_of(dscale));
 }
 
+void laid_out(const Tensor& x, const Tensor& out, bool channels_last) {
+  check_laid_out(x, out, channels_last);
+  LayoutChange change{image_of(x, !channels_last), image_of(out, channels_last), /*lanes=*/64};
+  // Rows are whole in memory in both layouts, so that several can count as one.
+  constexpr int64_t kRowPixels = 256;
+  const int64_t height = x.size(2);
+  int64_t rows = std::clamp<int64_t>(kRowPixels / x.size(3), 1, height);
+  while (height % rows != 0) --rows;
+  for (Image* image : {&change.src, &change.dst}) {
+    image->height /= rows;
+    image->width *= rows;
+  }
+  const Kernels& kernels = active_kernels();
+  const int64_t tasks = x.size(0) * change.src.height * ceil_div(x.size(1), change.lanes);
+  run_tasks(tasks, copies_at_once(kernels.layout_change_scratch(change)), kernels.layout_change_scratch(change),
+            [&](int64_t begin, int64_t end, float* scratch) { kernels.change_layout(change, scratch, begin, end); });
+}
+
 const float* numbers_of(const Tensor& vector) { return static_cast<const float*>(vector.data_ptr()); }
 
 // As torch.rsqrt has it.
@@ -204,6 +222,7 @@ void add_batch_norm(Operators& operators) {
   operators.affine_add_relu_bwd = &affine_add_relu_bwd;
   operators.affine_relu_max_pool = &affine_relu_max_pool;
   operators.affine_relu_max_pool_bwd = &affine_relu_max_pool_bwd;
+  operators.laid_out = &laid_out;
   operators.bn_affine = &bn_affine;
   operators.bn_affine_bwd = &bn_affine_bwd;
 }

@@ -227,6 +227,12 @@ struct MaxPool {
   int64_t lanes;
 };
 
+// An image and a copy of it in the other layout.
+struct LayoutChange {
+  Image src, dst;
+  int64_t lanes;  // channels worked on together
+};
+
 // Entry points of one instruction set. `run_tasks` of driver.h gives out ranges of tasks; each thread gets scratch
 // memory of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
 struct Kernels {
@@ -261,6 +267,9 @@ struct Kernels {
   void (*max_pool)(const MaxPool&, float* scratch, int64_t begin, int64_t end);  // over batch * bands * blocks
   int64_t (*max_pool_gradient_scratch)(const MaxPool&);
   void (*max_pool_gradient)(const MaxPool&, float* scratch, int64_t begin, int64_t end);  // likewise
+
+  int64_t (*layout_change_scratch)(const LayoutChange&);
+  void (*change_layout)(const LayoutChange&, float* scratch, int64_t begin, int64_t end);  // over batch * height * blocks
 };
 
 const Kernels* avx512_kernels();  // null where the binary does not hold them

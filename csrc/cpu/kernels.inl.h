@@ -11,11 +11,13 @@
 #include "pointwise.inl.h"
 #include "elementwise.inl.h"
 #include "max_pool.inl.h"
+#include "layout_change.inl.h"
 
 #define RESNEXT_KERNELS(name)                                                                                \
   {                                                                                                          \
     name, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
         correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad, pack_matrix, product_scratch,       \
         multiply, gradient_slice_size, gradient_scratch, pixel_gradient, reduce_gradient, elementwise,       \
-        max_pool_scratch, max_pool, max_pool_gradient_scratch, max_pool_gradient                             \
+        max_pool_scratch, max_pool, max_pool_gradient_scratch, max_pool_gradient, layout_change_scratch,     \
+        change_layout                                                                                        \
   }

@@ -1,0 +1,158 @@
+"""Blocks that are given NCHW on the CPU compute in channels_last; the caller must not notice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from resnext import fuse_, fusion, unfuse_
+from resnext.blocks import Bottleneck
+from resnext.kernels import extension, laid_out, use_backend
+
+NEEDS_EXTENSION = pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.fixture
+def turned(monkeypatch) -> list[bool]:
+    """The layouts that were asked for."""
+    found = []
+    monkeypatch.setattr(fusion, "laid_out", lambda x, layout: found.append(layout) or laid_out(x, layout))
+    return found
+
+
+def pair(stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    """A block with random statistics, and the same without fusing, in float64."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(32, 32, 1, stride, bias=False), nn.BatchNorm2d(32)) if stride > 1 else None
+    block = Bottleneck(32, 8, stride, shortcut, groups=4)
+    for bn in block.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            nn.init.uniform_(bn.running_mean)
+            nn.init.uniform_(bn.running_var, 0.5, 2)
+            nn.init.uniform_(bn.weight)
+    return block, unfuse_(copy.deepcopy(block)).double()
+
+
+def images(*size: int) -> torch.Tensor:
+    return torch.randn(*(size or (2, 32, 9, 7)), generator=torch.Generator().manual_seed(1))
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nchw_goes_in_and_comes_out(turned, stride, training):
+    block, plain = (each.train(training) for each in pair(stride))
+    x = images().requires_grad_(training)
+    y = block(x)
+    assert turned == [True, False]
+    other = images().double().requires_grad_(training)
+    wanted = plain(other)
+    assert y.stride() == wanted.stride()
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
+    if not training:
+        return
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), other.grad, rtol=1e-3, atol=1e-3)
+    assert x.grad.is_contiguous() == other.grad.is_contiguous()
+    for (name, mine), theirs in zip(block.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+        assert mine.grad.is_contiguous(), name
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(
+    ("model", "x", "backend"),
+    [
+        (lambda block: block, images().contiguous(memory_format=CHANNELS_LAST), "auto"),
+        (lambda block: block, images(2, 32, 1, 1), "auto"),
+        (lambda block: block, images(0, 32, 5, 5), "auto"),
+        (lambda block: block.double(), images().double(), "auto"),
+        (lambda block: block.bfloat16(), images().bfloat16(), "auto"),
+        (lambda block: block.to(memory_format=CHANNELS_LAST), images(), "auto"),
+        (lambda block: block, images(), "torch"),
+    ],
+    ids=["channels_last", "one-pixel", "empty", "float64", "bfloat16", "weights", "torch"],
+)
+def test_what_is_computed_as_it_comes(turned, model, x, backend):
+    block, plain = (model(each).eval().to(x.dtype) for each in pair())
+    with torch.no_grad(), use_backend(backend):
+        y, wanted = block(x), plain(x)
+    assert turned == []
+    assert y.stride() == wanted.stride()
+    assert y.dtype == wanted.dtype
+
+
+@NEEDS_EXTENSION
+def test_autocast_is_left_alone(turned):
+    block, _ = pair()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert block.eval()(images()).dtype == torch.bfloat16
+    assert turned == []
+
+
+class WritesToItsInput(nn.Module):
+    """Pre-activation, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(32, 32, 1, bias=False), nn.Conv2d(32, 32, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(32), nn.BatchNorm2d(32)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.relu(x)
+        out = torch.relu(self.norm1(self.first(x)))
+        return torch.relu(self.norm2(self.second(out)) + x)
+
+
+@NEEDS_EXTENSION
+def test_an_input_that_is_written_to_is_not_copied(turned):
+    plain = WritesToItsInput().eval()
+    module = copy.deepcopy(plain)
+    assert fuse_(module).fused
+    x, other = images(), images()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), plain(other))
+    assert turned == []
+    assert torch.equal(x, other)
+
+
+@NEEDS_EXTENSION
+def test_a_compiler_sees_no_copies(turned):
+    block, _ = pair()
+    with torch.no_grad():
+        torch.export.export(block.eval(), (images(),))
+    assert turned == []
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "size", [(2, 3, 5, 7), (1, 100, 4, 3), (3, 64, 1, 33), (2, 16, 33, 1), (1, 2, 1, 300)], ids=str
+)
+def test_laid_out_copies(capability, dtype, size):
+    x = images(*size).to(dtype)
+    for channels_last, layout in ((True, CHANNELS_LAST), (False, torch.contiguous_format)):
+        for given in (x, x.contiguous(memory_format=CHANNELS_LAST), torch.cat([x, x], 3)[..., : size[3]]):
+            y = laid_out(given, channels_last)
+            assert torch.equal(y, x)
+            assert y.is_contiguous(memory_format=layout)
+            assert (y is given) == given.is_contiguous(memory_format=layout)
+
+
+def test_laid_out_passes_gradients_on():
+    x = images(2, 3, 4, 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: laid_out(x, True) ** 2, x)
+    assert torch.autograd.gradgradcheck(lambda x: laid_out(x, True) ** 2, x)
+
+
+def test_laid_out_of_other_tensors():
+    assert laid_out(torch.ones(0, 3, 4, 5), True).shape == (0, 3, 4, 5)
+    assert laid_out(torch.ones(2, 3, 4, 5, dtype=torch.int64), True).is_contiguous(memory_format=CHANNELS_LAST)
+    with pytest.raises(ValueError, match=r"laid_out: expected x \(N, C, H, W\), got \(3, 4\)"):
+        laid_out(torch.ones(3, 4), True)
