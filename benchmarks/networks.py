@@ -131,6 +131,7 @@ class Contender:
 
 CONTENDERS: Mapping[str, Contender] = {
     "ours": Contender(ours=True),
+    "ours_nchw": Contender(ours=True, layout="nchw"),
     "ours_recompute": Contender(ours=True, recompute=True),
     "ours_compiled": Contender(ours=True, compiled={}),
     "ours_graphed": Contender(ours=True, graphed=True),
