@@ -7,6 +7,8 @@ VENV ?= .venv
 OUT ?= out
 # Whose torch `make wheel` tries the wheel with: any from 2.11 on.
 INTERPRETER ?= $(BIN)/python
+# Of `make test`: processes, with a thread each.
+JOBS ?= 2
 # Of `make gpu`: convolutions, networks or tuning.
 ROUND ?= convolutions
 # Of `make tune`: its arguments, such as OPTIONS="--layers regnety_040 --batch 128 --seconds 600".
@@ -46,7 +48,7 @@ lint: dev
 	$(BIN)/mypy
 
 test: dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses $(JOBS) --dist loadfile
 
 # The CPU kernels' tests under the address and undefined-behaviour sanitizers; building takes minutes.
 sanitize: dev

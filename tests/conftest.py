@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: a thread each, also in the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
@@ -59,7 +64,11 @@ with torch.device("cpu"):
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty allocates with NaN, so that an element that a kernel forgets to write shows."""
+    """Fill what torch.empty and the extension allocate with NaN: an element that a kernel forgets to write shows."""
+    from resnext.kernels import extension
+
+    if extension.load() is None:
+        extension._C.poison_results(True)
     empty = torch.empty
 
     def poisoned(*args, **kwargs):

@@ -65,6 +65,20 @@ def test_sliced_tensors_are_not_remembered(weight):
     assert torch.equal(fwd(X[..., :5], weight), first)
 
 
+def test_a_lazily_negated_tensor_is_not_remembered():
+    x = torch.complex(X, X).conj().imag  # -X, by a bit that only the dispatcher looks at
+    assert x.is_neg()
+    fwd(x.clone())
+    assert torch.equal(fwd(x), fwd(-X))
+
+
+def test_a_profiler_sees_known_calls():
+    fwd()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        fwd()
+    assert "resnext::_grouped_conv2d_fwd" in {event.name for event in profiler.events()}
+
+
 def test_a_known_call_checks_nothing(monkeypatch):
     wanted = fwd()
     monkeypatch.setattr(ops.checks, "invalid_conv2d", lambda *_: pytest.fail("checked"))
