@@ -7,9 +7,9 @@
 // Only DLPack, LibTorch's stable ABI and Python's limited API are used, so one binary serves every PyTorch from 2.11
 // and every Python from 3.10.
 #include <Python.h>
-
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <exception>
 #include <new>
@@ -26,9 +26,11 @@ namespace {
 
 // Set when the module is imported.
 const dlpack::Exchange* exchange = nullptr;
-PyObject* out_of_memory = nullptr;  // torch.OutOfMemoryError
+PyObject* float32 = nullptr;  // torch.float32
 
 bool poisons = false;  // for tests: results are full of NaN before an operator fills them
+
+constexpr dlpack::DataType kFloat32 = {dlpack::kFloat, 32, 1};
 
 struct PythonError {};  // Python has been told already
 
@@ -78,8 +80,8 @@ ScalarType dtype_of(const dlpack::DataType& type) {
 // A tensor on the memory of another, for as long as that lives.
 Tensor tensor_of(const dlpack::TensorView& view) {
   STD_TORCH_CHECK(view.device.type == dlpack::kCpu || view.device.type == dlpack::kCuda,
-                  "resnext._C: expected a tensor on the CPU or a CUDA GPU, got DLPack device ",
-                  view.device.type, "; move it");
+                  "resnext._C: expected a tensor on the CPU or a CUDA GPU, got DLPack device ", view.device.type,
+                  "; move it");
   const bool on_cpu = view.device.type == dlpack::kCpu;
   int64_t elements = 1;
   for (int i = 0; i < view.dims; ++i) elements *= view.shape[i];
@@ -93,34 +95,63 @@ Tensor tensor_of(const dlpack::TensorView& view) {
       dtype_of(view.dtype));
 }
 
-// An uninitialised tensor on the device of another, dense: images (N, C, H, W) and weights in either layout.
-PyObject* allocate(const dlpack::TensorView& like, dlpack::DataType dtype, const int64_t* sizes, int dims,
-                   bool channels_last) {
-  // PyTorch's allocator knows one order; the tensor is turned afterwards.
-  constexpr int kOrders[2][4] = {{0, 1, 2, 3}, {0, 2, 3, 1}};
-  const auto& order = kOrders[channels_last && dims == 4];
+// Sizes and strides of a new tensor, dense: an image (N, C, H, W) or weight in either layout, or a vector.
+struct Shape {
+  Shape(const int64_t* given, int dims, bool channels_last) : dims(dims), order(channels_last ? kNhwc : kNchw) {
+    int64_t stride = 1;
+    for (int i = dims - 1; i >= 0; --i) {
+      in_memory[i] = sizes[order[i]] = given[order[i]];
+      strides[order[i]] = stride;
+      stride *= in_memory[i];
+    }
+  }
+
+  static constexpr int kNchw[4] = {0, 1, 2, 3};
+  static constexpr int kNhwc[4] = {0, 2, 3, 1};
+  int dims;
+  const int* order;
+  int64_t sizes[4], strides[4], in_memory[4];  // the last: sizes in the order of memory
+};
+
+// PyTorch's allocator by DLPack, which knows one layout: the tensor is turned afterwards.
+PyObject* allocate_on_cpu(const Shape& shape, dlpack::DataType dtype) {
   int64_t in_memory[4];
-  for (int i = 0; i < dims; ++i) in_memory[i] = sizes[order[i]];
+  std::copy_n(shape.in_memory, shape.dims, in_memory);
   dlpack::TensorView prototype{};
-  prototype.device = like.device;
+  prototype.device.type = dlpack::kCpu;
   prototype.dtype = dtype;
-  prototype.dims = dims;
+  prototype.dims = shape.dims;
   prototype.shape = in_memory;
   dlpack::OwnedTensor* allocated = nullptr;
-  PyObject* error = like.device.type == dlpack::kCpu ? PyExc_RuntimeError : out_of_memory;  // as PyTorch has it
-  const auto raise = [](void* type, const char*, const char* message) {
-    PyErr_SetString(static_cast<PyObject*>(type), message);
-  };
-  if (exchange->allocate(&prototype, &allocated, error, raise) != 0) throw PythonError();
-  int64_t stride = 1;
-  for (int i = dims - 1; i >= 0; --i) {
-    allocated->tensor.shape[order[i]] = in_memory[i];
-    allocated->tensor.strides[order[i]] = stride;
-    stride *= in_memory[i];
-  }
+  const auto raise = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  if (exchange->allocate(&prototype, &allocated, nullptr, raise) != 0) throw PythonError();
+  std::copy_n(shape.sizes, shape.dims, allocated->tensor.shape);
+  std::copy_n(shape.strides, shape.dims, allocated->tensor.strides);
   void* tensor = nullptr;
   if (exchange->to_object(allocated, &tensor) != 0) throw PythonError();
   return static_cast<PyObject*>(tensor);
+}
+
+// The GPU's allocator must know a tensor's memory as its own, for Tensor.record_stream. `dtype`: null for that of
+// `like`.
+PyObject* allocate_like(PyObject* like, const Shape& shape, PyObject* dtype) {
+  const auto tuple = [&](const int64_t* numbers) {
+    PyObject* result = PyTuple_New(shape.dims);
+    for (int i = 0; result != nullptr && i < shape.dims; ++i) {
+      PyTuple_SetItem(result, i, PyLong_FromLongLong(numbers[i]));
+    }
+    return result;
+  };
+  PyObject* const method = PyObject_GetAttrString(like, "new_empty_strided");
+  PyObject* const positional = Py_BuildValue("(NN)", tuple(shape.sizes), tuple(shape.strides));
+  PyObject* const named = dtype == nullptr ? Py_BuildValue("{}") : Py_BuildValue("{s:O}", "dtype", dtype);
+  PyObject* tensor = nullptr;
+  if (method != nullptr && positional != nullptr && named != nullptr) tensor = PyObject_Call(method, positional, named);
+  Py_XDECREF(named);
+  Py_XDECREF(positional);
+  Py_XDECREF(method);
+  if (tensor == nullptr) throw PythonError();
+  return tensor;
 }
 
 int64_t integer(PyObject* object) {
@@ -135,8 +166,8 @@ bool truth(PyObject* object) {
   return value != 0;
 }
 
-// The arguments of a call, and the results that are made for it. In place of a tensor stands the size of a new one: four
-// numbers, of the first tensor's dtype, dense in the layout that the last argument tells; or one number, float32.
+// The arguments of a call, and the results that are made for it. In place of a tensor stands the size of a new one:
+// four numbers, of the first tensor's dtype, dense in the layout that the last argument tells; or one number, float32.
 class Call {
  public:
   Call(PyObject* const* objects, Py_ssize_t count) : objects_(objects), count_(count) {}
@@ -183,7 +214,6 @@ class Call {
 
   PyObject* make(PyObject* size) {
     STD_TORCH_CHECK(made_ < kMost, "resnext._C: expected fewer results");
-    const dlpack::TensorView like = view_of(objects_[0]);
     int64_t sizes[4];
     const bool vector = PyLong_Check(size) != 0;
     if (vector) {
@@ -193,8 +223,11 @@ class Call {
                       " numbers");
       for (int i = 0; i < 4; ++i) sizes[i] = integer(PyTuple_GetItem(size, i));
     }
-    PyObject* const result = vector ? allocate(like, {dlpack::kFloat, 32, 1}, sizes, 1, /*channels_last=*/false)
-                                    : allocate(like, like.dtype, sizes, 4, truth(objects_[count_ - 1]));
+    const Shape shape(sizes, vector ? 1 : 4, !vector && truth(objects_[count_ - 1]));
+    const dlpack::TensorView like = view_of(objects_[0]);
+    PyObject* const result = like.device.type != dlpack::kCpu
+                                 ? allocate_like(objects_[0], shape, vector ? float32 : nullptr)
+                                 : allocate_on_cpu(shape, vector ? kFloat32 : like.dtype);
     return results_[made_++] = result;
   }
 
@@ -242,8 +275,9 @@ struct Function<kOperator> {
       Call call(objects, count);
       const auto given = arguments<std::decay_t<T>...>(call, std::index_sequence_for<T...>{});
       const auto run = operators_for(std::get<0>(given)).*kOperator;
-      STD_TORCH_CHECK(run != nullptr, "resnext._C: expected tensors on a device that has this operator, got others; "
-                                      "move them, or build with CUDA (RESNEXT_BUILD_CUDA=1)");
+      STD_TORCH_CHECK(run != nullptr,
+                      "resnext._C: expected tensors on a device that has this operator, got others; "
+                      "move them, or build with CUDA (RESNEXT_BUILD_CUDA=1)");
       {
         const WithoutGil released;
         std::apply(run, given);
@@ -281,7 +315,7 @@ PyObject* set_cpu_capability(PyObject*, PyObject* name) {
   });
 }
 
-#define RESNEXT_OPERATOR(name) \
+#define RESNEXT_OPERATOR(name)                                                                            \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function<&Operators::name>::call)), \
    METH_FASTCALL, nullptr}
 
@@ -317,11 +351,11 @@ bool find_exchange() {
   PyObject* capsule = type == nullptr ? nullptr : PyObject_GetAttrString(type, dlpack::kExchangeAttribute);
   void* table = capsule == nullptr ? nullptr : PyCapsule_GetPointer(capsule, dlpack::kExchangeCapsule);
   exchange = static_cast<const dlpack::Exchange*>(table);
-  out_of_memory = table == nullptr ? nullptr : PyObject_GetAttrString(torch, "OutOfMemoryError");
+  float32 = table == nullptr ? nullptr : PyObject_GetAttrString(torch, "float32");
   Py_XDECREF(capsule);
   Py_XDECREF(type);
   Py_XDECREF(torch);
-  if (out_of_memory == nullptr) return false;
+  if (float32 == nullptr) return false;
   if (exchange->version.major == dlpack::kMajorVersion && exchange->view != nullptr) return true;
   PyErr_SetString(PyExc_ImportError, "expected PyTorch to speak version 1 of DLPack, got another");
   return false;
@@ -331,7 +365,7 @@ bool find_exchange() {
 }  // namespace resnext
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, resnext::methods,
-                                   nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, resnext::methods, nullptr, nullptr, nullptr, nullptr};
   return resnext::find_exchange() ? PyModule_Create(&definition) : nullptr;
 }

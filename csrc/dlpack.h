@@ -42,7 +42,8 @@ struct OwnedTensor {
 };
 
 // What a framework publishes, as the capsule `kExchangeCapsule` in `kExchangeAttribute` of its tensor type. Functions
-// return 0, or -1 with a Python error; `set_error` is told instead where it is an argument. None of them waits for a GPU.
+// return 0, or -1 with a Python error; `set_error` is told instead where it is an argument. None of them waits for a
+// GPU.
 constexpr const char* kExchangeAttribute = "__dlpack_c_exchange_api__";
 constexpr const char* kExchangeCapsule = "dlpack_exchange_api";
 struct Exchange {

@@ -15,9 +15,9 @@ struct Operators {
 
   // Fused convolutions.
   void (*conv_stats_fwd)(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
-                         const OptionalTensor& shift, const Tensor& weight, const Tensor& z,
-                         const OptionalTensor& mean, const OptionalTensor& var, int64_t stride_h, int64_t stride_w,
-                         int64_t groups, bool channels_last);
+                         const OptionalTensor& shift, const Tensor& weight, const Tensor& z, const OptionalTensor& mean,
+                         const OptionalTensor& var, int64_t stride_h, int64_t stride_w, int64_t groups,
+                         bool channels_last);
   void (*conv_stats_dgrad)(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
                            const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& weight,
                            const OptionalTensor& x, const OptionalTensor& center, const OptionalTensor& scale,
@@ -38,8 +38,8 @@ struct Operators {
                          const Tensor& g, bool channels_last);
   void (*affine_add_relu)(const Tensor& z, const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
                           const OptionalTensor& residual, const OptionalTensor& residual_center,
-                          const OptionalTensor& residual_scale, const OptionalTensor& residual_shift,
-                          const Tensor& out, bool channels_last);
+                          const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, const Tensor& out,
+                          bool channels_last);
   void (*affine_add_relu_bwd)(const Tensor& dout, const OptionalTensor& out, const Tensor& z,
                               const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
                               const OptionalTensor& residual, const OptionalTensor& residual_center,
@@ -50,8 +50,8 @@ struct Operators {
                                const Tensor& out, const OptionalTensor& taps, bool channels_last);
   void (*affine_relu_max_pool_bwd)(const Tensor& dout, const Tensor& taps, const Tensor& z,
                                    const OptionalTensor& center, const Tensor& scale, const Tensor& shift,
-                                   const OptionalTensor& dz, const OptionalTensor& dscale,
-                                   const OptionalTensor& dshift, bool channels_last);
+                                   const OptionalTensor& dz, const OptionalTensor& dscale, const OptionalTensor& dshift,
+                                   bool channels_last);
 
   // On the CPU only.
   void (*laid_out)(const Tensor& x, const Tensor& out, bool channels_last);

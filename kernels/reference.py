@@ -24,7 +24,7 @@ _ALL_BUT_CHANNELS = (0, 2, 3)
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, groups: int, channels_last: bool) -> Tensor:
     """Convolve ``x`` (N, C_in, H, W) with ``weight`` (C_out, C_in/groups, k, k)."""
-    y = torch.ops.aten.convolution(x, weight, bias, stride, _padding(weight), (1, 1), False, (0, 0), groups)
+    y = torch.convolution(x, weight, bias, stride, _padding(weight), (1, 1), False, (0, 0), groups)
     return laid_out(y, channels_last)
 
 

@@ -56,8 +56,8 @@ void statistics(const Tensor& z, const Tensor& mean, const Tensor& var, bool cha
   merge_moments(e.partial, parts, e.channels, floats_of(mean), floats_of(var));
 }
 
-void statistics_bwd(const Tensor& dz, const Tensor& z, const Tensor& mean, const Tensor& dmean, const Tensor& dvar, const Tensor& g,
-                    bool channels_last) {
+void statistics_bwd(const Tensor& dz, const Tensor& z, const Tensor& mean, const Tensor& dmean, const Tensor& dvar,
+                    const Tensor& g, bool channels_last) {
   check_statistics_bwd(dz, z, mean, dmean, dvar, g, channels_last);
   const OwnedAffine affine = statistics_gradient(mean, dmean, dvar, z.numel() / z.size(1));
   Elementwise e = elementwise_of(Elementwise::kAddAffine, z, channels_last);

@@ -125,15 +125,15 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
             [&](int64_t begin, int64_t end, float* scratch) { kernels.reduce_wgrad(g, scratch, begin, end); });
 }
 
-void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out, int64_t stride_h,
-                        int64_t stride_w, int64_t groups, bool channels_last) {
+void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
+                        int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
   check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   Correlation c = forward(x, out, stride_h, stride_w, channels_last);
   run_correlation(c, weight, bias, /*transposed=*/false, groups);
 }
 
-void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h, int64_t stride_w,
-                          int64_t groups, bool channels_last) {
+void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h,
+                          int64_t stride_w, int64_t groups, bool channels_last) {
   check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   Correlation c = input_gradient(grad, out, stride_h, stride_w, channels_last);
   run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups);
@@ -180,23 +180,23 @@ void run_forward(const Tensor& x, const ReadMap& read, const Tensor& weight, con
   run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape.groups, results);
 }
 
-void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift,
-                    const Tensor& weight, const Tensor& z, const OptionalTensor& mean, const OptionalTensor& var,
-                    int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
-  const GroupedConvShape shape =
-      check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last,
-                           kernel_of(weight, groups, channels_last));
+void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
+                    const OptionalTensor& shift, const Tensor& weight, const Tensor& z, const OptionalTensor& mean,
+                    const OptionalTensor& var, int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+  const GroupedConvShape shape = check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w,
+                                                      groups, channels_last, kernel_of(weight, groups, channels_last));
   const InputPrologue prologue(x, center, scale, shift);
   WriteMap write{};
   write.kind = mean.has_value() ? WriteMap::kMoments : WriteMap::kNone;
   run_forward(x, prologue.read, weight, nullptr, z, write, shape, {floats_of(mean), floats_of(var)});
 }
 
-void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& dmean,
-                      const OptionalTensor& dvar, const Tensor& weight, const OptionalTensor& x,
-                      const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& dx,
-                      const OptionalTensor& dscale, const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w,
-                      int64_t groups, bool channels_last) {
+void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
+                      const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& weight,
+                      const OptionalTensor& x, const OptionalTensor& center, const OptionalTensor& scale,
+                      const OptionalTensor& shift, const Tensor& dx, const OptionalTensor& dscale,
+                      const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w, int64_t groups,
+                      bool channels_last) {
   const GroupedConvShape shape =
       check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
                              stride_w, groups, channels_last, kernel_of(weight, groups, channels_last));
@@ -218,13 +218,13 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
   run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups, results);
 }
 
-void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean, const OptionalTensor& dmean,
-                      const OptionalTensor& dvar, const Tensor& x, const OptionalTensor& center,
-                      const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& dw, int64_t stride_h,
-                      int64_t stride_w, int64_t groups, bool channels_last) {
-  const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw,
-                                                        stride_h, stride_w, groups, channels_last,
-                                                        kernel_of(dw, groups, channels_last));
+void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
+                      const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& x,
+                      const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift,
+                      const Tensor& dw, int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+  const GroupedConvShape shape =
+      check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw, stride_h, stride_w, groups,
+                             channels_last, kernel_of(dw, groups, channels_last));
   const GradPrologue grad_prologue(z, mean, dmean, dvar);
   const InputPrologue prologue(x, center, scale, shift);
   if (shape.kernel == 1) return run_pointwise_gradient(dz, grad_prologue.read, x, prologue.read, dw, shape);
@@ -237,11 +237,10 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
 }
 
 void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
-                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y, int64_t stride_h,
-                 int64_t stride_w, int64_t groups, bool channels_last) {
-  const GroupedConvShape shape =
-      check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last,
-                        kernel_of(weight, groups, channels_last));
+                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y,
+                 int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+  const GroupedConvShape shape = check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w,
+                                                   groups, channels_last, kernel_of(weight, groups, channels_last));
   const OwnedAffine affine = affine_of(y.size(1), std::nullopt, scale, shift);
   WriteMap write{};
   write.kind = residual.has_value() ? WriteMap::kAffineAdd : WriteMap::kAffine;

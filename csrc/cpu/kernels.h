@@ -269,7 +269,7 @@ struct Kernels {
   void (*max_pool_gradient)(const MaxPool&, float* scratch, int64_t begin, int64_t end);  // likewise
 
   int64_t (*layout_change_scratch)(const LayoutChange&);
-  void (*change_layout)(const LayoutChange&, float* scratch, int64_t begin, int64_t end);  // over batch * height * blocks
+  void (*change_layout)(const LayoutChange&, float* scratch, int64_t begin, int64_t end);  // over rows * blocks
 };
 
 const Kernels* avx512_kernels();  // null where the binary does not hold them

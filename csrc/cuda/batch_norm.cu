@@ -1,7 +1,6 @@
 // The CUDA operators around the convolutions: batch norm's statistics, affine-add-ReLU and the stem's max pool. All of
 // them work in the tensors' own layout.
 #include "../batch_norm.h"
-
 #include "../operators.h"
 #include "operator.h"
 
@@ -31,10 +30,9 @@ void affine_add_relu(const Tensor& z, const OptionalTensor& center, const Tensor
                      bool channels_last) {
   check_affine_add_relu(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, out,
                         channels_last);
-  STD_CUDA_CHECK(launch_affine_add_relu(image_shape(z, channels_last), kernel_dtype(z), Call(z), z.const_data_ptr(),
-                                        affine_of(center, scale, shift), data(residual),
-                                        affine_of(residual_center, residual_scale, residual_shift),
-                                        out.mutable_data_ptr()));
+  STD_CUDA_CHECK(launch_affine_add_relu(
+      image_shape(z, channels_last), kernel_dtype(z), Call(z), z.const_data_ptr(), affine_of(center, scale, shift),
+      data(residual), affine_of(residual_center, residual_scale, residual_shift), out.mutable_data_ptr()));
 }
 
 void affine_add_relu_bwd(const Tensor& dout, const OptionalTensor& out, const Tensor& z, const OptionalTensor& center,
@@ -64,12 +62,10 @@ void affine_relu_max_pool_bwd(const Tensor& dout, const Tensor& taps, const Tens
                               const Tensor& scale, const Tensor& shift, const OptionalTensor& dz,
                               const OptionalTensor& dscale, const OptionalTensor& dshift, bool channels_last) {
   check_affine_relu_max_pool_bwd(dout, taps, z, center, scale, shift, dz, dscale, dshift, channels_last);
-  STD_CUDA_CHECK(launch_affine_relu_max_pool_bwd(image_shape(z, channels_last), kernel_dtype(z), Call(z),
-                                                 dout.const_data_ptr(),
-                                                 static_cast<const uint8_t*>(taps.const_data_ptr()),
-                                                 z.const_data_ptr(), affine_of(center, scale, shift),
-                                                 mutable_data(dz), mutable_vector_data(dscale),
-                                                 mutable_vector_data(dshift)));
+  STD_CUDA_CHECK(launch_affine_relu_max_pool_bwd(
+      image_shape(z, channels_last), kernel_dtype(z), Call(z), dout.const_data_ptr(),
+      static_cast<const uint8_t*>(taps.const_data_ptr()), z.const_data_ptr(), affine_of(center, scale, shift),
+      mutable_data(dz), mutable_vector_data(dscale), mutable_vector_data(dshift)));
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // The CUDA operators of the grouped convolution, plain, in training between batch norms, and for inference.
 #include "../grouped_conv.h"
-
 #include "../operators.h"
 #include "operator.h"
 
@@ -12,13 +11,13 @@ void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTen
   const GroupedConvShape shape = check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   const Call call(x);
   Output target(out, channels_last, MemoryFormat::ChannelsLast);
-  STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),
-                            to_oihw(weight).const_data_ptr(), data(bias), target.data()));
+  STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), to_oihw(weight).const_data_ptr(),
+                            data(bias), target.data()));
   target.store();
 }
 
-void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h, int64_t stride_w,
-                          int64_t groups, bool channels_last) {
+void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h,
+                          int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   const Call call(grad);
   Output target(out, channels_last, MemoryFormat::ChannelsLast);
@@ -39,15 +38,14 @@ void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, const Tensor& out
 
 void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
                     const OptionalTensor& shift, const Tensor& weight, const Tensor& z, const OptionalTensor& mean,
-                    const OptionalTensor& var, int64_t stride_h, int64_t stride_w, int64_t groups,
-                    bool channels_last) {
-  const GroupedConvShape shape = check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h,
-                                                      stride_w, groups, channels_last);
+                    const OptionalTensor& var, int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
+  const GroupedConvShape shape =
+      check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last);
   const Call call(x);
   Output target(z, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_conv_stats_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),
-                                       affine_of(center, scale, shift), to_oihw(weight).const_data_ptr(),
-                                       target.data(), mutable_vector_data(mean), mutable_vector_data(var)));
+                                       affine_of(center, scale, shift), to_oihw(weight).const_data_ptr(), target.data(),
+                                       mutable_vector_data(mean), mutable_vector_data(var)));
   target.store();
 }
 
@@ -57,9 +55,8 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
                       const OptionalTensor& shift, const Tensor& dx, const OptionalTensor& dscale,
                       const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w, int64_t groups,
                       bool channels_last) {
-  const GroupedConvShape shape =
-      check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
-                             stride_w, groups, channels_last);
+  const GroupedConvShape shape = check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx,
+                                                        dscale, dshift, stride_h, stride_w, groups, channels_last);
   const Call call(dz);
   const OptionalTensor z_nhwc = to_nhwc(z);
   Output target(dx, channels_last, MemoryFormat::ChannelsLast);
@@ -74,8 +71,8 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
                       const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& x,
                       const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift,
                       const Tensor& dw, int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
-  const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw,
-                                                        stride_h, stride_w, groups, channels_last);
+  const GroupedConvShape shape = check_conv_stats_wgrad(dz, z, mean, dmean, dvar, x, center, scale, shift, dw, stride_h,
+                                                        stride_w, groups, channels_last);
   const Call call(dz);
   const OptionalTensor z_nhwc = to_nhwc(z);
   Output target(dw, dw.is_contiguous(), MemoryFormat::Contiguous);
@@ -86,8 +83,8 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
 }
 
 void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
-                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y, int64_t stride_h,
-                 int64_t stride_w, int64_t groups, bool channels_last) {
+                 const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y,
+                 int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape =
       check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
   const Call call(x);
