@@ -196,9 +196,12 @@ def prefers_channels_last(x: Tensor) -> bool:
     """
     if x.dim() != 4 or x.device.type != "cpu" or not x.is_contiguous() or is_dense(x, True) or 0 in x.shape:
         return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    problem = ("fwd", (1, 16, 1, 1), (16, 16, 1, 1), (1, 1), 1, x.dtype, x.device, True)
+    return not torch.is_autocast_enabled("cpu") and _fuses_1x1_in_channels_last(x.dtype)
+
+
+@torch.compiler.assume_constant_result  # no use of tracing it
+def _fuses_1x1_in_channels_last(dtype: torch.dtype) -> bool:
+    problem = ("fwd", (1, 16, 1, 1), (16, 16, 1, 1), (1, 1), 1, dtype, torch.device("cpu"), True)
     return hasattr(dispatch.fused_launchers(*problem), "keep_packed")
 
 

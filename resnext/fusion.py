@@ -207,7 +207,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
         arguments: What it is called with.
         recompute: Whether backward computes the last convolution of a block again instead of keeping its output.
     """
-    if turned := _works_in_channels_last(unit, plan, arguments):
+    if turned := works_in_channels_last(unit, plan, arguments):
         arguments = [laid_out(argument, True) for argument in arguments]
     values: list[Any] = [*arguments, *[None] * (plan.slots - len(arguments) + 1)]  # the last one is the slot NONE
     infers = _infers(unit, plan, arguments)
@@ -246,14 +246,12 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     return replaced(program.output, lambda ref: _in_nchw(values[ref.index]))
 
 
-def _works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
+def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
     """Whether to turn what is given in NCHW to channels_last, and the results back: for the kernels that only it has.
 
     The caller must not notice: neither the results' layout changes, nor is there anything that writes to arguments.
     """
-    if plan.pointwise < 2 or plan.writes or torch.compiler.is_compiling():
-        return False
-    if not all(prefers_channels_last(argument) for argument in arguments):
+    if plan.pointwise < 2 or plan.writes or not all(prefers_channels_last(argument) for argument in arguments):
         return False
     # A convolution with a weight in channels_last returns channels_last.
     return all(child(unit, conv).weight.stride(3) == 1 for conv, _ in plan.pairs)

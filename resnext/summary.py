@@ -152,19 +152,27 @@ def _observed(model: nn.Module, fused: Mapping[nn.Module, nn.Module]) -> Iterato
         fused: The convolutions that would run as a part of a block or chain.
     """
     served: dict[nn.Module, str] = {}
+    turned: dict[nn.Module, bool] = {}
+
+    def enter(unit: Any, args: tuple[Any, ...]) -> None:
+        with forced(unit._fused_backend):
+            turned[unit] = fusion.works_in_channels_last(unit, cast(Plan, plan_of(unit)), args)
 
     def observe(conv: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         served[conv] = "torch"
         if (conv in fused or isinstance(conv, (Converted, GroupedConv2d))) and conv.padding_mode == "zeros":
             x = args[0] if args else kwargs["input"]
-            backend = getattr(fused.get(conv, conv), "_fused_backend", "auto")
-            with forced(backend):
+            unit = fused.get(conv, conv)
+            if turned.get(unit):
+                x = torch.empty_like(x, memory_format=torch.channels_last)
+            with forced(getattr(unit, "_fused_backend", "auto")):
                 served[conv] = serving_backend(
                     x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups, fused=conv in fused
                 )
 
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     handles = [conv.register_forward_hook(observe, with_kwargs=True) for conv in convolutions]
+    handles += [unit.register_forward_pre_hook(enter) for unit in set(fused.values())]
     try:
         yield served
     finally:

@@ -306,7 +306,7 @@ def saved_activations(block: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
 def test_saved_for_backward(case):
     """The input and raw convolution outputs, nothing else of an activation's size."""
     block, plain = case.pair()
-    x = case.images().requires_grad_()
+    x = case.images().contiguous(memory_format=torch.channels_last).requires_grad_()
     shapes = [tuple(x.shape)]
     for module in plain.modules():
         if isinstance(module, nn.Conv2d):
