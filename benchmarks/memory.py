@@ -26,7 +26,7 @@ from torch import Tensor
 
 from resnext.kernels import use_backend
 
-CONTENDERS = ("ours", "ours_recompute", "ours_compiled", "nchw", "channels_last", "compiled_channels_last")
+CONTENDERS = ("ours", "ours_nchw", "ours_recompute", "ours_compiled", "nchw", "channels_last", "compiled_channels_last")
 EAGER = ("ours", "ours_recompute", "nchw", "channels_last")
 
 
