@@ -19,7 +19,7 @@ from . import dispatch
 _MOST = 10_000  # images of every size
 _PLAIN = (Tensor, nn.Parameter)
 # Looked up once: beside a convolution's data nothing of Python stays in the caches, and each step costs a microsecond.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # other compilers have modes
 _is_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
