@@ -261,7 +261,11 @@ def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | No
 
 
 def affine_add_relu(
-    z: Tensor, affine: Affine, residual: Tensor | None = None, residual_affine: Affine | None = None
+    z: Tensor,
+    affine: Affine,
+    residual: Tensor | None = None,
+    residual_affine: Affine | None = None,
+    keeps_result: bool = True,
 ) -> Tensor:
     """Compute relu(affine(z) + residual), the end of a residual block, in one pass.
 
@@ -272,6 +276,8 @@ def affine_add_relu(
         affine: (center or None, scale, shift), each (C,), float32 (float64 for float64 z).
         residual: Of z's shape, or one that expands to it; any floating-point dtype, any layout.
         residual_affine: An affine for the residual, where it is a raw convolution output too.
+        keeps_result: Whether backward keeps the result, whose signs it needs. Otherwise it keeps the residual and
+            computes the result again: for callers that keep the residual anyway, and not the result.
 
     Returns:
         (N, C, H, W), of z's dtype and layout. Computed in float32, rounded once.
@@ -291,7 +297,7 @@ def affine_add_relu(
         other = None if residual_affine is None else vectors
         return reference.affine_add_relu(z, (center, scale, shift), residual, other, False)
     channels_last = checks.is_channels_last(z)
-    return fused_ops.AFFINE_ADD_RELU(z, center, scale, shift, residual, *vectors, channels_last)
+    return fused_ops.AFFINE_ADD_RELU(z, center, scale, shift, residual, *vectors, channels_last, keeps_result)
 
 
 def affine_relu_max_pool(z: Tensor, affine: Affine) -> Tensor:

@@ -30,9 +30,9 @@ _SCHEMAS = {
     "_bn_affine_bwd": "(Tensor dscale, Tensor dshift, Tensor var, Tensor? gamma, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "_affine_add_relu": f"(Tensor z, {_AFFINE}, Tensor? residual, Tensor? residual_center, Tensor? residual_scale, "
-    "Tensor? residual_shift, bool channels_last) -> Tensor",
-    "_affine_add_relu_bwd": f"(Tensor dout, Tensor out, Tensor z, {_AFFINE}, Tensor? residual, Tensor? residual_center,"
-    " Tensor? residual_scale, Tensor? residual_shift, bool channels_last, bool[3] wanted) "
+    "Tensor? residual_shift, bool channels_last, bool keeps_result) -> Tensor",
+    "_affine_add_relu_bwd": f"(Tensor dout, Tensor? out, Tensor z, {_AFFINE}, Tensor? residual, "
+    "Tensor? residual_center, Tensor? residual_scale, Tensor? residual_shift, bool channels_last, bool[3] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "_affine_relu_max_pool": f"(Tensor z, {_AFFINE}, bool channels_last, bool taps) -> (Tensor, Tensor)",
     "_affine_relu_max_pool_bwd": f"(Tensor dout, Tensor taps, Tensor z, {_AFFINE}, bool channels_last, bool[2] wanted) "
@@ -140,7 +140,18 @@ def _bn_affine_bwd(dscale, dshift, var, gamma, eps):
     return _or_empty(var, *results)
 
 
-def _affine_add_relu(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last):
+def _affine_add_relu(
+    z,
+    center,
+    scale,
+    shift,
+    residual,
+    residual_center,
+    residual_scale,
+    residual_shift,
+    channels_last,
+    keeps_result,
+):
     return dispatch.elementwise(z.dtype, z.device).affine_add_relu(
         dense(z, channels_last),
         _affine_of(center, scale, shift),
@@ -153,13 +164,21 @@ def _affine_add_relu(z, center, scale, shift, residual, residual_center, residua
 def _affine_add_relu_bwd(
     dout, out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last, wanted
 ):
-    results = dispatch.elementwise(z.dtype, z.device).affine_add_relu_bwd(
+    launchers = dispatch.elementwise(z.dtype, z.device)
+    z, affine = dense(z, channels_last), _affine_of(center, scale, shift)
+    residual = None if residual is None else dense(residual, channels_last)
+    residual_affine = _affine_of(residual_center, residual_scale, residual_shift)
+    if out is not None:
+        out = dense(out, channels_last)
+    elif residual is not None:
+        out = launchers.affine_add_relu(z, affine, residual, residual_affine, channels_last)
+    results = launchers.affine_add_relu_bwd(
         dense(dout, channels_last),
-        dense(out, channels_last),
-        dense(z, channels_last),
-        _affine_of(center, scale, shift),
-        None if residual is None else dense(residual, channels_last),
-        _affine_of(residual_center, residual_scale, residual_shift),
+        out,
+        z,
+        affine,
+        None if residual_affine is None else residual,
+        residual_affine,
         channels_last,
         tuple(wanted),
     )
@@ -227,7 +246,16 @@ def _fake_bn_affine_bwd(dscale, dshift, var, gamma, eps):
 
 
 def _fake_affine_add_relu(
-    z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last
+    z,
+    center,
+    scale,
+    shift,
+    residual,
+    residual_center,
+    residual_scale,
+    residual_shift,
+    channels_last,
+    keeps_result,
 ):
     return empty(z, z.shape, channels_last)
 
@@ -367,10 +395,13 @@ class _AffineAddRelu(torch.autograd.Function):
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             out = AFFINE_ADD_RELU(*args)
-        z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, ctx.channels_last = args
+        z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, *rest = args
+        ctx.channels_last, keeps_result = rest
         ctx.has_residual = residual is not None
-        kept = residual if residual_scale is not None else None  # a plain residual has the gradient of the sum
-        ctx.save_for_backward(out, z, center, scale, shift, kept, residual_center, residual_scale, residual_shift)
+        # Whose gradient, if it is a plain one, is that of the sum.
+        kept = residual if residual_scale is not None or not keeps_result else None
+        out_kept = out if keeps_result else None
+        ctx.save_for_backward(out_kept, z, center, scale, shift, kept, residual_center, residual_scale, residual_shift)
         return out
 
     @staticmethod
@@ -378,7 +409,7 @@ class _AffineAddRelu(torch.autograd.Function):
         out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = ctx.saved_tensors
         needed = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            return *_add_relu_through_formula(ctx, dout, needed), None
+            return *_add_relu_through_formula(ctx, dout, needed), None, None
         wants_vectors = any(needed[i] for i in (2, 3, 6, 7))
         dz, dresidual, dscale, dshift, dresidual_scale = AFFINE_ADD_RELU_BWD(
             dout,
@@ -397,12 +428,16 @@ class _AffineAddRelu(torch.autograd.Function):
         # Two gradients may not be one tensor.
         dresidual_shift = dshift.clone() if needed[7] else None
         gradients = (dz, None, dscale, dshift, dresidual, None, dresidual_scale, dresidual_shift)
-        return *(_if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None
+        return *(_if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
 
 
 def _add_relu_through_formula(ctx, dout, needed):
-    """Differentiable gradients; a plain residual was not kept, and only the ReLU's mask depends on it."""
-    out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = ctx.saved_tensors
+    """Differentiable gradients; where a plain residual was not kept, only the ReLU's mask depends on it."""
+    out, *tensors = ctx.saved_tensors
+    z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = tensors
+    if out is None:
+        with torch.no_grad():
+            out = AFFINE_ADD_RELU(*tensors, ctx.channels_last, True)
     mask = (out > 0) | out.isnan()
 
     def formula(z, center, scale, shift, residual, residual_center, residual_scale, residual_shift):

@@ -228,6 +228,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
                 (values[step.x], values[step.prologue], values[step.residual], values[step.residual_affine]),
                 step.in_place,
                 recompute,
+                keeps_result=not turned,
             )
         elif isinstance(step, ConvAffine):
             values[step.out] = _conv_affine(
@@ -276,11 +277,15 @@ def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:
 # --- training, and evaluation with gradients ---
 
 
-def _block_end(conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], in_place: bool, recompute: bool) -> Tensor:
+def _block_end(
+    conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], in_place: bool, recompute: bool, keeps_result: bool
+) -> Tensor:
+    """``keeps_result``: False if the next block will not keep this very tensor as its input."""
+
     def add(z: Tensor, affine: Any, residual: Tensor, residual_affine: Affine | None) -> Tensor:
         if not _is_like(residual, z.shape, z.dtype, in_place):
             return torch.relu(_normalised(z, affine) + _normalised(residual, residual_affine))
-        return _affine_add_relu(z, affine, residual, residual_affine)
+        return _affine_add_relu(z, affine, residual, residual_affine, keeps_result)
 
     def end(x: Tensor, prologue: Affine | None, *shortcut: Any) -> tuple[Tensor, Statistics | None]:
         z, affine, statistics = _conv_norm(x, prologue, conv, bn)
@@ -334,9 +339,11 @@ def _normalised(z: Tensor, affine: Affine | None) -> Tensor:
     return (scale * (z.to(scale.dtype) - center) + shift).to(z.dtype)
 
 
-def _affine_add_relu(z: Tensor, affine: Any, residual: Tensor | None, residual_affine: Affine | None) -> Tensor:
+def _affine_add_relu(
+    z: Tensor, affine: Any, residual: Tensor | None, residual_affine: Affine | None, keeps_result: bool = True
+) -> Tensor:
     if z.shape[0]:
-        return affine_add_relu(z, affine, residual, residual_affine)
+        return affine_add_relu(z, affine, residual, residual_affine, keeps_result)
     return affine_add_relu(_or_blank(z), affine, None if residual is None else _or_blank(residual), residual_affine)[:0]
 
 

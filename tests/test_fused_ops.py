@@ -202,19 +202,43 @@ def test_gradcheck_of_a_whole_chain():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("keeps_result", [True, False], ids=["kept", "computed-again"])
 @pytest.mark.parametrize("residual", ["none", "plain", "affine"])
-def test_gradcheck_of_affine_add_relu(residual):
+def test_gradcheck_of_affine_add_relu(residual, keeps_result):
     held = tensors()
     other = {name: t.detach().flip(0).requires_grad_(t.requires_grad) for name, t in held.items()}
 
     def end(z, scale, shift, r, r_scale, r_shift):
         second = (None, r_scale, r_shift) if residual == "affine" else None
-        return affine_add_relu(z, (held["center"], scale, shift), None if residual == "none" else r, second)
+        r = None if residual == "none" else r
+        return affine_add_relu(z, (held["center"], scale, shift), r, second, keeps_result)
 
     names = ("x", "scale", "shift")
     arguments = (*(held[n] for n in names), *(other[n] for n in names))
     assert torch.autograd.gradcheck(end, arguments)
     assert torch.autograd.gradgradcheck(end, arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("residual", ["none", "plain", "affine"])
+def test_a_result_that_is_computed_again_has_the_same_gradients(residual, dtype):
+    """To the bit; and what is kept is the residual, instead of the result."""
+    gradients, kept = [], []
+    for keeps_result in (True, False):
+        held = tensors(dtype)
+        center, z, scale, shift = held["center"], held["x"], held["scale"], held["shift"]
+        r = z.detach().flip(0).requires_grad_()
+        second = (None, scale, shift) if residual == "affine" else None
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, found=found: found.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+        ):
+            out = affine_add_relu(z, (center, scale, shift), None if residual == "none" else r, second, keeps_result)
+        kept.append([tensor.data_ptr() in found for tensor in (out, r)])
+        out.square().sum().backward()
+        gradients.append([t.grad for t in (z, scale, shift, r) if t.grad is not None])
+    assert kept == [[True, residual == "affine"], [False, residual != "none"]]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_gradcheck_of_pool_and_conv_affine():
@@ -339,7 +363,7 @@ def operators(requires_grad, channels_last):
     dvector = torch.randn(6)
     pooled, taps = fused_ops.POOL(x.detach(), *(t.detach() for t in affine), channels_last, True)
     detached = [t.detach() for t in (x, *affine)]
-    out = fused_ops.AFFINE_ADD_RELU(*detached, detached[0], *detached[1:], channels_last)
+    out = fused_ops.AFFINE_ADD_RELU(*detached, detached[0], *detached[1:], channels_last, True)
     return {
         "conv_stats": (fused_ops.CONV_STATS, (x, *affine, weight, *dims, True)),
         "conv_stats-plain": (fused_ops.CONV_STATS, (x, None, None, None, weight, *dims, False)),
@@ -356,8 +380,11 @@ def operators(requires_grad, channels_last):
             fused_ops.BN_AFFINE_BWD,
             (center, center.flip(0), center.square(), scale.detach(), 1e-5),
         ),
-        "affine_add_relu": (fused_ops.AFFINE_ADD_RELU, (x, *affine, dout, center, scale, shift, channels_last)),
-        "affine_add_relu-alone": (fused_ops.AFFINE_ADD_RELU, (x, *affine, None, None, None, None, channels_last)),
+        "affine_add_relu": (fused_ops.AFFINE_ADD_RELU, (x, *affine, dout, center, scale, shift, channels_last, True)),
+        "affine_add_relu-alone": (
+            fused_ops.AFFINE_ADD_RELU,
+            (x, *affine, None, None, None, None, channels_last, False),
+        ),
         "affine_add_relu_bwd": (
             fused_ops.AFFINE_ADD_RELU_BWD,
             (dout, out, *detached, *detached, channels_last, (True, True, True)),
