@@ -199,10 +199,13 @@ def prefers_channels_last(x: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and _fuses_1x1_in_channels_last(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # no use of tracing it
 def _fuses_1x1_in_channels_last(dtype: torch.dtype) -> bool:
     problem = ("fwd", (1, 16, 1, 1), (16, 16, 1, 1), (1, 1), 1, dtype, torch.device("cpu"), True)
     return hasattr(dispatch.fused_launchers(*problem), "keep_packed")
+
+
+# As torch.compiler.assume_constant_result does, without importing the compiler: not to be traced into.
+_fuses_1x1_in_channels_last._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:

@@ -82,17 +82,22 @@ def test_where_pytorch_was_measured_faster_it_serves():
     for other in (problem(op="dgrad", **wide), problem(dtype=torch.bfloat16, **wide), problem()):
         assert dispatch.not_chosen("cpu", other) is None
     assert dispatch.not_chosen("cuda", problem(**wide)) is None
-    strided = {"input_shape": (2, 96, 28, 28), "weight_shape": (96, 48, 3, 3), "groups": 2, "stride": (2, 2)}
+    strided = {"input_shape": (2, 96, 32, 32), "weight_shape": (96, 48, 3, 3), "groups": 2, "stride": (2, 2)}
     strided["channels_last"] = True
     assert "measured" in dispatch.not_chosen("cpu", problem(**strided))
     assert dispatch.not_chosen("cpu", problem(**strided), fused=True) is None
-    others = ({"op": "wgrad"}, {"stride": (1, 1)}, {"input_shape": (2, 96, 14, 14)}, {"channels_last": False})
-    for other in others:
+    others = ({"op": "wgrad"}, {"stride": (1, 1)}, {"channels_last": False})
+    sizes = ({"input_shape": (2, 96, size, size)} for size in (14, 28))
+    for other in (*others, *sizes):
         assert dispatch.not_chosen("cpu", problem(**(strided | other))) is None
     narrower = strided | {"weight_shape": (96, 24, 3, 3), "groups": 4}
     assert dispatch.not_chosen("cpu", problem(**narrower)) is None
     narrower["input_shape"] = (2, 96, 56, 56)
     assert "measured" in dispatch.not_chosen("cpu", problem(**narrower))
+    wider = strided | {"weight_shape": (144, 72, 3, 3)}
+    for batch, reason in ((8, True), (2, False)):
+        wider["input_shape"] = (batch, 144, 28, 28)
+        assert (dispatch.not_chosen("cpu", problem(**wider)) is not None) is reason
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):
