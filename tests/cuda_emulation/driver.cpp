@@ -32,7 +32,7 @@ class PoisonedScratch final : public Scratch {
   std::vector<void*> blocks_;
 };
 
-// A call of an operator of csrc/bindings.cpp, past what PyTorch does for it: its tensors in the order of the schema,
+// A call of an operator of csrc/operators.h, past what is done around it: its tensors in the order of its arguments,
 // null where one is absent, and its other arguments likewise.
 struct Call {
   const int64_t *x_sizes, *out_sizes;  // of the images (N, C, H, W) before and after
