@@ -55,7 +55,7 @@ sanitize: dev
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" RESNEXT_BUILD_CUDA=0 \
 		$(BIN)/python setup.py -q build --build-base $(SANITIZED)-objects --build-lib $(SANITIZED)
 	cp -r tests pyproject.toml $(SANITIZED)
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest tests/test_bindings.py tests/test_extension.py tests/test_extension_fused.py
 
