@@ -97,7 +97,10 @@ Tensor tensor_of(const dlpack::TensorView& view) {
 
 // Sizes and strides of a new tensor, dense: an image (N, C, H, W) or weight in either layout, or a vector.
 struct Shape {
-  Shape(const int64_t* given, int dims, bool channels_last) : dims(dims), order(channels_last ? kNhwc : kNchw) {
+  Shape(const int64_t* given, int dims, bool channels_last) : dims(dims) {
+    constexpr int kNchw[4] = {0, 1, 2, 3};
+    constexpr int kNhwc[4] = {0, 2, 3, 1};
+    const int* order = channels_last ? kNhwc : kNchw;
     int64_t stride = 1;
     for (int i = dims - 1; i >= 0; --i) {
       in_memory[i] = sizes[order[i]] = given[order[i]];
@@ -106,22 +109,17 @@ struct Shape {
     }
   }
 
-  static constexpr int kNchw[4] = {0, 1, 2, 3};
-  static constexpr int kNhwc[4] = {0, 2, 3, 1};
   int dims;
-  const int* order;
   int64_t sizes[4], strides[4], in_memory[4];  // the last: sizes in the order of memory
 };
 
 // PyTorch's allocator by DLPack, which knows one layout: the tensor is turned afterwards.
-PyObject* allocate_on_cpu(const Shape& shape, dlpack::DataType dtype) {
-  int64_t in_memory[4];
-  std::copy_n(shape.in_memory, shape.dims, in_memory);
+PyObject* allocate_on_cpu(Shape shape, dlpack::DataType dtype) {
   dlpack::TensorView prototype{};
   prototype.device.type = dlpack::kCpu;
   prototype.dtype = dtype;
   prototype.dims = shape.dims;
-  prototype.shape = in_memory;
+  prototype.shape = shape.in_memory;
   dlpack::OwnedTensor* allocated = nullptr;
   const auto raise = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
   if (exchange->allocate(&prototype, &allocated, nullptr, raise) != 0) throw PythonError();

@@ -268,14 +268,14 @@ def affine_relu_max_pool_bwd(
     return _placed(_C.affine_relu_max_pool_bwd(dout, taps, z, *affine, *sizes, channels_last), sizes)
 
 
-def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int, int, int]:
-    batch, _, height, width = x.shape
-    return batch, weight.shape[0], (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
-
-
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     """A copy of a tensor on the CPU that is dense in the other layout."""
     return _C.laid_out(x, x.shape, channels_last)
+
+
+def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int, int, int]:
+    batch, _, height, width = x.shape
+    return batch, weight.shape[0], (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
 
 
 def _placed(made: Any, sizes: tuple[Any, ...]) -> tuple[Any, ...]:

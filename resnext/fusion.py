@@ -255,8 +255,7 @@ def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tens
     if plan.pointwise < 2 or plan.writes or not all(prefers_channels_last(argument) for argument in arguments):
         return False
     # A convolution with a weight in channels_last returns channels_last.
-    convs = (*(conv for conv, _ in plan.pairs), *plan.convs)
-    return all(child(unit, conv).weight.stride(3) == 1 for conv in convs)
+    return all(child(unit, conv).weight.stride(3) == 1 for conv in plan.every_conv)
 
 
 def _in_nchw(value: Any) -> Any:

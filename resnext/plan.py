@@ -9,6 +9,7 @@ neither is called as it was recorded: squeeze-and-excitation, blur pooling, stoc
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,6 +143,15 @@ class Plan:
     pointwise: int
     writes: bool
 
+    @property
+    def every_conv(self) -> tuple[str, ...]:
+        """Names of all convolutions that the steps stand for."""
+        return _every_conv(self.pairs, self.convs)
+
+
+def _every_conv(pairs: Iterable[tuple[str, str]], convs: Iterable[str]) -> tuple[str, ...]:
+    return (*(conv for conv, _ in pairs), *convs)
+
 
 def plan(root: nn.Module, recording: Recording) -> Plan | None:
     """Plan what was recorded of ``root``; None if nothing in it would be fused that is not fused in a submodule."""
@@ -162,7 +172,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
         shells=recording.shells,
-        pointwise=sum(_is_pointwise(root.get_submodule(conv)) for conv in (*(conv for conv, _ in pairs), *train.convs)),
+        pointwise=sum(_is_pointwise(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
     )
 

@@ -134,8 +134,7 @@ def _random(model: nn.Module, input_size: Sequence[Any]) -> list[Tensor]:
 
 def _convolutions(unit: Any) -> list[nn.Module]:
     """The convolutions that the plan of a `FusedModule` stands for."""
-    plan = cast(Plan, plan_of(unit))
-    return [fusion.child(unit, name) for name in (*(conv for conv, _ in plan.pairs), *plan.convs)]
+    return [fusion.child(unit, name) for name in cast(Plan, plan_of(unit)).every_conv]
 
 
 def _of_unit(unit: Any, served: Mapping[nn.Module, str]) -> str:

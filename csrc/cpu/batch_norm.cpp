@@ -178,15 +178,13 @@ void laid_out(const Tensor& x, const Tensor& out, bool channels_last) {
             [&](int64_t begin, int64_t end, float* scratch) { kernels.change_layout(change, scratch, begin, end); });
 }
 
-const float* numbers_of(const Tensor& vector) { return static_cast<const float*>(vector.data_ptr()); }
-
 // As torch.rsqrt has it.
 float rsqrt(float value) { return 1.0f / std::sqrt(value); }
 
 void bn_affine(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
                const Tensor& scale, const Tensor& shift, double eps) {
   check_bn_affine(mean, var, gamma, beta, scale, shift);
-  const float *vars = numbers_of(var), *gammas = floats_of(gamma), *betas = floats_of(beta);
+  const float *vars = floats_of(var), *gammas = floats_of(gamma), *betas = floats_of(beta);
   float *scales = floats_of(scale), *shifts = floats_of(shift);
   for (int64_t c = 0; c < mean.numel(); ++c) {
     const float rstd = rsqrt(vars[c] + static_cast<float>(eps));
@@ -199,7 +197,7 @@ void bn_affine_bwd(const Tensor& dscale, const Tensor& dshift, const Tensor& var
                    const Tensor& dmean, const Tensor& dvar, const OptionalTensor& dgamma, const OptionalTensor& dbeta,
                    double eps) {
   check_bn_affine_bwd(dscale, dshift, var, gamma, dmean, dvar, dgamma, dbeta);
-  const float *dscales = numbers_of(dscale), *dshifts = numbers_of(dshift), *vars = numbers_of(var);
+  const float *dscales = floats_of(dscale), *dshifts = floats_of(dshift), *vars = floats_of(var);
   const float* gammas = floats_of(gamma);
   float *dmeans = floats_of(dmean), *dvars = floats_of(dvar), *dgammas = floats_of(dgamma), *dbetas = floats_of(dbeta);
   for (int64_t c = 0; c < dscale.numel(); ++c) {
