@@ -7,6 +7,7 @@ autocast), goes straight to what served it then. Everything that decides about t
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from . import dispatch
 
 _MOST = 10_000  # images of every size
 _PLAIN = (Tensor, nn.Parameter)
+_NUMBERS = (int, bool, float)
+_STRIDED = torch.strided
 # Looked up once: beside a convolution's data nothing of Python stays in the caches, and each step costs a microsecond.
 _is_compiling = torch.compiler.is_dynamo_compiling  # other compilers have modes
 _is_grad_enabled = torch.is_grad_enabled
@@ -32,7 +35,7 @@ _serves: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}
 
 def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What a call's checks and dispatch depend on, or None where PyTorch may have a part in it."""
-    if _is_compiling() or _attended():
+    if _is_compiling() or _attended() or _autocast():
         return None
     for number in numbers:  # True and 1.0 are equal to 1, but PyTorch refuses them
         if type(number) is not int and not (isinstance(number, tuple) and all(type(each) is int for each in number)):
@@ -69,13 +72,44 @@ def forget() -> None:
     _serves.clear()
 
 
+class Attention(enum.Enum):
+    """What of PyTorch's has a part in the call of an operator."""
+
+    NONE = enum.auto()
+    GRADIENT = enum.auto()  # no more than autograd, in reverse mode
+    FULL = enum.auto()
+
+
+_NONE, _GRADIENT, _FULL = Attention
+
+
+def attention(args: tuple[Any, ...]) -> Attention:
+    """What has a part in an operator's call. Arguments that PyTorch would have to make others of count too."""
+    if _is_compiling() or _attended():
+        return _FULL
+    recording = _is_grad_enabled()
+    found = _NONE
+    for arg in args:
+        kind = type(arg)
+        if kind in _PLAIN:
+            if arg.is_neg() or arg.layout is not _STRIDED or not (arg.is_cpu or arg.is_cuda):
+                return _FULL
+            if recording and arg.requires_grad:
+                found = _GRADIENT
+        elif kind is tuple:
+            if any(type(each) not in _NUMBERS for each in arg):
+                return _FULL
+        elif arg is not None and kind not in _NUMBERS:
+            return _FULL
+    return found
+
+
 def _attended() -> bool:
-    """Whether anything of PyTorch's attends to operators."""
+    """Whether anything of PyTorch's attends to operators, autocast and autograd aside."""
     return bool(
         _dispatch_modes()
         or _function_modes()
         or _transforms()
-        or _autocast()
         or _traced()
         or _profiled()
         or forward_ad._current_level >= 0

@@ -87,11 +87,11 @@ def conv_stats(
         pairwise algorithm for computing sample variances", 1979.
     """
     x, weight = checks.autocast(x, weight)
-    strides = _check_conv("conv_stats", x, weight, stride, groups)
+    dims = _check_conv("conv_stats", x, weight, stride, groups)
     center, scale, shift = _check_affine("conv_stats", x, affine)
-    dims = (strides, groups, checks.output_channels_last(x, weight))
     if _transformed():
         prologue = None if scale is None else (center, scale, shift)
+        strides, groups, _ = dims
         return fused_ops.FORMULA.conv_stats_fwd(x, prologue, weight, strides, groups, False, stats)
     z, mean, var = fused_ops.CONV_STATS(x, center, scale, shift, weight, *dims, stats)
     return (z, mean, var) if stats else (z, None, None)
@@ -133,12 +133,11 @@ def conv_affine(
     if (y := calls.serve(key, x, weight, scale, shift, residual)) is not None:
         return y
     x, weight = checks.autocast(x, weight)
-    strides = _check_conv(name, x, weight, stride, groups)
-    channels_last = checks.output_channels_last(x, weight)
+    strides, groups, channels_last = _check_conv(name, x, weight, stride, groups)
     out_channels = weight.shape[0]
     for vector_name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None:
-            _check_vector(name, vector_name, vector, out_channels, x)
+            _check_vector(name, vector_name, vector, (out_channels,), checks.vector_dtype(x.dtype), x.device)
     shape = (x.shape[0], out_channels, *checks.output_size(x.shape[2:], strides))
     given = residual
     if residual is not None:
@@ -347,35 +346,30 @@ def _check_activation(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a floating-point input, got {x.dtype}; convert it with .to(dtype)")
 
 
-# Of convolutions that were right: most calls repeat one. Values: the strides.
-_right: dict[tuple[Any, ...], tuple[int, int]] = {}
+_Dims = tuple[tuple[int, int], int, bool]
+# Of convolutions that were right: most calls repeat one.
+_right: dict[tuple[Any, ...], _Dims] = {}
 
 
-def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
-    integers = isinstance(stride, tuple) and all(type(each) is int for each in (*stride, groups))
+def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> _Dims:
+    """Strides, groups and whether the result is channels_last."""
+    integers = type(groups) is int and isinstance(stride, tuple) and all(type(each) is int for each in stride)
     plain = type(x) is Tensor and isinstance(weight, Tensor)  # whose shapes are not symbolic, so have a hash
-    if not (integers and plain) or torch.compiler.is_compiling():
+    strided = plain and x.layout is weight.layout is torch.strided
+    if not (integers and strided) or torch.compiler.is_compiling():
         return _checked_conv(name, x, weight, stride, groups)
     key = (
-        x.shape,
-        x.dtype,
-        x.device,
-        x.layout,
-        weight.shape,
-        weight.dtype,
-        weight.device,
-        weight.layout,
-        stride,
-        groups,
+        *(stride, groups, x.shape, x.stride(), x.dtype, x.device),
+        *(weight.shape, weight.stride(), weight.dtype, weight.device),
     )
-    if (strides := _right.get(key)) is None:
+    if (dims := _right.get(key)) is None:
         if len(_right) > 10_000:  # images of every size
             _right.clear()
-        strides = _right[key] = _checked_conv(name, x, weight, stride, groups)
-    return strides
+        dims = _right[key] = _checked_conv(name, x, weight, stride, groups)
+    return dims
 
 
-def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> tuple[int, int]:
+def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> _Dims:
     padding = tuple(k // 2 for k in weight.shape[2:])
     if message := checks.invalid_conv2d(x, weight, None, stride, padding or 0, 1, groups):
         raise ValueError(f"{name}: {message}")
@@ -383,7 +377,7 @@ def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[i
     if reason := why_not_conv_stats(weight.shape, stride, padding, 1, groups):
         raise ValueError(f"{name}: {reason}; use F.conv2d and F.batch_norm")
     height, width = checks.pair(stride)
-    return height, width
+    return (height, width), groups, checks.output_channels_last(x, weight)
 
 
 def _check_affine(name: str, x: Tensor, affine: Affine | None, prefix: str = "") -> Any:
@@ -391,17 +385,21 @@ def _check_affine(name: str, x: Tensor, affine: Affine | None, prefix: str = "")
     if affine is None:
         return None, None, None
     center, scale, shift = affine
+    dtype, shape = checks.vector_dtype(x.dtype), (x.shape[1],)
     for vector_name, vector in (("center", center), ("scale", scale), ("shift", shift)):
         if vector is not None:
-            _check_vector(name, prefix + vector_name, vector, x.shape[1], x)
-    return None if center is None else center.detach(), scale, shift
+            _check_vector(name, prefix + vector_name, vector, shape, dtype, x.device)
+    if center is not None and (center.requires_grad or _transformed()):
+        center = center.detach()
+    return center, scale, shift
 
 
-def _check_vector(name: str, vector_name: str, vector: Tensor, channels: int, x: Tensor) -> None:
-    dtype = checks.vector_dtype(x.dtype)
-    if tuple(vector.shape) != (channels,) or vector.dtype != dtype or vector.device != x.device:
+def _check_vector(
+    name: str, vector_name: str, vector: Tensor, shape: tuple[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    if vector.shape != shape or vector.dtype != dtype or vector.device != device:
         raise ValueError(
-            f"{name}: expected {vector_name} of shape ({channels},), {dtype}, on {x.device}, got "
+            f"{name}: expected {vector_name} of shape {shape}, {dtype}, on {device}, got "
             f"{tuple(vector.shape)}, {vector.dtype}, on {vector.device}"
         )
 

@@ -1,8 +1,7 @@
 """The operators under fused.py: schemas, what runs, what a compiler sees, and derivatives.
 
-Each operator that is differentiated has one `torch.autograd.Function` registered as its Autograd kernel, whose backward
-is an operator again. Backward of backward is autograd's, through the formula in plain PyTorch. None stands for an
-absent argument; an operator returns an empty tensor for an absent result.
+The backward of one that is differentiated is an operator again. Backward of backward is autograd's, through the formula
+in plain PyTorch. None stands for an absent argument; an operator returns an empty tensor for an absent result.
 """
 
 from __future__ import annotations
@@ -15,42 +14,48 @@ from torch import Tensor
 
 from . import checks, composed, dispatch, reference
 from .config import Affine
-from .ops import LIBRARY, OPS, dense, dense_weight, empty, is_dense, register
+from .operators import Operator
+from .ops import dense, dense_weight, empty, is_dense
 
 _AFFINE = "Tensor? center, Tensor scale, Tensor shift"
 _PROLOGUE = "Tensor? center, Tensor? scale, Tensor? shift"
 _DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"
-_SCHEMAS = {
-    "_conv_stats": f"(Tensor x, {_PROLOGUE}, Tensor weight, {_DIMS}, bool stats) -> (Tensor, Tensor, Tensor)",
-    "_conv_stats_bwd": f"(Tensor dz, Tensor? z, Tensor? mean, Tensor? dmean, Tensor? dvar, Tensor x, {_PROLOGUE}, "
-    f"Tensor weight, {_DIMS}, bool[2] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    "_conv_affine": f"(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, {_DIMS}) "
-    "-> Tensor",
-    "_bn_affine": "(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> (Tensor, Tensor)",
-    "_bn_affine_bwd": "(Tensor dscale, Tensor dshift, Tensor var, Tensor? gamma, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "_affine_add_relu": f"(Tensor z, {_AFFINE}, Tensor? residual, Tensor? residual_center, Tensor? residual_scale, "
-    "Tensor? residual_shift, bool channels_last, bool keeps_result) -> Tensor",
-    "_affine_add_relu_bwd": f"(Tensor dout, Tensor? out, Tensor z, {_AFFINE}, Tensor? residual, "
-    "Tensor? residual_center, Tensor? residual_scale, Tensor? residual_shift, bool channels_last, bool[3] wanted) "
+CONV_STATS = Operator(
+    "_conv_stats", f"(Tensor x, {_PROLOGUE}, Tensor weight, {_DIMS}, bool stats) -> (Tensor, Tensor, Tensor)"
+)
+CONV_STATS_BWD = Operator(
+    "_conv_stats_bwd",
+    f"(Tensor dz, Tensor? z, Tensor? mean, Tensor? dmean, Tensor? dvar, Tensor x, {_PROLOGUE}, Tensor weight, {_DIMS}, "
+    "bool[2] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+CONV_AFFINE = Operator(
+    "_conv_affine",
+    f"(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, {_DIMS}) -> Tensor",
+)
+BN_AFFINE = Operator(
+    "_bn_affine", "(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> (Tensor, Tensor)"
+)
+BN_AFFINE_BWD = Operator(
+    "_bn_affine_bwd",
+    "(Tensor dscale, Tensor dshift, Tensor var, Tensor? gamma, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+AFFINE_ADD_RELU = Operator(
+    "_affine_add_relu",
+    f"(Tensor z, {_AFFINE}, Tensor? residual, Tensor? residual_center, Tensor? residual_scale, Tensor? residual_shift, "
+    "bool channels_last, bool keeps_result) -> Tensor",
+)
+AFFINE_ADD_RELU_BWD = Operator(
+    "_affine_add_relu_bwd",
+    f"(Tensor dout, Tensor? out, Tensor z, {_AFFINE}, Tensor? residual, Tensor? residual_center, "
+    "Tensor? residual_scale, Tensor? residual_shift, bool channels_last, bool[3] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "_affine_relu_max_pool": f"(Tensor z, {_AFFINE}, bool channels_last, bool taps) -> (Tensor, Tensor)",
-    "_affine_relu_max_pool_bwd": f"(Tensor dout, Tensor taps, Tensor z, {_AFFINE}, bool channels_last, bool[2] wanted) "
-    "-> (Tensor, Tensor, Tensor)",
-    "_laid_out": "(Tensor x, bool channels_last) -> Tensor",
-}
-for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-CONV_STATS = OPS._conv_stats.default
-CONV_STATS_BWD = OPS._conv_stats_bwd.default
-CONV_AFFINE = OPS._conv_affine.default
-BN_AFFINE = OPS._bn_affine.default
-BN_AFFINE_BWD = OPS._bn_affine_bwd.default
-AFFINE_ADD_RELU = OPS._affine_add_relu.default
-AFFINE_ADD_RELU_BWD = OPS._affine_add_relu_bwd.default
-POOL = OPS._affine_relu_max_pool.default
-POOL_BWD = OPS._affine_relu_max_pool_bwd.default
-LAID_OUT = OPS._laid_out.default
+)
+POOL = Operator("_affine_relu_max_pool", f"(Tensor z, {_AFFINE}, bool channels_last, bool taps) -> (Tensor, Tensor)")
+POOL_BWD = Operator(
+    "_affine_relu_max_pool_bwd",
+    f"(Tensor dout, Tensor taps, Tensor z, {_AFFINE}, bool channels_last, bool[2] wanted) -> (Tensor, Tensor, Tensor)",
+)
+LAID_OUT = Operator("_laid_out", "(Tensor x, bool channels_last) -> Tensor")
 
 FORMULA = composed.Composed(reference)
 
@@ -312,8 +317,7 @@ def _if_wanted(wanted: bool, gradient: Tensor) -> Tensor | None:
 class _ConvStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, center, scale, shift, weight, *rest):
-        with torch._C._AutoDispatchBelowAutograd():
-            z, mean, var = CONV_STATS(x, center, scale, shift, weight, *rest)
+        z, mean, var = CONV_STATS.below_autograd(ctx, x, center, scale, shift, weight, *rest)
         *ctx.dims, ctx.stats = rest
         ctx.set_materialize_grads(False)
         if ctx.stats:
@@ -369,8 +373,7 @@ class _BnAffine(torch.autograd.Function):
     def forward(ctx, mean, var, gamma, beta, eps):
         ctx.eps = eps
         ctx.save_for_backward(mean, var, gamma, beta)
-        with torch._C._AutoDispatchBelowAutograd():
-            return BN_AFFINE(mean, var, gamma, beta, eps)
+        return BN_AFFINE.below_autograd(ctx, mean, var, gamma, beta, eps)
 
     @staticmethod
     def backward(ctx, dscale, dshift):
@@ -393,8 +396,7 @@ class _BnAffine(torch.autograd.Function):
 class _AffineAddRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = AFFINE_ADD_RELU(*args)
+        out = AFFINE_ADD_RELU.below_autograd(ctx, *args)
         z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, *rest = args
         ctx.channels_last, keeps_result = rest
         ctx.has_residual = residual is not None
@@ -454,8 +456,7 @@ def _add_relu_through_formula(ctx, dout, needed):
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, center, scale, shift, channels_last, taps):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, picked = POOL(z, center, scale, shift, channels_last, taps)
+        out, picked = POOL.below_autograd(ctx, z, center, scale, shift, channels_last, taps)
         ctx.channels_last = channels_last
         ctx.mark_non_differentiable(picked)
         ctx.set_materialize_grads(False)
@@ -483,21 +484,20 @@ class _Pool(torch.autograd.Function):
 class _LaidOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, channels_last):
-        with torch._C._AutoDispatchBelowAutograd():
-            return LAID_OUT(x, channels_last)
+        return LAID_OUT.below_autograd(ctx, x, channels_last)
 
     @staticmethod
     def backward(ctx, gradient):  # in whatever layout it comes, as that of a copy in PyTorch
         return gradient, None
 
 
-register(CONV_STATS, _conv_stats, _fake_conv_stats, _ConvStats)
-register(CONV_STATS_BWD, _conv_stats_bwd, _fake_conv_stats_bwd)
-register(CONV_AFFINE, _conv_affine, _fake_conv_affine)
-register(BN_AFFINE, _bn_affine, _fake_bn_affine, _BnAffine)
-register(BN_AFFINE_BWD, _bn_affine_bwd, _fake_bn_affine_bwd)
-register(AFFINE_ADD_RELU, _affine_add_relu, _fake_affine_add_relu, _AffineAddRelu)
-register(AFFINE_ADD_RELU_BWD, _affine_add_relu_bwd, _fake_affine_add_relu_bwd)
-register(POOL, _affine_relu_max_pool, _fake_pool, _Pool)
-register(POOL_BWD, _affine_relu_max_pool_bwd, _fake_pool_bwd)
-register(LAID_OUT, _laid_out, _fake_laid_out, _LaidOut)
+CONV_STATS.register(_conv_stats, _fake_conv_stats, _ConvStats)
+CONV_STATS_BWD.register(_conv_stats_bwd, _fake_conv_stats_bwd)
+CONV_AFFINE.register(_conv_affine, _fake_conv_affine)
+BN_AFFINE.register(_bn_affine, _fake_bn_affine, _BnAffine)
+BN_AFFINE_BWD.register(_bn_affine_bwd, _fake_bn_affine_bwd)
+AFFINE_ADD_RELU.register(_affine_add_relu, _fake_affine_add_relu, _AffineAddRelu)
+AFFINE_ADD_RELU_BWD.register(_affine_add_relu_bwd, _fake_affine_add_relu_bwd)
+POOL.register(_affine_relu_max_pool, _fake_pool, _Pool)
+POOL_BWD.register(_affine_relu_max_pool_bwd, _fake_pool_bwd)
+LAID_OUT.register(_laid_out, _fake_laid_out, _LaidOut)

@@ -9,7 +9,7 @@ Each is linear in its two arguments, and its derivatives are the other two. So t
 `torch.autograd.Function` registered as its Autograd kernel, and every order of differentiation, reverse and forward,
 stays inside them.
 
-Each operator picks its backend when it runs (`dispatch.choose`): a compiled or exported graph holds one node per pass.
+A compiled or exported graph holds one node per pass.
 """
 
 from __future__ import annotations
@@ -19,23 +19,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import calls, checks, dispatch, reference
+from .operators import Operator
 
-LIBRARY = torch.library.Library("resnext", "DEF")
-OPS = torch.ops.resnext
 _DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"
-_SCHEMAS = {
-    "_grouped_conv2d_fwd": f"(Tensor x, Tensor weight, Tensor? bias, {_DIMS}) -> Tensor",
-    "_grouped_conv2d_dgrad": f"(Tensor grad, Tensor weight, SymInt[2] input_size, {_DIMS}) -> Tensor",
-    "_grouped_conv2d_wgrad": f"(Tensor grad, Tensor x, {_DIMS}) -> Tensor",
-}
-for _name, _schema in _SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-_FWD = OPS._grouped_conv2d_fwd.default
-_DGRAD = OPS._grouped_conv2d_dgrad.default
-_WGRAD = OPS._grouped_conv2d_wgrad.default
+_FWD = Operator("_grouped_conv2d_fwd", f"(Tensor x, Tensor weight, Tensor? bias, {_DIMS}) -> Tensor")
+_DGRAD = Operator("_grouped_conv2d_dgrad", f"(Tensor grad, Tensor weight, SymInt[2] input_size, {_DIMS}) -> Tensor")
+_WGRAD = Operator("_grouped_conv2d_wgrad", f"(Tensor grad, Tensor x, {_DIMS}) -> Tensor")
 
 
 def grouped_conv2d(
@@ -324,8 +315,7 @@ def _product_rule(ctx, op, first_tangent: Tensor | None, second_tangent: Tensor 
 class _Fwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *dims):
-        with torch._C._AutoDispatchBelowAutograd():
-            y = _FWD(x, weight, bias, *dims)
+        y = _FWD.below_autograd(ctx, x, weight, bias, *dims)
         ctx.dims, ctx.input_size, ctx.output_shape = dims, x.shape[2:], y.shape
         _save(ctx, x, weight)
         return y
@@ -356,8 +346,7 @@ class _Dgrad(torch.autograd.Function):
     def forward(ctx, grad, weight, *dims):
         ctx.dims = dims
         _save(ctx, grad, weight)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _DGRAD(grad, weight, *dims)
+        return _DGRAD.below_autograd(ctx, grad, weight, *dims)
 
     @staticmethod
     def backward(ctx, dx):
@@ -380,8 +369,7 @@ class _Wgrad(torch.autograd.Function):
     def forward(ctx, grad, x, *dims):
         ctx.dims, ctx.input_size = dims, x.shape[2:]
         _save(ctx, grad, x)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _WGRAD(grad, x, *dims)
+        return _WGRAD.below_autograd(ctx, grad, x, *dims)
 
     @staticmethod
     def backward(ctx, dw):
@@ -398,42 +386,6 @@ class _Wgrad(torch.autograd.Function):
         return _product_rule(ctx, _WGRAD, d_grad, dx, *ctx.dims)
 
 
-def _bound_to_backend(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """A function whose backward uses the backend that was forced in its forward, unless another one is by then."""
-
-    def forward(ctx, *args):
-        ctx.backend = dispatch.forced_backend()
-        return function.forward(ctx, *args)
-
-    def backward(ctx, *grads):
-        if ctx.backend is None or dispatch.forced_backend() is not None:
-            return function.backward(ctx, *grads)
-        with dispatch.use_backend(ctx.backend):
-            return function.backward(ctx, *grads)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(function.__name__, (function,), methods)
-
-
-def register(op: torch._ops.OpOverload, kernel, fake, function: type[torch.autograd.Function] | None = None) -> None:
-    """Give an operator its kernel, its fake and, if it is differentiated, its derivative."""
-    name = op._opname
-    for device_type in ("CPU", "CUDA"):
-        LIBRARY.impl(name, kernel, device_type)
-    torch.library.register_fake(op, fake, lib=LIBRARY)
-    if function is None:
-        return
-    bound = _bound_to_backend(function)
-
-    def autograd(*args):
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return bound.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    LIBRARY.impl(name, autograd, "Autograd")
-
-
-register(_FWD, _fwd, _fake_fwd, _Fwd)
-register(_DGRAD, _dgrad, _fake_dgrad, _Dgrad)
-register(_WGRAD, _wgrad, _fake_wgrad, _Wgrad)
+_FWD.register(_fwd, _fake_fwd, _Fwd)
+_DGRAD.register(_dgrad, _fake_dgrad, _Dgrad)
+_WGRAD.register(_wgrad, _fake_wgrad, _Wgrad)

@@ -403,7 +403,7 @@ def operators(requires_grad, channels_last):
 def test_opcheck(name, channels_last):
     for requires_grad in (False, True):
         operator, arguments = operators(requires_grad, channels_last)[name]
-        result = torch.library.opcheck(operator, arguments)
+        result = torch.library.opcheck(operator.overload, arguments)
         assert set(result.values()) == {"SUCCESS"}
 
 

@@ -21,9 +21,10 @@ TRITON = {".config", "triton", "torch"}
 ALLOWED = {
     "kernels/__init__": {".dispatch", ".ops", ".fused", ".flops", ".reasons"},
     "kernels/calls": {".dispatch", "torch"},
-    "kernels/ops": {".calls", ".checks", ".dispatch", ".reference", "torch"},
+    "kernels/operators": {".calls", ".dispatch", "torch"},
+    "kernels/ops": {".calls", ".checks", ".dispatch", ".operators", ".reference", "torch"},
     "kernels/fused": {".calls", ".checks", ".config", ".dispatch", ".fused_ops", ".ops", ".reference", "torch"},
-    "kernels/fused_ops": {".checks", ".composed", ".config", ".dispatch", ".ops", ".reference", "torch"},
+    "kernels/fused_ops": {".checks", ".composed", ".config", ".dispatch", ".operators", ".ops", ".reference", "torch"},
     "kernels/flops": {".fused_ops", ".ops", "torch"},
     "kernels/dispatch": {
         ".checks",
