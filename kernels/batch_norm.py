@@ -45,10 +45,9 @@ def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of ``z``, each (C,) in float32."""
     launch, shares = _walk(statistics_kernel, z, channels_last)
     partials = torch.empty(shares, 3, z.shape[1], dtype=torch.float32, device=z.device)
-    with torch.cuda.device_of(z):
-        launch(z_ptr=z, partials_ptr=partials)
-        mean, var = merge_partials(partials)
-        mean += z[0, :, 0, 0]  # the kernel's origin
+    launch(z_ptr=z, partials_ptr=partials)
+    mean, var = merge_partials(partials)
+    mean += z[0, :, 0, 0]  # the kernel's origin
     return mean, var
 
 
@@ -56,8 +55,7 @@ def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Ten
     """Gradient of ``z``, like it: from its own, ``dz``, and from those of its statistics."""
     g = empty(z, z.shape, channels_last)
     launch, _ = _walk(statistics_bwd_kernel, z, channels_last)
-    with torch.cuda.device_of(z):
-        launch(dz_ptr=dz, z_ptr=z, mean_ptr=mean, dmean_ptr=dmean, dvar_ptr=dvar, g_ptr=g)
+    launch(dz_ptr=dz, z_ptr=z, mean_ptr=mean, dmean_ptr=dmean, dvar_ptr=dvar, g_ptr=g)
     return g
 
 
@@ -77,18 +75,17 @@ def affine_add_relu(
     launch, _ = _walk(affine_add_relu_kernel, z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, residual_shift = residual_affine or (None, None, None)
-    with torch.cuda.device_of(z):
-        launch(
-            z_ptr=z,
-            center_ptr=center,
-            scale_ptr=scale,
-            shift_ptr=shift,
-            residual_ptr=residual,
-            residual_center_ptr=residual_center,
-            residual_scale_ptr=residual_scale,
-            residual_shift_ptr=residual_shift,
-            out_ptr=out,
-        )
+    launch(
+        z_ptr=z,
+        center_ptr=center,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        residual_ptr=residual,
+        residual_center_ptr=residual_center,
+        residual_scale_ptr=residual_scale,
+        residual_shift_ptr=residual_shift,
+        out_ptr=out,
+    )
     return out
 
 
@@ -127,21 +124,20 @@ def affine_add_relu_bwd(
     if wanted[2]:
         sums = 2 if residual is None else 3
         partials = torch.empty(shares, sums, z.shape[1], dtype=torch.float32, device=z.device)
-    with torch.cuda.device_of(z):
-        launch(
-            dout_ptr=dout,
-            out_ptr=out,
-            z_ptr=z,
-            center_ptr=center,
-            scale_ptr=scale,
-            shift_ptr=shift,
-            residual_ptr=residual if wanted[2] else None,
-            residual_center_ptr=residual_center,
-            residual_scale_ptr=residual_scale,
-            dz_ptr=dz,
-            dresidual_ptr=dresidual,
-            partials_ptr=partials,
-        )
+    launch(
+        dout_ptr=dout,
+        out_ptr=out,
+        z_ptr=z,
+        center_ptr=center,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        residual_ptr=residual if wanted[2] else None,
+        residual_center_ptr=residual_center,
+        residual_scale_ptr=residual_scale,
+        dz_ptr=dz,
+        dresidual_ptr=dresidual,
+        partials_ptr=partials,
+    )
     if partials is None:
         return dz, dresidual, None, None, None
     dshift, dscale, *dresidual_scale = sum_partials(partials)
@@ -162,8 +158,7 @@ def bn_affine(
     """
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     launch = _over_vectors(bn_affine_kernel, len(mean), eps)
-    with torch.cuda.device_of(var):
-        launch(var_ptr=var, gamma_ptr=gamma, beta_ptr=beta, scale_ptr=scale, shift_ptr=shift)
+    launch(var_ptr=var, gamma_ptr=gamma, beta_ptr=beta, scale_ptr=scale, shift_ptr=shift)
     return scale, shift
 
 
@@ -174,17 +169,16 @@ def bn_affine_bwd(
     dmean, dvar = torch.empty_like(var), torch.empty_like(var)
     dgamma, dbeta = (None, None) if gamma is None else (torch.empty_like(gamma), torch.empty_like(gamma))
     launch = _over_vectors(bn_affine_bwd_kernel, len(var), eps)
-    with torch.cuda.device_of(var):
-        launch(
-            dscale_ptr=dscale,
-            dshift_ptr=dshift,
-            var_ptr=var,
-            gamma_ptr=gamma,
-            dmean_ptr=dmean,
-            dvar_ptr=dvar,
-            dgamma_ptr=dgamma,
-            dbeta_ptr=dbeta,
-        )
+    launch(
+        dscale_ptr=dscale,
+        dshift_ptr=dshift,
+        var_ptr=var,
+        gamma_ptr=gamma,
+        dmean_ptr=dmean,
+        dvar_ptr=dvar,
+        dgamma_ptr=dgamma,
+        dbeta_ptr=dbeta,
+    )
     return dmean, dvar, dgamma, dbeta
 
 

@@ -26,12 +26,11 @@ import functools
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ConvProblem, TapsConfig, bottleneck_tail_config
+from .config import ConvProblem, TapsConfig, bottleneck_tail_config, problem_of
 from .grouped_conv_fusion import load_vector, relu
 from .grouped_conv_tiles import aligned, dot, exact_tile
 from .launch import Launch, empty, nhwc, options, precision, to_layout
@@ -224,35 +223,22 @@ def bottleneck_tail(
     Returns:
         (N, C_out, Ho, Wo) with Ho = (H - 1) // stride_h + 1, Wo alike; dtype of ``x``.
     """
-    problem = ConvProblem(
-        op="fwd",
-        batch=len(x),
-        in_channels=x.shape[1],
-        out_channels=len(weight2),
-        height=x.shape[2],
-        width=x.shape[3],
-        stride=(stride[0], stride[1]),
-        groups=groups,
-        dtype=x.dtype,
-        device_type=x.device.type,
-        channels_last=channels_last,
-    )
+    problem = problem_of("fwd", x.shape, weight2.shape, stride, groups, x.dtype, x.device, channels_last)
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
     config = config or bottleneck_tail_config(problem, len(weight3), allow_tf32=allow_tf32)
     taps_outside = weight2.shape[1] > 1 and weight2.stride(1) == 1
     launch = plan(problem, len(weight3), config, allow_tf32=allow_tf32, taps_outside=taps_outside)
     y = empty(x, (problem.batch, len(weight3), problem.out_height, problem.out_width))
-    with torch.cuda.device_of(x):
-        launch(
-            x_ptr=nhwc(x),
-            weight2_ptr=weight2,
-            mid_scale_ptr=scale2,
-            mid_shift_ptr=shift2,
-            weight3_ptr=weight3,
-            y_scale_ptr=scale3,
-            y_shift_ptr=shift3,
-            residual_ptr=nhwc(residual),
-            y_ptr=y,
-        )
+    launch(
+        x_ptr=nhwc(x),
+        weight2_ptr=weight2,
+        mid_scale_ptr=scale2,
+        mid_shift_ptr=shift2,
+        weight3_ptr=weight3,
+        y_scale_ptr=scale3,
+        y_shift_ptr=shift3,
+        residual_ptr=nhwc(residual),
+        y_ptr=y,
+    )
     return to_layout(y, channels_last)

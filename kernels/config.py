@@ -6,6 +6,7 @@ Everything here is a pure function of sizes: no Triton, no device query, so it c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,33 @@ class ConvProblem:
     def out_width(self) -> int:
         """Width of the convolution's output."""
         return (self.width - 1) // self.stride[1] + 1
+
+
+def problem_of(
+    op: str,
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool,
+) -> ConvProblem:
+    """The problem of one pass (``"fwd"``, ``"dgrad"``, ``"wgrad"``) of a 4-D convolution."""
+    batch, in_channels, height, width = input_shape
+    return ConvProblem(
+        op=op,  # type: ignore[arg-type]
+        batch=batch,
+        in_channels=in_channels,
+        out_channels=weight_shape[0],
+        height=height,
+        width=width,
+        stride=(stride[0], stride[1]),
+        groups=groups,
+        dtype=dtype,
+        device_type=device.type,
+        channels_last=channels_last,
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import checks, composed, onednn, tuning
-from .config import ConvProblem, pointwise_by_triton
+from .config import ConvProblem, pointwise_by_triton, problem_of
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 _MODULES = {"triton": "grouped_conv", "cuda": "extension", "cpu": "extension", "torch": "reference"}
@@ -374,30 +374,3 @@ def _too_old(device: torch.device) -> str | None:
     if capability >= (8, 0):
         return None
     return f"the GPU has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
-
-
-def problem_of(
-    op: str,
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    groups: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    channels_last: bool,
-) -> ConvProblem:
-    """The problem of one pass (``"fwd"``, ``"dgrad"``, ``"wgrad"``) of a 4-D convolution."""
-    batch, in_channels, height, width = input_shape
-    return ConvProblem(
-        op=op,  # type: ignore[arg-type]
-        batch=batch,
-        in_channels=in_channels,
-        out_channels=weight_shape[0],
-        height=height,
-        width=width,
-        stride=(stride[0], stride[1]),
-        groups=groups,
-        dtype=dtype,
-        device_type=device.type,
-        channels_last=channels_last,
-    )

@@ -20,14 +20,15 @@ grouped_conv_plan.py; what they compute besides, on load and on store: grouped_c
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import Affine, Config, ConvProblem, TapsConfig, choose_config
+from .config import Affine, Config, ConvProblem, TapsConfig, choose_config, problem_of
 from .grouped_conv_plan import fusion_of, is_crowded, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
-from .launch import empty, nhwc, num_sms, to_layout
+from .launch import Launch, empty, nhwc, num_sms, to_layout
 from .statistics import merge_partials, sum_partials
 from .tuning import lookup, tf32_allowed
 
@@ -68,8 +69,8 @@ def fwd(
     Returns:
         (N, C_out, Ho, Wo) with Ho = (H - 1) // stride_h + 1, Wo alike.
     """
-    problem = _problem("fwd", x, len(weight), x.shape[1], x.shape[2:], stride, groups, channels_last)
-    return _convolve(problem, x, weight, {"dst_shift_ptr": bias}, config, allow_tf32)[0]
+    place = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    return _convolve(place, x, weight, {"dst_shift_ptr": bias}, config, allow_tf32)[0]
 
 
 def dgrad(
@@ -98,8 +99,9 @@ def dgrad(
     Returns:
         (N, C_in, H, W).
     """
-    problem = _problem("dgrad", grad, len(weight), weight.shape[1] * groups, input_size, stride, groups, channels_last)
-    return _convolve(problem, grad, weight, {}, config, allow_tf32)[0]
+    shape = (grad.shape[0], weight.shape[1] * groups, *input_size)
+    place = ("dgrad", shape, weight.shape, stride, groups, grad.dtype, grad.device, channels_last)
+    return _convolve(place, grad, weight, {}, config, allow_tf32)[0]
 
 
 def wgrad(
@@ -126,9 +128,9 @@ def wgrad(
     Returns:
         (C_out, C_in / groups, 3, 3), laid out and of the dtype of ``x``; the same bits for the same call.
     """
-    channels = grad.shape[1], x.shape[1]
-    problem = _problem("wgrad", x, *channels, x.shape[2:], stride, groups, channels_last)
-    return _correlate(problem, grad, x, {}, config, allow_tf32)
+    shape = (grad.shape[1], x.shape[1] // groups, 3, 3)
+    place = ("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
+    return _correlate(place, grad, x, {}, config, allow_tf32)
 
 
 def conv_stats_fwd(
@@ -161,8 +163,8 @@ def conv_stats_fwd(
     """
     center, scale, shift = prologue or (None, None, None)
     vectors = {"src_center_ptr": center, "src_scale_ptr": scale, "src_shift_ptr": shift}
-    problem = _problem("fwd", x, len(weight), x.shape[1], x.shape[2:], stride, groups, channels_last)
-    z, partials = _convolve(problem, x, weight, vectors, config, allow_tf32, sums=3 if stats else 0)
+    place = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    z, partials = _convolve(place, x, weight, vectors, config, allow_tf32, sums=3 if stats else 0)
     return z, *((None, None) if partials is None else merge_partials(partials))
 
 
@@ -208,21 +210,19 @@ def conv_stats_bwd(
     grad_vectors = {"z_ptr": None if z is None else nhwc(z), "center_ptr": mean, "scale_ptr": dvar, "shift_ptr": dmean}
     center, scale, shift = prologue or (None, None, None)
     vectors = {"center_ptr": center, "scale_ptr": scale, "shift_ptr": shift}
-    place = (x.shape[2:], stride, groups, channels_last)
+    place = (x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     if wanted[0]:
-        problem = _problem("dgrad", dz, len(weight), x.shape[1], *place)
         optional = _prefixed("src", grad_vectors) | _prefixed("dst", vectors)
         sums = 0
         if prologue is not None:
             optional["dst_side_ptr"] = x
             sums = 2
-        dx, partials = _convolve(problem, dz, weight, optional, config, allow_tf32, sums=sums)
+        dx, partials = _convolve(("dgrad", *place), dz, weight, optional, config, allow_tf32, sums=sums)
         if partials is not None:
             dscale, dshift = sum_partials(partials)
     if wanted[1]:
-        problem = _problem("wgrad", x, len(weight), x.shape[1], *place)
         optional = _prefixed("grad", grad_vectors) | _prefixed("x", vectors)
-        dw = _correlate(problem, dz, x, optional, wgrad_config, allow_tf32)
+        dw = _correlate(("wgrad", *place), dz, x, optional, wgrad_config, allow_tf32)
     return dx, dscale, dshift, dw
 
 
@@ -260,24 +260,8 @@ def conv_affine(
     """
     optional = {"dst_scale_ptr": scale, "dst_shift_ptr": shift}
     optional["dst_side_ptr"] = None if residual is None else nhwc(residual)
-    problem = _problem("fwd", x, len(weight), x.shape[1], x.shape[2:], stride, groups, channels_last)
-    return _convolve(problem, x, weight, optional, config, allow_tf32, relu=relu)[0]
-
-
-def _problem(op, activation, out_channels, in_channels, size, stride, groups, channels_last) -> ConvProblem:
-    return ConvProblem(
-        op=op,
-        batch=len(activation),
-        in_channels=in_channels,
-        out_channels=out_channels,
-        height=size[0],
-        width=size[1],
-        stride=tuple(stride),
-        groups=groups,
-        dtype=activation.dtype,
-        device_type=activation.device.type,
-        channels_last=channels_last,
-    )
+    place = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    return _convolve(place, x, weight, optional, config, allow_tf32, relu=relu)[0]
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -285,7 +269,7 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tenso
 
 
 def _convolve(
-    problem: ConvProblem,
+    place: tuple[Any, ...],
     src: Tensor,
     weight: Tensor,
     optional: dict[str, Tensor | None],
@@ -297,24 +281,22 @@ def _convolve(
 ) -> tuple[Tensor, Tensor | None]:
     """A forward pass or input gradient, and partials (rows, sums, channels) if there are any."""
     tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    fused = frozenset(tensors) | ({"partials_ptr"} if sums else frozenset())
-    allow_tf32, config = _settings(problem, src.device, config, allow_tf32, fused)
-    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu, taps_outside=_taps_outside(weight))
-    if problem.op == "dgrad":
-        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
-    else:
-        shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
-    dst = empty(src, shape)
+    names = (*tensors, "partials_ptr") if sums else tuple(tensors)
+    if allow_tf32 is None:
+        allow_tf32 = tf32_allowed()
+    prepared = _prepare(names, config, allow_tf32, relu, _taps_outside(weight), *place)
+    dst = empty(src, prepared.shape)
+    partials = None
     if sums:
-        rows = partial_rows(problem, config, launch)
-        tensors["partials_ptr"] = torch.empty(rows, sums, shape[1], dtype=torch.float32, device=src.device)
-    with torch.cuda.device_of(src):
-        launch(src_ptr=nhwc(src), weight_ptr=_arrange_weight(weight, config), dst_ptr=dst, **tensors)
-    return to_layout(dst, problem.channels_last), tensors.get("partials_ptr")
+        partials = torch.empty(prepared.rows, sums, prepared.shape[1], dtype=torch.float32, device=src.device)
+        tensors["partials_ptr"] = partials
+    weight = _arrange_weight(weight, prepared.config)
+    prepared.launch(src_ptr=nhwc(src), weight_ptr=weight, dst_ptr=dst, **tensors)
+    return to_layout(dst, place[-1]), partials
 
 
 def _correlate(
-    problem: ConvProblem,
+    place: tuple[Any, ...],
     grad: Tensor,
     x: Tensor,
     optional: dict[str, Tensor | None],
@@ -323,31 +305,49 @@ def _correlate(
 ) -> Tensor:
     """A weight gradient."""
     tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    fused = frozenset(tensors)
-    allow_tf32, config = _settings(problem, x.device, config, allow_tf32, fused)
-    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused)
-    shape = (config.splits, problem.out_channels, problem.group_in, 3, 3)
-    with torch.cuda.device_of(x):
-        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
-        launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials, **tensors)
-        layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-        return partials.sum(0).to(x.dtype, memory_format=layout)
-
-
-def _settings(
-    problem: ConvProblem,
-    device: torch.device,
-    config: Config | None,
-    allow_tf32: bool | None,
-    fused: frozenset[str],
-) -> tuple[bool, Config]:
-    """Precision and launch settings, with the defaults filled in."""
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
-    return allow_tf32, config or _default_config(problem, device, allow_tf32, fused)
+    prepared = _prepare(tuple(tensors), config, allow_tf32, False, False, *place)
+    partials = torch.empty(prepared.shape, dtype=torch.float32, device=x.device)
+    prepared.launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials, **tensors)
+    layout = torch.channels_last if place[-1] else torch.contiguous_format
+    return partials.sum(0).to(x.dtype, memory_format=layout)
+
+
+class _Prepared(NamedTuple):
+    """What calls have in common whose tensors have the same shapes and dtypes.
+
+    Attributes:
+        config: Launch settings.
+        launch: The launch.
+        shape: Of the result; of partial sums for a weight gradient.
+        rows: Of partials, for any but a weight gradient.
+    """
+
+    config: Config
+    launch: Launch
+    shape: tuple[int, ...]
+    rows: int
 
 
 @functools.lru_cache(maxsize=4096)
+def _prepare(
+    names: tuple[str, ...], config: Config | None, allow_tf32: bool, relu: bool, taps_outside: bool, *place: Any
+) -> _Prepared:
+    """``names``: the optional arguments that there are tensors for; ``place``: as of `problem_of`."""
+    problem, fused = problem_of(*place), frozenset(names)
+    if config is None:
+        config = _default_config(problem, place[6], allow_tf32, fused)
+    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu, taps_outside=taps_outside)
+    if problem.op == "wgrad":
+        return _Prepared(config, launch, (config.splits, problem.out_channels, problem.group_in, 3, 3), 0)
+    if problem.op == "dgrad":
+        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
+    else:
+        shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+    return _Prepared(config, launch, shape, partial_rows(problem, config, launch))
+
+
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fused: frozenset[str]) -> Config:
     fusion = fusion_of(fused)
     entry = lookup(problem, device, fusion=fusion, allow_tf32=allow_tf32)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import DESCRIPTOR_ALIGNMENT, Config, PointwiseConfig
+
+_ALIGNMENT = 16  # What Triton compiles for where the addresses of all tensors are multiples of it.
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch, all but its tensors.
+
+    Triton looks at every argument in every launch, to find what it compiled for their like. That takes longer than
+    small kernels run, so what it found is kept for tensors of the same dtypes.
 
     Attributes:
         kernel: The Triton kernel.
@@ -34,15 +41,57 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, Any]
     blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    _compiled: dict[Hashable, Callable[..., None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def takes(self, **tensors: Tensor) -> bool:
         """Whether the tensors, given by argument name, start where descriptors may if they are to have some."""
         return all(tensors[name].data_ptr() % DESCRIPTOR_ALIGNMENT == 0 for name in self.blocks)
 
     def __call__(self, **tensors: Tensor | None) -> None:
-        """Launch on the tensors, given by argument name; they are NHWC or, if weights, (C_out, C_in, 1, 1)."""
-        arguments = {name: self._argument(name, tensor) for name, tensor in tensors.items()}
-        self.kernel[(self.programs,)](**arguments, **self.sizes, **self.constants, **self.options)
+        """Launch on the tensors, given by argument name; they are NHWC or, if weights, (C_out, C_in, 1, 1).
+
+        The first tensor is not None, and tells the device.
+        """
+        given = tensors.values()
+        first: Tensor = next(iter(given))  # type: ignore[assignment]
+        key: list[Any] = [first.get_device(), *tensors]
+        addresses: list[int | None] = []
+        bits = 0
+        for tensor in given:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            key.append(None if tensor is None else tensor.dtype)
+            bits |= address or 0
+        aligned = bits % _ALIGNMENT == 0
+        known = tuple(key)
+        run = self._compiled.get(known)
+        with torch.cuda.device_of(first):
+            if aligned and run is not None:
+                run(addresses, tensors)
+                return
+            arguments = {name: self._argument(name, tensor) for name, tensor in tensors.items()}
+            compiled = self.kernel[(self.programs,)](**arguments, **self.sizes, **self.constants, **self.options)
+            if aligned and isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
+                self._compiled[known] = self._straight_to(compiled, tensors)
+
+    def _straight_to(self, compiled: CompiledKernel, tensors: Mapping[str, Tensor | None]) -> Callable[..., None]:
+        """What launches a compiled kernel on tensors of the same names."""
+        values = {**dict.fromkeys(tensors), **self.sizes, **self.constants}
+        names = self.kernel.arg_names
+        usual = [values[name] for name in names]
+        places = [names.index(name) for name in tensors]
+        described = {names.index(name): name for name in self.blocks}
+        launch = compiled[(self.programs, 1, 1)]
+
+        def run(addresses: Sequence[int | None], tensors: Mapping[str, Tensor | None]) -> None:
+            arguments = usual.copy()
+            for place, address in zip(places, addresses, strict=True):
+                arguments[place] = address
+            for place, name in described.items():
+                arguments[place] = self._argument(name, tensors[name])
+            launch(*arguments)
+
+        return run
 
     def _argument(self, name: str, tensor: Tensor | None) -> Tensor | TensorDescriptor | None:
         if tensor is None or name not in self.blocks:
@@ -69,6 +118,7 @@ def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
 
 
+@functools.cache
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors; an H200's for the interpreter's CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

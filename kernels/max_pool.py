@@ -171,8 +171,7 @@ def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: b
     picked = empty(z, shape, channels_last, torch.uint8) if taps else None
     center, scale, shift = affine
     launch, _ = _plan("fwd", tuple(z.shape), channels_last, num_sms(z.device))
-    with torch.cuda.device_of(z):
-        launch(z_ptr=z, center_ptr=center, scale_ptr=scale, shift_ptr=shift, out_ptr=out, taps_ptr=picked)
+    launch(z_ptr=z, center_ptr=center, scale_ptr=scale, shift_ptr=shift, out_ptr=out, taps_ptr=picked)
     return out, picked
 
 
@@ -199,17 +198,16 @@ def affine_relu_max_pool_bwd(
     if wanted[1]:
         partials = torch.empty(shares, 2, z.shape[1], dtype=torch.float32, device=z.device)
     center, scale, shift = affine
-    with torch.cuda.device_of(z):
-        launch(
-            dout_ptr=dout,
-            taps_ptr=taps,
-            z_ptr=z,
-            center_ptr=center,
-            scale_ptr=scale,
-            shift_ptr=shift,
-            dz_ptr=dz,
-            partials_ptr=partials,
-        )
+    launch(
+        dout_ptr=dout,
+        taps_ptr=taps,
+        z_ptr=z,
+        center_ptr=center,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        dz_ptr=dz,
+        partials_ptr=partials,
+    )
     if partials is None:
         return dz, None, None
     dshift, dscale = sum_partials(partials)

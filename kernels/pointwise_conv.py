@@ -17,13 +17,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config
+from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config, problem_of
 from .launch import Launch, empty, nhwc, num_sms, options, precision, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
@@ -142,11 +142,9 @@ def conv_stats_fwd(
         z (N, C_out, Ho, Wo) with Ho = (H - 1) // stride_h + 1, Wo alike; mean and biased variance (C_out,) of z as it
         is stored, float32, the same bits for the same call, or None.
     """
-    settings = _settings("fwd", x, weight, stride, channels_last, config, allow_tf32)
-    z = _empty_output(settings, x)
-    partials = _partials(settings, 3, x) if stats else None
-    tensors = {"x_ptr": nhwc(x), **_vectors("x", prologue), "weight_ptr": weight, "y_ptr": z, "partials_ptr": partials}
-    _launch(settings, tensors)
+    tensors = {"x_ptr": nhwc(x), "weight_ptr": weight, **_vectors("x", prologue)}
+    settings = (config, allow_tf32)
+    z, partials = _launch("fwd", x, weight, stride, channels_last, settings, tensors, "y_ptr", 3 if stats else 0)
     mean, var = (None, None) if partials is None else merge_partials(partials)
     return to_layout(z, channels_last), mean, var
 
@@ -188,27 +186,26 @@ def conv_stats_bwd(
         ``channels_last``, dtype of ``x``. What is not wanted is None. The same bits for the same call.
     """
     x = nhwc(x)
-    source: dict[str, Tensor | None] = {"grad_ptr": nhwc(dz)}
+    source = {"grad_ptr": nhwc(dz)}
     if grad_prologue is not None:
         z, mean, dmean, dvar = grad_prologue
         source |= {"z_ptr": nhwc(z), **_vectors("z", (mean, dvar, dmean))}
+    vectors = _vectors("x", prologue)
     dx = dscale = dshift = dw = None
+    place = (x, weight, stride, channels_last)
     if wanted[0]:
-        settings = _settings("dgrad", x, weight, stride, channels_last, dgrad_config, allow_tf32)
-        dx = empty(x, x.shape)
-        tensors = {**source, "weight_ptr": weight, "dx_ptr": dx}
-        if prologue is None:
-            _launch(settings, tensors)
-        else:
-            partials = _partials(settings, 2, x)
-            _launch(settings, {**tensors, "x_ptr": x, **_vectors("x", prologue), "partials_ptr": partials})
+        tensors = {**source, "weight_ptr": weight}
+        if prologue is not None:
+            tensors |= {"x_ptr": x, **vectors}
+        settings = (dgrad_config, allow_tf32)
+        dx, partials = _launch("dgrad", *place, settings, tensors, "dx_ptr", 0 if prologue is None else 2)
+        if partials is not None:
             dscale, dshift = sum_partials(partials)
         dx = to_layout(dx, channels_last)
     if wanted[1]:
-        settings = _settings("wgrad", x, weight, stride, channels_last, wgrad_config, allow_tf32)
-        partials = torch.empty(settings[1].splits, *weight.shape, dtype=torch.float32, device=x.device)
-        _launch(settings, {**source, "x_ptr": x, **_vectors("x", prologue), "partials_ptr": partials})
-        dw = empty(x, weight.shape, channels_last).copy_(partials.sum(0))
+        tensors = {**source, "x_ptr": x, **vectors}
+        dw, _ = _launch("wgrad", *place, (wgrad_config, allow_tf32), tensors, "partials_ptr")
+        dw = empty(x, weight.shape, channels_last).copy_(dw.sum(0))
     return dx, dscale, dshift, dw
 
 
@@ -244,80 +241,110 @@ def conv_affine(
     Returns:
         (N, C_out, Ho, Wo), dtype of ``x``.
     """
-    settings = _settings("fwd", x, weight, stride, channels_last, config, allow_tf32, affine=True)
-    y = _empty_output(settings, x)
-    tensors = {"x_ptr": nhwc(x), "weight_ptr": weight, "y_scale_ptr": scale, "y_shift_ptr": shift, "y_ptr": y}
-    _launch(settings, {**tensors, "residual_ptr": None if residual is None else nhwc(residual)}, relu=relu)
+    tensors = {"x_ptr": nhwc(x), "weight_ptr": weight}
+    if scale is not None:
+        tensors["y_scale_ptr"] = scale
+    if shift is not None:
+        tensors["y_shift_ptr"] = shift
+    if residual is not None:
+        tensors["residual_ptr"] = nhwc(residual)
+    place = (x, weight, stride, channels_last, (config, allow_tf32))
+    y, _ = _launch("fwd", *place, tensors, "y_ptr", affine=True, relu=relu)
     return to_layout(y, channels_last)
 
 
-_Settings = tuple[ConvProblem, PointwiseConfig, bool]
+def _vectors(name: str, affine: Affine | None) -> dict[str, Tensor]:
+    if affine is None:
+        return {}
+    center, scale, shift = affine
+    vectors = {f"{name}_scale_ptr": scale, f"{name}_shift_ptr": shift}
+    return vectors if center is None else {f"{name}_center_ptr": center, **vectors}
 
 
-def _settings(
+def _launch(
     op: str,
     x: Tensor,
     weight: Tensor,
     stride: tuple[int, int],
     channels_last: bool,
-    config: PointwiseConfig | None,
-    allow_tf32: bool | None,
+    settings: tuple[PointwiseConfig | None, bool | None],
+    tensors: dict[str, Tensor],
+    result: str,
+    sums: int = 0,
     *,
     affine: bool = False,
-) -> _Settings:
-    """The problem, its launch settings and whether float32 may be TF32, with the defaults filled in."""
-    problem = ConvProblem(
-        op=op,  # type: ignore[arg-type]
-        batch=len(x),
-        in_channels=x.shape[1],
-        out_channels=len(weight),
-        height=x.shape[2],
-        width=x.shape[3],
-        stride=(stride[0], stride[1]),
-        groups=1,
-        dtype=x.dtype,
-        device_type=x.device.type,
-        channels_last=channels_last,
-    )
+    relu: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch one pass on ``tensors``, by argument name.
+
+    Returns:
+        What the argument ``result`` is given, and, if there are ``sums``, as many float32 values for each block of
+        pixels and channel of the result.
+    """
+    config, allow_tf32 = settings
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed()
-    return problem, config or _default_config(problem, x.device, allow_tf32, affine), allow_tf32
+    names = (*tensors, "partials_ptr") if sums else tuple(tensors)
+    problem = (op, x.shape, weight.shape, stride, 1, x.dtype, x.device, channels_last)
+    prepared = _prepare(names, config, allow_tf32, affine, relu, *problem)
+    if op == "wgrad":
+        made = torch.empty(prepared.shape, dtype=torch.float32, device=x.device)
+    else:
+        made = empty(x, prepared.shape)
+    tensors[result] = made
+    partials = None
+    if sums:
+        channels = prepared.shape[1]
+        partials = torch.empty(prepared.blocks, sums, channels, dtype=torch.float32, device=x.device)
+        tensors["partials_ptr"] = partials
+    launch = prepared.launch
+    if not launch.takes(**tensors):
+        config = replace(prepared.config, tensor_descriptors=False)
+        launch = _prepare(names, config, allow_tf32, affine, relu, *problem).launch
+    launch(**tensors)
+    return made, partials
+
+
+class _Prepared(NamedTuple):
+    """What calls have in common whose tensors have the same shapes and dtypes.
+
+    Attributes:
+        config: Launch settings.
+        launch: The launch.
+        shape: Of the result; of partial sums for a weight gradient.
+        blocks: Of pixels.
+    """
+
+    config: PointwiseConfig
+    launch: Launch
+    shape: tuple[int, ...]
+    blocks: int
 
 
 @functools.lru_cache(maxsize=4096)
+def _prepare(
+    names: tuple[str, ...], config: PointwiseConfig | None, allow_tf32: bool, affine: bool, relu: bool, *place: Any
+) -> _Prepared:
+    """``names``: the arguments that there are tensors for; ``place``: as of `problem_of`."""
+    problem = problem_of(*place)
+    if config is None:
+        config = _default_config(problem, place[6], allow_tf32, affine)
+    fused = frozenset(names).intersection(_OPTIONAL[problem.op])
+    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
+    blocks = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
+    shape: tuple[int, ...]
+    if problem.op == "wgrad":
+        shape = (config.splits, problem.out_channels, problem.in_channels, 1, 1)
+    elif problem.op == "dgrad":
+        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
+    else:
+        shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+    return _Prepared(config, launch, shape, blocks)
+
+
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, affine: bool) -> PointwiseConfig:
     fusion = "affine" if affine else "stats"
     entry = lookup(problem, device, fusion=fusion, kernel_size=1, allow_tf32=allow_tf32)
     if entry is not None and entry.config is not None:
         return entry.config  # type: ignore[return-value]  # of a 1x1 convolution
     return pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms(device))
-
-
-def _launch(settings: _Settings, tensors: dict[str, Tensor | None], relu: bool = False) -> None:
-    problem, config, allow_tf32 = settings
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    fused = frozenset(present).intersection(_OPTIONAL[problem.op])
-    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
-    if not launch.takes(**present):
-        config = replace(config, tensor_descriptors=False)
-        launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
-    with torch.cuda.device_of(present["weight_ptr" if "weight_ptr" in present else "x_ptr"]):
-        launch(**present)
-
-
-def _vectors(name: str, affine: Affine | None) -> dict[str, Tensor | None]:
-    center, scale, shift = affine or (None, None, None)
-    return {f"{name}_center_ptr": center, f"{name}_scale_ptr": scale, f"{name}_shift_ptr": shift}
-
-
-def _empty_output(settings: _Settings, x: Tensor) -> Tensor:
-    problem = settings[0]
-    return empty(x, (problem.batch, problem.out_channels, problem.out_height, problem.out_width))
-
-
-def _partials(settings: _Settings, sums: int, x: Tensor) -> Tensor:
-    """Room for ``sums`` float32 values per block of pixels and channel of the result."""
-    problem, config, _ = settings
-    rows = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
-    channels = problem.in_channels if problem.op == "dgrad" else problem.out_channels
-    return torch.empty(rows, sums, channels, dtype=torch.float32, device=x.device)

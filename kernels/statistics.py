@@ -109,8 +109,7 @@ def merge_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     rows, _, channels = partials.shape
     mean, var = (torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(2))
     launch = _over_channels(merge_partials_kernel, rows, channels)
-    with torch.cuda.device_of(partials):
-        launch(partials_ptr=partials, mean_ptr=mean, var_ptr=var)
+    launch(partials_ptr=partials, mean_ptr=mean, var_ptr=var)
     return mean, var
 
 
@@ -159,8 +158,7 @@ def sum_partials(partials: Tensor) -> tuple[Tensor, ...]:
     sums = tuple(torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(count))
     first, second, third = sums if count == 3 else (*sums, None)
     launch = _over_channels(sum_partials_kernel, rows, channels)
-    with torch.cuda.device_of(partials):
-        launch(partials_ptr=partials, first_ptr=first, second_ptr=second, third_ptr=third)
+    launch(partials_ptr=partials, first_ptr=first, second_ptr=second, third_ptr=third)
     return sums
 
 

@@ -383,10 +383,10 @@ def here_folders(folders, monkeypatch):
 
     monkeypatch.setattr(tuning, "device_name", lambda device: GPU)
     for module in (grouped_conv, pointwise_conv):
-        module._default_config.cache_clear()
+        module._prepare.cache_clear()
     yield folders[1]
     for module in (grouped_conv, pointwise_conv):
-        module._default_config.cache_clear()
+        module._prepare.cache_clear()
 
 
 CASE = Case("gw4", 2, 16, 16, 5, 6, 4)
