@@ -12,6 +12,7 @@ a Pairwise Algorithm for Computing Sample Variances" (1979), equation 2.1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -111,15 +112,58 @@ def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> 
     return bn_affine(mean, var, bn.weight, bn.bias, bn.eps)  # type: ignore[return-value]  # this center is not None
 
 
+Update = tuple[BatchNorm, Statistics | None]
+"""A batch norm, and the statistics of the batch that it was given; None where it used its running ones."""
+
+
 @torch.no_grad()
-def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> None:
-    """Do what a training step does to ``bn``'s buffers; nothing outside training or for running statistics (None).
+def update_running_statistics(updates: Sequence[Update]) -> None:
+    """Do what a training step does to the buffers of batch norms; nothing outside training or for running statistics.
 
     The running variance is the unbiased one. A ``momentum`` of None means the cumulative average of all steps, and
     its factor stays on the device.
     """
-    if statistics is None or not bn.training or not bn.track_running_stats:
+    right = [(bn, of) for bn, of in updates if of is not None and bn.training and bn.track_running_stats]
+    if len({id(bn) for bn, _ in right}) == len(right) and all(itertools.starmap(_is_usual, right)):
+        _update_together(right)
         return
+    for bn, statistics in right:  # a batch norm may come twice
+        _update(bn, statistics)
+
+
+def _is_usual(bn: BatchNorm, statistics: Statistics) -> bool:
+    mean, _, number = statistics
+    return (
+        type(bn.momentum) is float
+        and type(number) is int
+        and bn.num_batches_tracked is not None
+        and bn.running_mean is not None
+        and bn.running_var is not None
+        and bn.running_mean.dtype == bn.running_var.dtype == mean.dtype
+    )
+
+
+def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> None:
+    """Four operators for all buffers instead of five for those of each batch norm."""
+    if not updates:
+        return
+    counters: list[Tensor] = []
+    buffers: list[Tensor] = []
+    kept: list[float] = []
+    values: list[Tensor] = []
+    factors: list[float] = []
+    for bn, (mean, var, number) in updates:
+        counters.append(bn.num_batches_tracked)
+        buffers += (bn.running_mean, bn.running_var)
+        kept += (1 - bn.momentum, 1 - bn.momentum)
+        values += (mean, var)
+        factors += (bn.momentum, bn.momentum * (number / (number - 1)))
+    torch._foreach_add_(counters, 1)
+    torch._foreach_mul_(buffers, kept)
+    torch._foreach_add_(buffers, torch._foreach_mul(values, factors))  # type: ignore[arg-type]
+
+
+def _update(bn: BatchNorm, statistics: Statistics) -> None:
     mean, var, number = statistics
     factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
     if bn.num_batches_tracked is not None:
@@ -131,10 +175,7 @@ def update_running_statistics(bn: BatchNorm, statistics: Statistics | None) -> N
     for buffer, value, correction in ((bn.running_mean, mean, 1.0), (bn.running_var, var, number / (number - 1))):
         running = buffer.to(mean.dtype)
         running.mul_(1 - factor)
-        if isinstance(factor, float) and isinstance(correction, float):
-            running.add_(value, alpha=factor * correction)
-        else:
-            running.add_(value * (factor * correction))
+        running.add_(value * (factor * correction))
         if running is not buffer:
             buffer.copy_(running)
 

@@ -213,19 +213,23 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     infers = _infers(unit, plan, arguments)
     folded = _folded(unit, plan.folds, arguments[0]) if infers else {}
     program = plan.infer if infers else plan.train
+    updates: list[batch_norm.Update] = []
     for step, free in program.steps:
+        if updates and not isinstance(step, ConvStats | BlockEnd):
+            _update(updates)
         if isinstance(step, ConvStats):
             conv, bn = child(unit, step.conv), child(unit, step.norm) if step.norm else None
             z, affine, statistics = _conv_norm(values[step.x], values[step.prologue], conv, bn)
             if bn is not None:
                 values[step.affine] = affine
-                batch_norm.update_running_statistics(bn, statistics)
+                updates.append((bn, statistics))
             values[step.out] = z
         elif isinstance(step, BlockEnd):
             values[step.out] = _block_end(
                 child(unit, step.conv),
                 child(unit, step.norm),
                 (values[step.x], values[step.prologue], values[step.residual], values[step.residual_affine]),
+                updates,
                 step.in_place,
                 recompute,
                 keeps_result=not turned,
@@ -242,6 +246,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
             values[step.out] = _call(unit, step.node, values)
         for slot in free:
             values[slot] = None
+    _update(updates)
     if not turned:
         return replaced(program.output, lambda ref: values[ref.index])
     return replaced(program.output, lambda ref: _in_nchw(values[ref.index]))
@@ -277,10 +282,24 @@ def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:
 # --- training, and evaluation with gradients ---
 
 
+def _update(updates: list[batch_norm.Update]) -> None:
+    batch_norm.update_running_statistics(updates)
+    updates.clear()
+
+
 def _block_end(
-    conv: nn.Conv2d, bn: BatchNorm, operands: tuple[Any, ...], in_place: bool, recompute: bool, keeps_result: bool
+    conv: nn.Conv2d,
+    bn: BatchNorm,
+    operands: tuple[Any, ...],
+    updates: list[batch_norm.Update],
+    in_place: bool,
+    recompute: bool,
+    keeps_result: bool,
 ) -> Tensor:
-    """``keeps_result``: False if the next block will not keep this very tensor as its input."""
+    """Also update running statistics, ``updates`` and those of ``bn``.
+
+    ``keeps_result``: False if the next block will not keep this very tensor as its input.
+    """
 
     def add(z: Tensor, affine: Any, residual: Tensor, residual_affine: Affine | None) -> Tensor:
         if not _is_like(residual, z.shape, z.dtype, in_place):
@@ -293,12 +312,14 @@ def _block_end(
 
     if recompute and torch.is_grad_enabled():
         out, statistics = checkpoint(end, *operands, use_reentrant=False, preserve_rng_state=False)
-        batch_norm.update_running_statistics(bn, statistics)  # not in `end`, which runs twice
+        updates.append((bn, statistics))  # not in `end`, which runs twice
+        _update(updates)
         return out
     x, prologue, *shortcut = operands
     z, affine, statistics = _conv_norm(x, prologue, conv, bn)
     # Before the sum: checkpointing around the block stops its second run where backward has all that it needs.
-    batch_norm.update_running_statistics(bn, statistics)
+    updates.append((bn, statistics))
+    _update(updates)
     return add(z, affine, *shortcut)
 
 
