@@ -92,7 +92,7 @@ class Target:
     @property
     def allow_tf32(self) -> bool:
         """Whether products may be rounded to TF32."""
-        return self.dtype == torch.float32 and tuning.tf32_allowed()
+        return tuning.tf32_allowed(self.dtype)
 
     @property
     def residual(self) -> bool:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 import triton
@@ -40,10 +39,20 @@ from .config import Affine, elementwise_config
 from .launch import Launch, empty, num_sms
 from .statistics import merge_partials, sum_partials
 
+# By name: a kernel's hash would be computed from its source.
+_KERNELS = {
+    "statistics": statistics_kernel,
+    "statistics_bwd": statistics_bwd_kernel,
+    "affine_add_relu": affine_add_relu_kernel,
+    "affine_add_relu_bwd": affine_add_relu_bwd_kernel,
+    "bn_affine": bn_affine_kernel,
+    "bn_affine_bwd": bn_affine_bwd_kernel,
+}
+
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of ``z``, each (C,) in float32."""
-    launch, shares = _walk(statistics_kernel, z, channels_last)
+    launch, shares = _walk("statistics", z, channels_last)
     partials = torch.empty(shares, 3, z.shape[1], dtype=torch.float32, device=z.device)
     launch(z_ptr=z, partials_ptr=partials)
     mean, var = merge_partials(partials)
@@ -54,7 +63,7 @@ def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
 def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
     """Gradient of ``z``, like it: from its own, ``dz``, and from those of its statistics."""
     g = empty(z, z.shape, channels_last)
-    launch, _ = _walk(statistics_bwd_kernel, z, channels_last)
+    launch, _ = _walk("statistics_bwd", z, channels_last)
     launch(dz_ptr=dz, z_ptr=z, mean_ptr=mean, dmean_ptr=dmean, dvar_ptr=dvar, g_ptr=g)
     return g
 
@@ -72,7 +81,7 @@ def affine_add_relu(
         channels_last: The layout.
     """
     out = empty(z, z.shape, channels_last)
-    launch, _ = _walk(affine_add_relu_kernel, z, channels_last)
+    launch, _ = _walk("affine_add_relu", z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, residual_shift = residual_affine or (None, None, None)
     launch(
@@ -117,7 +126,7 @@ def affine_add_relu_bwd(
     """
     dz = empty(z, z.shape, channels_last) if wanted[0] else None
     dresidual = empty(z, z.shape, channels_last) if wanted[1] else None
-    launch, shares = _walk(affine_add_relu_bwd_kernel, z, channels_last)
+    launch, shares = _walk("affine_add_relu_bwd", z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, _ = residual_affine or (None, None, None)
     partials = None
@@ -157,7 +166,7 @@ def bn_affine(
         eps: Added to the variance.
     """
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
-    launch = _over_vectors(bn_affine_kernel, len(mean), eps)
+    launch = _over_vectors("bn_affine", len(mean), eps)
     launch(var_ptr=var, gamma_ptr=gamma, beta_ptr=beta, scale_ptr=scale, shift_ptr=shift)
     return scale, shift
 
@@ -168,7 +177,7 @@ def bn_affine_bwd(
     """Gradients of mean, var, gamma and beta (of gamma's dtype; None without gamma) of `bn_affine`."""
     dmean, dvar = torch.empty_like(var), torch.empty_like(var)
     dgamma, dbeta = (None, None) if gamma is None else (torch.empty_like(gamma), torch.empty_like(gamma))
-    launch = _over_vectors(bn_affine_bwd_kernel, len(var), eps)
+    launch = _over_vectors("bn_affine_bwd", len(var), eps)
     launch(
         dscale_ptr=dscale,
         dshift_ptr=dshift,
@@ -182,13 +191,13 @@ def bn_affine_bwd(
     return dmean, dvar, dgamma, dbeta
 
 
-def _walk(kernel: Any, z: Tensor, channels_last: bool) -> tuple[Launch, int]:
+def _walk(name: str, z: Tensor, channels_last: bool) -> tuple[Launch, int]:
     """The launch of a kernel that walks over the pixels of ``z``, and the number of shares they are divided into."""
-    return _plan_walk(kernel, tuple(z.shape), channels_last, num_sms(z.device))
+    return _plan_walk(name, tuple(z.shape), channels_last, num_sms(z.device))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_walk(kernel: Any, shape: tuple[int, ...], channels_last: bool, num_sms: int) -> tuple[Launch, int]:
+def _plan_walk(name: str, shape: tuple[int, ...], channels_last: bool, num_sms: int) -> tuple[Launch, int]:
     batch, channels, height, width = shape
     images, pixels = batch, height * width
     if pixels == 1:
@@ -204,12 +213,14 @@ def _plan_walk(kernel: Any, shape: tuple[int, ...], channels_last: bool, num_sms
     constants = {"CHANNELS_LAST": channels_last, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c}
     constants["ALIGN"] = math.gcd(channels if channels_last else pixels, 16)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    return Launch(kernel, triton.cdiv(channels, config.block_c) * shares, sizes, constants, options), shares
+    return Launch(_KERNELS[name], triton.cdiv(channels, config.block_c) * shares, sizes, constants, options), shares
 
 
 @functools.lru_cache(maxsize=4096)
-def _over_vectors(kernel: Any, channels: int, eps: float) -> Launch:
+def _over_vectors(name: str, channels: int, eps: float) -> Launch:
     """The launch of a kernel over vectors alone."""
     block = 256
     options = {"num_warps": 1, "enable_fp_fusion": True}
-    return Launch(kernel, triton.cdiv(channels, block), {"channels": channels, "eps": eps}, {"BLOCK_C": block}, options)
+    return Launch(
+        _KERNELS[name], triton.cdiv(channels, block), {"channels": channels, "eps": eps}, {"BLOCK_C": block}, options
+    )

@@ -225,7 +225,7 @@ def bottleneck_tail(
     """
     problem = problem_of("fwd", x.shape, weight2.shape, stride, groups, x.dtype, x.device, channels_last)
     if allow_tf32 is None:
-        allow_tf32 = tf32_allowed()
+        allow_tf32 = tf32_allowed(x.dtype)
     config = config or bottleneck_tail_config(problem, len(weight3), allow_tf32=allow_tf32)
     taps_outside = weight2.shape[1] > 1 and weight2.stride(1) == 1
     launch = plan(problem, len(weight3), config, allow_tf32=allow_tf32, taps_outside=taps_outside)

@@ -129,6 +129,7 @@ def pointwise_candidates(
             blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
             config = replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks)
             configs.append(config)
-            if described and block_m >= 64:  # less would leave the wide matrix instructions unused
+            rows = block_n if problem.op == "wgrad" else block_m
+            if described and rows >= 64:  # less would leave the wide matrix instructions unused
                 configs.append(replace(config, tensor_descriptors=True))
     return list(dict.fromkeys(configs))

@@ -342,11 +342,11 @@ class PointwiseConfig:
 def fits_descriptors(problem: ConvProblem) -> bool:
     """Whether tensor descriptors serve the operands of a 1x1 convolution, all of them matrices with aligned rows.
 
-    Not x with strides, whose rows are gathered; nor the weight gradient, whose kernel has none.
+    Not x with strides, whose rows are gathered.
     """
-    if problem.op == "wgrad" or (problem.op == "fwd" and problem.stride != (1, 1)):
+    if problem.op != "dgrad" and problem.stride != (1, 1):
         return False
-    rows = (problem.in_channels, problem.out_channels) if problem.op == "dgrad" else (problem.in_channels,)
+    rows = (problem.in_channels,) if problem.op == "fwd" else (problem.in_channels, problem.out_channels)
     return all(channels * problem.dtype.itemsize % DESCRIPTOR_ALIGNMENT == 0 for channels in rows)
 
 

@@ -249,6 +249,7 @@ def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
     return onednn if onednn.serves(*problem[5:7]) else launchers
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name}")
 
@@ -320,14 +321,14 @@ def measured(
     if device.type != "cuda" or all(unsupported(name, problem.dtype, device) for name in ("triton", "cuda")):
         return None
     op = "bwd" if fusion == "stats" and problem.op != "fwd" else None
-    allow_tf32 = tuning.tf32_allowed()
+    allow_tf32 = tuning.tf32_allowed(problem.dtype)
     found = tuning.lookup(problem, device, allow_tf32=allow_tf32, fusion=fusion, kernel_size=kernel_size, op=op)
     return None if found is None or unsupported(found.backend, problem.dtype, device) else found
 
 
 def rounds_to_tf32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of ``dtype`` may be rounded to TF32 on ``device``, on which what was measured depends."""
-    return device.type == "cuda" and dtype == torch.float32 and tuning.tf32_allowed()
+    return device.type == "cuda" and tuning.tf32_allowed(dtype)
 
 
 @functools.cache

@@ -283,7 +283,7 @@ def _convolve(
     tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
     names = (*tensors, "partials_ptr") if sums else tuple(tensors)
     if allow_tf32 is None:
-        allow_tf32 = tf32_allowed()
+        allow_tf32 = tf32_allowed(src.dtype)
     prepared = _prepare(names, config, allow_tf32, relu, _taps_outside(weight), *place)
     dst = empty(src, prepared.shape)
     partials = None
@@ -306,7 +306,7 @@ def _correlate(
     """A weight gradient."""
     tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
     if allow_tf32 is None:
-        allow_tf32 = tf32_allowed()
+        allow_tf32 = tf32_allowed(x.dtype)
     prepared = _prepare(tuple(tensors), config, allow_tf32, False, False, *place)
     partials = torch.empty(prepared.shape, dtype=torch.float32, device=x.device)
     prepared.launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials, **tensors)

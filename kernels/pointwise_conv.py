@@ -97,8 +97,7 @@ def plan(
             "split the batch, or use the torch backend"
         )
     blocks = _blocks(problem, config, fused) if config.tensor_descriptors else {}
-    if problem.op != "wgrad":
-        constants["DESCRIPTORS"] = config.tensor_descriptors
+    constants["DESCRIPTORS"] = config.tensor_descriptors
     return Launch(_KERNELS[problem.op], programs, sizes, constants, options(config), blocks)
 
 
@@ -109,8 +108,10 @@ def _blocks(problem: ConvProblem, config: PointwiseConfig, fused: frozenset[str]
     pixels = (config.block_m, config.block_k)
     if problem.op == "fwd":
         return {"x_ptr": pixels, "weight_ptr": (config.block_n, config.block_k)}
-    gradients = dict.fromkeys(["grad_ptr", *({"z_ptr"} & fused)], pixels)
-    return gradients | {"weight_ptr": (config.block_k, config.block_n)}
+    gradients = ["grad_ptr", *({"z_ptr"} & fused)]
+    if problem.op == "wgrad":
+        return dict.fromkeys(gradients, (config.block_m, config.block_n)) | {"x_ptr": pixels}
+    return dict.fromkeys(gradients, pixels) | {"weight_ptr": (config.block_k, config.block_n)}
 
 
 def conv_stats_fwd(
@@ -283,7 +284,7 @@ def _launch(
     """
     config, allow_tf32 = settings
     if allow_tf32 is None:
-        allow_tf32 = tf32_allowed()
+        allow_tf32 = tf32_allowed(x.dtype)
     names = (*tensors, "partials_ptr") if sums else tuple(tensors)
     problem = (op, x.shape, weight.shape, stride, 1, x.dtype, x.device, channels_last)
     prepared = _prepare(names, config, allow_tf32, affine, relu, *problem)

@@ -7,7 +7,7 @@ what z contributes to through its statistics: 2 * z_scale / pixels * (z - z_cent
 is the mean of z and z_scale and z_shift are the gradients of its variance and mean. Channels that a block has beyond
 the last one load as zeros and stay zeros in both: their vectors are zeros.
 
-With DESCRIPTORS, arguments that are loaded block by block in the loop over channels are tensor descriptors of matrices
+With DESCRIPTORS, arguments that are loaded block by block in the loop are tensor descriptors of matrices
 (`Launch.blocks`), which load zeros outside of them; else pointers.
 """
 
@@ -235,12 +235,12 @@ def pointwise_conv_dgrad_kernel(
 
 @triton.jit
 def pointwise_conv_wgrad_kernel(
-    grad_ptr,  # (batch, out_height, out_width, out_channels)
+    grad_ptr,  # (batch, out_height, out_width, out_channels), or its descriptor
     z_ptr,  # like grad, or None: no gradient prologue
     z_center_ptr,  # (out_channels,) or None with z_ptr, like the next two
     z_scale_ptr,
     z_shift_ptr,
-    x_ptr,  # (batch, height, width, in_channels)
+    x_ptr,  # (batch, height, width, in_channels), or its descriptor
     x_center_ptr,  # (in_channels,) or None
     x_scale_ptr,  # (in_channels,) or None: no prologue
     x_shift_ptr,  # (in_channels,) or None with x_scale_ptr
@@ -256,6 +256,7 @@ def pointwise_conv_wgrad_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -268,31 +269,42 @@ def pointwise_conv_wgrad_kernel(
     blocks_k = tl.cdiv(in_channels, BLOCK_K)
     blocks_n = tl.cdiv(out_channels, BLOCK_N)
     pid_split = pid // blocks_k // blocks_n
-    channel_k = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    channel_n = pid // blocks_k % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_k = pid % blocks_k * BLOCK_K
+    first_n = pid // blocks_k % blocks_n * BLOCK_N
+    channel_k = first_k + tl.arange(0, BLOCK_K)
+    channel_n = first_n + tl.arange(0, BLOCK_N)
     mask_k = channel_k < in_channels
     mask_n = channel_n < out_channels
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype if DESCRIPTORS else x_ptr.dtype.element_ty
     x_center, x_scale, x_constant = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_k, mask_k, dtype)
     z_center, z_scale, z_constant = load_gradient_affine(
         z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, channel_n, mask_n, dtype
     )
 
-    first_pixel = pid_split * share
+    first_pixel = pid_split * share  # a multiple of BLOCK_M
     last_pixel = tl.minimum(first_pixel + share, pixels)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for first in range(first_pixel, last_pixel, BLOCK_M):
         pixel = first + tl.arange(0, BLOCK_M)
         mask_m = (pixel < last_pixel)[:, None]
         offs_grad = pixel.to(tl.int64)[:, None] * out_channels + channel_n[None, :]
-        grad = tl.load(grad_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
+        if DESCRIPTORS:
+            grad = grad_ptr.load([first, first_n])
+        else:
+            grad = tl.load(grad_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
         if z_ptr is not None:
-            z = tl.load(z_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
+            if DESCRIPTORS:
+                z = z_ptr.load([first, first_n])
+            else:
+                z = tl.load(z_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
             wide = grad.to(tl.float32) + affine(z, z_center, z_scale, z_constant)
             grad = tl.where(mask_m, wide, 0.0).to(grad.dtype)
-        source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
-        offs_x = source.to(tl.int64)[:, None] * in_channels + channel_k[None, :]
-        a = tl.load(x_ptr + offs_x, mask=mask_m & mask_k[None, :], other=0.0)
+        if DESCRIPTORS:
+            a = x_ptr.load([first, first_k])
+        else:
+            source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
+            offs_x = source.to(tl.int64)[:, None] * in_channels + channel_k[None, :]
+            a = tl.load(x_ptr + offs_x, mask=mask_m & mask_k[None, :], other=0.0)
         if x_scale_ptr is not None:
             a = relu(affine(a, x_center, x_scale, x_constant)).to(a.dtype)  # not zero beyond the last pixel: grad is
         acc = dot(tl.trans(grad), a, acc, PRECISION)

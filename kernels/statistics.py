@@ -12,7 +12,6 @@ variances" (1979).
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -108,7 +107,7 @@ def merge_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, _, channels = partials.shape
     mean, var = (torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(2))
-    launch = _over_channels(merge_partials_kernel, rows, channels)
+    launch = _over_channels(True, rows, channels)
     launch(partials_ptr=partials, mean_ptr=mean, var_ptr=var)
     return mean, var
 
@@ -157,14 +156,15 @@ def sum_partials(partials: Tensor) -> tuple[Tensor, ...]:
     rows, count, channels = partials.shape
     sums = tuple(torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(count))
     first, second, third = sums if count == 3 else (*sums, None)
-    launch = _over_channels(sum_partials_kernel, rows, channels)
+    launch = _over_channels(False, rows, channels)
     launch(partials_ptr=partials, first_ptr=first, second_ptr=second, third_ptr=third)
     return sums
 
 
 @functools.lru_cache(maxsize=4096)
-def _over_channels(kernel: Any, rows: int, channels: int) -> Launch:
-    """The launch that gives every program a few channels and all rows."""
+def _over_channels(merges: bool, rows: int, channels: int) -> Launch:
+    """The launch that gives every program a few channels and all rows, to merge moments or to add up sums."""
+    kernel = merge_partials_kernel if merges else sum_partials_kernel
     # Every step waits for memory once: thousands of rows want few, large steps.
     block_r = min(1024, max(16, triton.next_power_of_2(rows)))
     constants = {"BLOCK_R": block_r, "BLOCK_C": 8}

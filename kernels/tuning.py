@@ -98,8 +98,10 @@ class Entry:
     measured: Mapping[str, str]
 
 
-def tf32_allowed() -> bool:
-    """PyTorch's flag for float32 convolutions."""
+def tf32_allowed(dtype: torch.dtype) -> bool:
+    """Whether convolutions of ``dtype`` may round products to TF32: those of float32, by PyTorch's flag for them."""
+    if dtype != torch.float32:
+        return False
     # The legacy flag, cudnn.allow_tf32, raises once a program has used the newer one; this one follows both.
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 

@@ -101,7 +101,7 @@ def test_programs_that_walk_over_several_blocks(monkeypatch, splits, channels_la
         monkeypatch.setattr(module, "elementwise_config", fewer)
     for plan in (batch_norm._plan_walk, max_pool._plan):
         plan.cache_clear()
-    launch, shares = batch_norm._walk(batch_norm.statistics_kernel, z, channels_last)
+    launch, shares = batch_norm._walk("statistics", z, channels_last)
     assert shares == splits
     assert launch.sizes["share"] > 1
     check_statistics(Both(), z, channels_last)

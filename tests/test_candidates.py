@@ -178,6 +178,11 @@ MOVED = {
         {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3, "tensor_descriptors": True},
         r"UTMALDG\.2D",
     ),
+    "descriptors-wgrad": (
+        target(POINTWISE, "stats", "wgrad", kernel_size=1),
+        {"block_m": 64, "block_n": 128, "block_k": 128, "num_warps": 8, "num_stages": 3, "tensor_descriptors": True},
+        r"UTMALDG\.2D",
+    ),
     "descriptors-residual": (
         target(POINTWISE, "affine", kernel_size=1),
         WIDE_TILE | {"tensor_descriptors": True},
@@ -269,8 +274,12 @@ def test_pointwise_candidates_compute_right():
             target(Layer(16, 32, 3, 4, 2, 1), "stats", "dgrad", 1, torch.float16, 2, DEVICE),
             {"tensor_descriptors": True},
         ),
+        (
+            target(Layer(16, 32, 3, 4, 1, 1), "stats", "wgrad", 1, torch.float16, 2, DEVICE),
+            {"tensor_descriptors": True},
+        ),
     ],
-    ids=["registers", "descriptors", "descriptors-dgrad"],
+    ids=["registers", "descriptors", "descriptors-dgrad", "descriptors-wgrad"],
 )
 def test_moved_operands_compute_right(of, settings):
     tensors = of.operands(torch.device(DEVICE))

@@ -182,7 +182,10 @@ def test_tensor_descriptors_where_rows_are_aligned():
         ("dgrad", 64, 64, 2, torch.float16, True),
         ("dgrad", 64, 60, 1, torch.float16, False),
         ("dgrad", 60, 64, 1, torch.float16, False),
-        ("wgrad", 64, 64, 1, torch.float16, False),
+        ("wgrad", 64, 64, 1, torch.float16, True),
+        ("wgrad", 64, 64, 2, torch.float16, False),
+        ("wgrad", 64, 60, 1, torch.float16, False),
+        ("wgrad", 60, 64, 1, torch.float16, False),
     ):
         problem = make_problem(op, in_channels, out_channels, stride=stride, dtype=dtype)
         assert fits_descriptors(problem) == wanted

@@ -274,7 +274,7 @@ def test_what_it_writes_is_what_the_launchers_look_up(pretend, tmp_path, monkeyp
     before = tuning.user_folder()
     tuning.use_folder(tmp_path)
     try:
-        entry = tuning.lookup(TARGET.problem, torch.device("cpu"), allow_tf32=tuning.tf32_allowed())
+        entry = tuning.lookup(TARGET.problem, torch.device("cpu"), allow_tf32=tuning.tf32_allowed(TARGET.problem.dtype))
     finally:
         tuning.use_folder(before)
     assert entry is not None

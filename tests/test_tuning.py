@@ -41,7 +41,7 @@ def make_problem(**changes) -> ConvProblem:
 
 def make_entry(config=STRIPS, *, backend="triton", fusion="plain", kernel_size=3, op=None, times=None, **changes):
     problem = make_problem(**changes)
-    tf32 = tuning.tf32_allowed()
+    tf32 = tuning.tf32_allowed(problem.dtype)
     key = tuning.key_of(problem, fusion=fusion, kernel_size=kernel_size, allow_tf32=tf32, op=op)
     times = times or {"triton": 50.0, "cuda": 90.0, "torch": 70.5, "torch_nchw": 80.0}
     return Entry(key, problem.batch, backend, config, times, {"date": "today"})
@@ -223,7 +223,7 @@ def test_whatever_changes_the_best_settings_is_in_the_key(changes, folders):
 def test_tf32_is_in_the_key_of_float32_alone(folders):
     write(folders[1], make_entry(), make_entry(TAPS, dtype=torch.float32))
     single = make_problem(dtype=torch.float32)
-    assert tuning.tf32_allowed()
+    assert tuning.tf32_allowed(torch.float32)
     assert tuning.lookup(single, CUDA, allow_tf32=True).config == TAPS
     assert tuning.lookup(single, CUDA, allow_tf32=False) is None
     assert tuning.lookup(make_problem(), CUDA, allow_tf32=False).config == STRIPS
@@ -352,7 +352,7 @@ def test_float32_decisions_follow_the_tf32_flag(gpu, monkeypatch):
     monkeypatch.setattr(dispatch, "_module", lambda name: served.append(name))
     call = ("fwd", (64, 128, 56, 56), (128, 4, 3, 3), (1, 1), 32, torch.float32, CUDA, True)
     for allowed in (True, False, True):
-        monkeypatch.setattr(tuning, "tf32_allowed", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(tuning, "tf32_allowed", lambda dtype, allowed=allowed: allowed)
         dispatch.launchers(*call)
     assert served == ["reference", "grouped_conv"]  # the third is known
 
