@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from resnext.kernels import bn_affine
+from resnext.layers import held
 
 BatchNorm = Any
 """A module for which `is_known` is true."""
@@ -69,7 +70,9 @@ class Statistics(NamedTuple):
 
 def uses_batch_statistics(bn: BatchNorm) -> bool:
     """Whether ``bn`` normalises with the batch's statistics (in training, or without running ones) or the running."""
-    return (bn.training and not _is_one_of(bn, _FROZEN)) or (bn.running_mean is None and bn.running_var is None)
+    return (bn.training and not _is_one_of(bn, _FROZEN)) or (
+        held(bn, "running_mean") is held(bn, "running_var") is None
+    )
 
 
 def is_shared(bn: BatchNorm) -> bool:
@@ -109,7 +112,7 @@ def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> 
         mean, var = bn.running_mean.to(vectors), bn.running_var.to(vectors)
     else:
         mean, var, _ = statistics
-    return bn_affine(mean, var, bn.weight, bn.bias, bn.eps)  # type: ignore[return-value]  # this center is not None
+    return bn_affine(mean, var, held(bn, "weight"), held(bn, "bias"), bn.eps)  # type: ignore[return-value]  # this center is not None
 
 
 Update = tuple[BatchNorm, Statistics | None]
@@ -132,15 +135,10 @@ def update_running_statistics(updates: Sequence[Update]) -> None:
 
 
 def _is_usual(bn: BatchNorm, statistics: Statistics) -> bool:
-    mean, _, number = statistics
-    return (
-        type(bn.momentum) is float
-        and type(number) is int
-        and bn.num_batches_tracked is not None
-        and bn.running_mean is not None
-        and bn.running_var is not None
-        and bn.running_mean.dtype == bn.running_var.dtype == mean.dtype
-    )
+    if type(bn.momentum) is not float or type(statistics.number) is not int or held(bn, "num_batches_tracked") is None:
+        return False
+    running = held(bn, "running_mean"), held(bn, "running_var")
+    return all(buffer is not None and buffer.dtype == statistics.mean.dtype for buffer in running)
 
 
 def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> None:
@@ -153,8 +151,8 @@ def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> None:
     values: list[Tensor] = []
     factors: list[float] = []
     for bn, (mean, var, number) in updates:
-        counters.append(bn.num_batches_tracked)
-        buffers += (bn.running_mean, bn.running_var)
+        counters.append(held(bn, "num_batches_tracked"))
+        buffers += (held(bn, "running_mean"), held(bn, "running_var"))
         kept += (1 - bn.momentum, 1 - bn.momentum)
         values += (mean, var)
         factors += (bn.momentum, bn.momentum * (number / (number - 1)))

@@ -29,7 +29,7 @@ from resnext.kernels import (
     prefers_channels_last,
     why_not_conv_stats,
 )
-from resnext.layers import is_plain_conv, original_class
+from resnext.layers import held, is_plain_conv, original_class
 from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
 
 Affine = tuple[Tensor, Tensor, Tensor]
@@ -141,7 +141,7 @@ def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
         return reason
     if conv.padding_mode != "zeros":
         return f"{name}.padding_mode is {conv.padding_mode}, not zeros"
-    weight = conv.weight
+    weight = held(conv, "weight")
     if (weight.shape[2:], conv.stride, conv.padding, conv.dilation) not in _USUAL_GEOMETRY:
         reason = why_not_conv_stats(weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
         if reason is not None:
@@ -163,11 +163,12 @@ def _why_not_norm(name: str, bn: BatchNorm, conv_name: str, conv: nn.Conv2d, x: 
         return reason
     if bn.eps <= 0:
         return f"{name}.eps is {bn.eps}, not positive"
-    if (bn.running_mean is None) != (bn.running_var is None):
+    running_mean, weight = held(bn, "running_mean"), held(bn, "weight")
+    if (running_mean is None) != (held(bn, "running_var") is None):
         return f"{name} has only one of running_mean and running_var"
-    if bn.weight is None and bn.bias is not None:
+    if weight is None and held(bn, "bias") is not None:
         return f"{name} has a bias without a weight"
-    for vector in (bn.weight, bn.running_mean):
+    for vector in (weight, running_mean):
         if vector is not None and len(vector) != conv.out_channels:
             return f"{name} is for {len(vector)} channels, and {conv_name} has {conv.out_channels}"
     if x is not None and x.shape[0] == 0 and batch_norm.uses_batch_statistics(bn) and not batch_norm.is_shared(bn):
@@ -329,7 +330,7 @@ def _conv_norm(
     """The raw output, and its batch norm as an affine; with the statistics if they are the batch's."""
     images = x.shape[0]
     of_batch = bn is not None and batch_norm.uses_batch_statistics(bn)
-    z, mean, var = conv_stats(_or_blank(x), conv.weight, prologue, conv.stride, conv.groups, stats=of_batch)
+    z, mean, var = conv_stats(_or_blank(x), held(conv, "weight"), prologue, conv.stride, conv.groups, stats=of_batch)
     z = z if images else z[:0]
     if bn is None:
         return z, None, None
@@ -337,12 +338,12 @@ def _conv_norm(
     if mean is not None and var is not None:
         statistics = batch_norm.batch_statistics(bn, mean, var, (images, *z.shape[1:]))
     center, scale, shift = batch_norm.affine(bn, statistics, z.dtype)
-    if conv.bias is not None:
+    if (bias := held(conv, "bias")) is not None:
         if statistics is None:
-            shift = shift + scale * conv.bias
+            shift = shift + scale * bias
         else:  # which takes it away again, so that it has an influence on the running mean alone
-            shift = shift + 0 * conv.bias
-            statistics = statistics._replace(mean=statistics.mean + conv.bias.to(statistics.mean.dtype))
+            shift = shift + 0 * bias
+            statistics = statistics._replace(mean=statistics.mean + bias.to(statistics.mean.dtype))
     return z, (center, scale, shift), statistics
 
 
@@ -481,10 +482,9 @@ def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Fol
 
 
 def _tensors(unit: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
-    modules = [(child(unit, conv), child(unit, bn)) for conv, bn in pairs]
-    return [
-        tensor
-        for conv, bn in modules
-        for tensor in (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        if tensor is not None
-    ]
+    tensors = []
+    for conv_name, bn_name in pairs:
+        conv, bn = child(unit, conv_name), child(unit, bn_name)
+        tensors += [held(conv, name) for name in ("weight", "bias")]
+        tensors += [held(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    return [tensor for tensor in tensors if tensor is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx, nn
 
 from resnext.kernels import grouped_conv2d
@@ -95,6 +97,15 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` had before `resnext.fuse_` derived another one from it, or its class."""
     cls = type(module)
     return cls.__dict__.get("_fused_from", cls)
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """The parameter or buffer of that name, or None: ``getattr`` at a fraction of what ``nn.Module`` takes for it."""
+    if name in module._parameters:
+        return module._parameters[name]
+    if name in module._buffers:
+        return module._buffers[name]
+    return getattr(module, name)
 
 
 def is_plain_conv(module: nn.Module) -> bool:

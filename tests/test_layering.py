@@ -74,7 +74,7 @@ ALLOWED = {
         "resnext.summary",
     },
     "resnext/layers": {"resnext.kernels", "torch"},
-    "resnext/batch_norm": {"resnext.kernels", "torch"},
+    "resnext/batch_norm": {"resnext.kernels", "resnext.layers", "torch"},
     "resnext/effects": {"torch"},
     "resnext/graph": {"resnext.effects", "resnext.layers", "torch"},
     "resnext/plan": {"resnext.batch_norm", "resnext.graph", "resnext.kernels", "resnext.layers", "torch"},
