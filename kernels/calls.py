@@ -30,6 +30,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _autocast = torch._C._is_any_autocast_enabled
 _traced = torch._C._get_tracing_state
 _profiled = torch._C._autograd._profiler_enabled
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also one that has outlived its transform
 _serves: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}
 
 
@@ -45,7 +46,7 @@ def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif type(tensor) not in _PLAIN or (recording and tensor.requires_grad) or tensor.is_neg():
+        elif type(tensor) not in _PLAIN or (recording and tensor.requires_grad) or tensor.is_neg() or _wrapped(tensor):
             return None
         else:
             key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
@@ -92,7 +93,7 @@ def attention(args: tuple[Any, ...]) -> Attention:
     for arg in args:
         kind = type(arg)
         if kind in _PLAIN:
-            if arg.is_neg() or arg.layout is not _STRIDED or not (arg.is_cpu or arg.is_cuda):
+            if arg.is_neg() or _wrapped(arg) or arg.layout is not _STRIDED or not (arg.is_cpu or arg.is_cuda):
                 return _FULL
             if recording and arg.requires_grad:
                 found = _GRADIENT

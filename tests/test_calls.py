@@ -11,6 +11,7 @@ from resnext.kernels import (
     BackendError,
     calls,
     conv_affine,
+    conv_stats,
     extension,
     grouped_conv2d,
     grouped_conv2d_dgrad,
@@ -70,6 +71,21 @@ def test_a_lazily_negated_tensor_is_not_remembered():
     assert x.is_neg()
     fwd(x.clone())
     assert torch.equal(fwd(x), fwd(-X))
+
+
+def test_a_tensor_that_has_outlived_its_transform():
+    """The dispatcher takes the transform's wrapper off; it has no memory of its own."""
+    kept = []
+
+    def double(x):
+        kept.append(2 * x)
+        return kept[0].sum()
+
+    torch.func.grad(double)(X)
+    fwd(X.clone())
+    vectors = (None, VECTOR, VECTOR)
+    for call in (fwd, lambda x: conv_stats(x, nn.Parameter(W), vectors, (1, 1), 4)[0]):
+        torch.testing.assert_close(call(kept[0]), call(2 * X))
 
 
 def test_a_profiler_sees_known_calls():
