@@ -17,12 +17,13 @@ from .fused import (
     affine_relu_max_pool,
     bn_affine,
     conv_affine,
+    conv_norm,
     conv_stats,
     keep_packed,
     laid_out,
     prefers_channels_last,
-    why_not_conv_stats,
 )
+from .fused_checks import why_not_conv_stats
 from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
 from .reasons import explain, serving_backend
 
@@ -32,6 +33,7 @@ __all__ = [
     "affine_relu_max_pool",
     "bn_affine",
     "conv_affine",
+    "conv_norm",
     "conv_stats",
     "explain",
     "grouped_conv2d",

@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from . import fused_ops, ops  # noqa: F401  they define the operators
+from . import fused_conv_ops, fused_ops, ops  # noqa: F401  they define the operators
 
 # The import looks for Triton and logs a warning where a CUDA build of torch comes without it.
 _logger = logging.getLogger("torch.utils.flop_counter")
@@ -41,6 +41,11 @@ def _backward_flops(grad_shape, x_shape, weight_shape, mask, out_shapes) -> int:
 
 @flop_counter.register_flop_formula(torch.ops.resnext._conv_stats)
 def _conv_stats_flops(x_shape, center, scale, shift, weight_shape, *_, out_shape, **__) -> int:
+    return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape[0])
+
+
+@flop_counter.register_flop_formula(torch.ops.resnext._conv_norm)
+def _conv_norm_flops(x_shape, center, scale, shift, weight_shape, *_, out_shape, **__) -> int:
     return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape[0])
 
 

@@ -12,42 +12,29 @@ which the next convolution applies on load, with ReLU after it (`conv_stats`), o
 into the convolution's own backward, where it is applied on load too; batch norm needs no backward pass of its own. The
 center is a constant to autograd: `bn_affine` returns the mean's gradient, -scale * dshift, by way of the shift.
 
-The operators under these functions: fused_ops.py.
+The operators under these functions: fused_conv_ops.py, fused_ops.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import calls, checks, dispatch, fused_ops, reference
+from . import calls, checks, dispatch, fused_conv_ops, fused_ops, reference
 from .config import Affine
-from .ops import is_dense, is_dense_weight
-
-
-def why_not_conv_stats(
-    weight_shape: Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> str | None:
-    """Why `conv_stats` and `conv_affine` do not take a convolution, or None if they do."""
-    kernel_size = tuple(weight_shape[2:])
-    if len(kernel_size) != 2 or any(k % 2 == 0 for k in kernel_size):
-        return f"the kernel is {'x'.join(map(str, kernel_size))}; both sides must be odd"
-    if checks.pair(dilation) != (1, 1):
-        return f"dilation is {dilation}, not 1"
-    centred = tuple(k // 2 for k in kernel_size)
-    if isinstance(padding, str) or checks.pair(padding) != centred:
-        return f"padding is {padding!r}, not {centred}"
-    if any(s not in (1, 2) for s in checks.pair(stride)):
-        return f"stride is {stride}, neither 1 nor 2"
-    return None
+from .fused_checks import (
+    as_taken,
+    check_activation,
+    check_affine,
+    check_conv,
+    check_parameters,
+    check_vector,
+    like_result,
+    transformed,
+)
+from .ops import is_dense
 
 
 def conv_stats(
@@ -87,14 +74,59 @@ def conv_stats(
         pairwise algorithm for computing sample variances", 1979.
     """
     x, weight = checks.autocast(x, weight)
-    dims = _check_conv("conv_stats", x, weight, stride, groups)
-    center, scale, shift = _check_affine("conv_stats", x, affine)
-    if _transformed():
+    dims = check_conv("conv_stats", x, weight, stride, groups)
+    center, scale, shift = check_affine("conv_stats", x, affine)
+    if transformed():
         prologue = None if scale is None else (center, scale, shift)
         strides, groups, _ = dims
-        return fused_ops.FORMULA.conv_stats_fwd(x, prologue, weight, strides, groups, False, stats)
-    z, mean, var = fused_ops.CONV_STATS(x, center, scale, shift, weight, *dims, stats)
+        return fused_conv_ops.FORMULA.conv_stats_fwd(x, prologue, weight, strides, groups, False, stats)
+    z, mean, var = fused_conv_ops.CONV_STATS(x, center, scale, shift, weight, *dims, stats)
     return (z, mean, var) if stats else (z, None, None)
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    affine: Affine | None = None,
+    stride: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Affine]:
+    """Convolve relu(affine(x)), or x itself, and make the affine that is a batch norm of the result.
+
+    `conv_stats` and `bn_affine` in one, for statistics that are used as they are. Differentiable in ``x``, ``weight``,
+    ``gamma``, ``beta`` and the affine's scale and shift, any number of times, by way of z and of the new affine; the
+    statistics are constants.
+
+    Args:
+        x: As of `conv_stats`, like the next.
+        weight: The weight.
+        gamma: (C_out,), any floating-point dtype, or None for 1: batch norm's weight.
+        beta: (C_out,), or None for 0: batch norm's bias.
+        eps: Added to the variance.
+        affine: As of `conv_stats`, like the next two.
+        stride: The stride.
+        groups: Number of groups.
+
+    Returns:
+        z, mean and biased variance as of `conv_stats`, and (center, scale, shift) as of `bn_affine`.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or the convolution's arguments do not fit.
+        BackendError: If a forced backend cannot serve the call.
+    """
+    name = "conv_norm"
+    x, weight = checks.autocast(x, weight)
+    dims = check_conv(name, x, weight, stride, groups)
+    center, scale, shift = check_affine(name, x, affine)
+    check_parameters(name, gamma, beta, (weight.shape[0],))
+    if transformed():
+        z, mean, var = conv_stats(x, weight, affine, stride, groups)
+        return z, mean.detach(), var.detach(), bn_affine(mean, var, gamma, beta, eps)  # type: ignore[arg-type, union-attr]
+    z, mean, var, *new = fused_conv_ops.CONV_NORM(x, center, scale, shift, weight, gamma, beta, eps, *dims)
+    return z, mean, var, (mean, *new)
 
 
 def conv_affine(
@@ -133,22 +165,22 @@ def conv_affine(
     if (y := calls.serve(key, x, weight, scale, shift, residual)) is not None:
         return y
     x, weight = checks.autocast(x, weight)
-    strides, groups, channels_last = _check_conv(name, x, weight, stride, groups)
+    strides, groups, channels_last = check_conv(name, x, weight, stride, groups)
     out_channels = weight.shape[0]
     for vector_name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None:
-            _check_vector(name, vector_name, vector, (out_channels,), checks.vector_dtype(x.dtype), x.device)
+            check_vector(name, vector_name, vector, (out_channels,), checks.vector_dtype(x.dtype), x.device)
     shape = (x.shape[0], out_channels, *checks.output_size(x.shape[2:], strides))
     given = residual
     if residual is not None:
-        residual = _like_result(name, residual, x, shape)
+        residual = like_result(name, residual, x, shape)
     tensors = (x, weight, scale, shift, residual)
-    if not _transformed() and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        if key is not None and _as_taken(x, weight, scale, shift, given, shape, channels_last):
+    if not transformed() and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        if key is not None and as_taken(x, weight, scale, shift, given, shape, channels_last):
             problem = ("fwd", x.shape, weight.shape, strides, groups, x.dtype, x.device, channels_last)
             launcher = dispatch.affine_launchers(*problem).conv_affine
             calls.remember(key, launcher, relu, strides, groups, channels_last)
-        return fused_ops.CONV_AFFINE(x, weight, scale, shift, residual, relu, strides, groups, channels_last)
+        return fused_conv_ops.CONV_AFFINE(x, weight, scale, shift, residual, relu, strides, groups, channels_last)
     z, _, _ = conv_stats(x, weight, None, strides, groups, stats=False)
     affine = reference.default_affine(scale, shift, z)
     if relu:
@@ -224,7 +256,7 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
         raise ValueError(f"laid_out: expected x (N, C, H, W), got {tuple(x.shape)}")
     if is_dense(x, channels_last):
         return x
-    if 0 in x.shape or not x.is_floating_point() or _transformed():
+    if 0 in x.shape or not x.is_floating_point() or transformed():
         return x.contiguous(memory_format=checks.memory_format(channels_last))
     return fused_ops.LAID_OUT(x, channels_last)
 
@@ -253,11 +285,9 @@ def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | No
             f"bn_affine: expected mean and var of one shape (C,) and one dtype, got {tuple(mean.shape)} {mean.dtype} "
             f"and {tuple(var.shape)} {var.dtype}"
         )
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None and parameter.shape != mean.shape:
-            raise ValueError(f"bn_affine: expected {name} of shape {tuple(mean.shape)}, got {tuple(parameter.shape)}")
+    check_parameters("bn_affine", gamma, beta, mean.shape)
     center = mean.detach()
-    if _transformed():
+    if transformed():
         return center, *fused_ops.bn_affine_formula(mean, var, gamma, beta, eps)
     return center, *fused_ops.BN_AFFINE(mean, var, gamma, beta, eps)
 
@@ -288,14 +318,14 @@ def affine_add_relu(
         ValueError: If shapes, dtypes or devices do not fit.
     """
     name = "affine_add_relu"
-    _check_activation(name, z)
-    center, scale, shift = _check_affine(name, z, affine)
+    check_activation(name, z)
+    center, scale, shift = check_affine(name, z, affine)
     if residual_affine is not None and residual is None:
         raise ValueError(f"{name}: expected a residual with residual_affine, got None; leave out both, or give both")
     if residual is not None:
-        residual = _like_result(name, residual, z, z.shape)
-    vectors = _check_affine(name, z, residual_affine, "residual_")
-    if _transformed():
+        residual = like_result(name, residual, z, z.shape)
+    vectors = check_affine(name, z, residual_affine, "residual_")
+    if transformed():
         other = None if residual_affine is None else vectors
         return reference.affine_add_relu(z, (center, scale, shift), residual, other, False)
     channels_last = checks.is_channels_last(z)
@@ -319,108 +349,10 @@ def affine_relu_max_pool(z: Tensor, affine: Affine) -> Tensor:
         ValueError: If shapes, dtypes or devices do not fit.
     """
     name = "affine_relu_max_pool"
-    _check_activation(name, z)
-    affine = _check_affine(name, z, affine)
-    if _transformed():
+    check_activation(name, z)
+    affine = check_affine(name, z, affine)
+    if transformed():
         return reference.affine_relu_max_pool(z, affine, False, False)[0]
     channels_last = checks.is_channels_last(z)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, *affine))
     return fused_ops.POOL(z, *affine, channels_last, wanted)[0]
-
-
-# --- checks ---
-
-
-def _transformed() -> bool:
-    """Whether the formula in plain PyTorch must serve: inside torch.func transforms and forward-mode AD.
-
-    Transforms know one layout; results are then dense in NCHW.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _check_activation(name: str, x: Tensor) -> None:
-    if x.dim() != 4 or 0 in x.shape:
-        raise ValueError(f"{name}: expected an input (N, C, H, W) without empty dimensions, got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point input, got {x.dtype}; convert it with .to(dtype)")
-
-
-_Dims = tuple[tuple[int, int], int, bool]
-# Of convolutions that were right: most calls repeat one.
-_right: dict[tuple[Any, ...], _Dims] = {}
-
-
-def _check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> _Dims:
-    """Strides, groups and whether the result is channels_last."""
-    integers = type(groups) is int and isinstance(stride, tuple) and all(type(each) is int for each in stride)
-    plain = type(x) is Tensor and isinstance(weight, Tensor)  # whose shapes are not symbolic, so have a hash
-    strided = plain and x.layout is weight.layout is torch.strided
-    if not (integers and strided) or torch.compiler.is_compiling():
-        return _checked_conv(name, x, weight, stride, groups)
-    key = (
-        *(stride, groups, x.shape, x.stride(), x.dtype, x.device),
-        *(weight.shape, weight.stride(), weight.dtype, weight.device),
-    )
-    if (dims := _right.get(key)) is None:
-        if len(_right) > 10_000:  # images of every size
-            _right.clear()
-        dims = _right[key] = _checked_conv(name, x, weight, stride, groups)
-    return dims
-
-
-def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> _Dims:
-    padding = tuple(k // 2 for k in weight.shape[2:])
-    if message := checks.invalid_conv2d(x, weight, None, stride, padding or 0, 1, groups):
-        raise ValueError(f"{name}: {message}")
-    _check_activation(name, x)
-    if reason := why_not_conv_stats(weight.shape, stride, padding, 1, groups):
-        raise ValueError(f"{name}: {reason}; use F.conv2d and F.batch_norm")
-    height, width = checks.pair(stride)
-    return (height, width), groups, checks.output_channels_last(x, weight)
-
-
-def _check_affine(name: str, x: Tensor, affine: Affine | None, prefix: str = "") -> Any:
-    """The three vectors, the center cut off from autograd; three times None for None."""
-    if affine is None:
-        return None, None, None
-    center, scale, shift = affine
-    dtype, shape = checks.vector_dtype(x.dtype), (x.shape[1],)
-    for vector_name, vector in (("center", center), ("scale", scale), ("shift", shift)):
-        if vector is not None:
-            _check_vector(name, prefix + vector_name, vector, shape, dtype, x.device)
-    if center is not None and (center.requires_grad or _transformed()):
-        center = center.detach()
-    return center, scale, shift
-
-
-def _check_vector(
-    name: str, vector_name: str, vector: Tensor, shape: tuple[int], dtype: torch.dtype, device: torch.device
-) -> None:
-    if vector.shape != shape or vector.dtype != dtype or vector.device != device:
-        raise ValueError(
-            f"{name}: expected {vector_name} of shape {shape}, {dtype}, on {device}, got "
-            f"{tuple(vector.shape)}, {vector.dtype}, on {vector.device}"
-        )
-
-
-def _as_taken(x, weight, scale, shift, residual, shape, channels_last) -> bool:
-    """Whether launchers of ``conv_affine`` take these tensors as they are given."""
-    like_result = residual is None or (
-        tuple(residual.shape) == shape and residual.dtype == x.dtype and is_dense(residual, channels_last)
-    )
-    vectors = all(vector is None or vector.is_contiguous() for vector in (scale, shift))
-    return like_result and vectors and is_dense(x, channels_last) and is_dense_weight(weight)
-
-
-def _like_result(name: str, residual: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """The residual, of the dtype and shape of the result it is added to."""
-    if residual.device != like.device:
-        raise ValueError(f"{name}: expected residual on {like.device}, got {residual.device}; move it with .to(device)")
-    try:
-        residual = residual.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: expected residual of a shape that expands to {tuple(shape)}, got {tuple(residual.shape)}"
-        ) from None
-    return residual.to(like.dtype)

@@ -1,4 +1,4 @@
-"""The operators under fused.py: schemas, what runs, what a compiler sees, and derivatives.
+"""The operators under fused.py but for convolutions: schemas, what runs, what a compiler sees, and derivatives.
 
 The backward of one that is differentiated is an operator again. Backward of backward is autograd's, through the formula
 in plain PyTorch. None stands for an absent argument; an operator returns an empty tensor for an absent result.
@@ -6,32 +6,15 @@ in plain PyTorch. None stands for an absent argument; an operator returns an emp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import checks, composed, dispatch, reference
+from . import checks, dispatch, reference
 from .config import Affine
-from .operators import Operator
-from .ops import dense, dense_weight, empty, is_dense
+from .operators import Operator, if_wanted, or_empty, through_formula
+from .ops import dense, empty, is_dense
 
 _AFFINE = "Tensor? center, Tensor scale, Tensor shift"
-_PROLOGUE = "Tensor? center, Tensor? scale, Tensor? shift"
-_DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"
-CONV_STATS = Operator(
-    "_conv_stats", f"(Tensor x, {_PROLOGUE}, Tensor weight, {_DIMS}, bool stats) -> (Tensor, Tensor, Tensor)"
-)
-CONV_STATS_BWD = Operator(
-    "_conv_stats_bwd",
-    f"(Tensor dz, Tensor? z, Tensor? mean, Tensor? dmean, Tensor? dvar, Tensor x, {_PROLOGUE}, Tensor weight, {_DIMS}, "
-    "bool[2] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-CONV_AFFINE = Operator(
-    "_conv_affine",
-    f"(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, {_DIMS}) -> Tensor",
-)
 BN_AFFINE = Operator(
     "_bn_affine", "(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> (Tensor, Tensor)"
 )
@@ -57,79 +40,15 @@ POOL_BWD = Operator(
 )
 LAID_OUT = Operator("_laid_out", "(Tensor x, bool channels_last) -> Tensor")
 
-FORMULA = composed.Composed(reference)
-
 
 # --- the operators: what runs, what a compiler sees ---
 
 
-def _or_empty(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
-    """Operators return tensors only: an empty one stands for None."""
-    return tuple(like.new_empty(0) if result is None else result for result in results)
-
-
-def _affine_of(center: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Affine | None:
+def affine_of(center: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Affine | None:
+    """The affine of an operator's three arguments, contiguous; None if there is none."""
     if scale is None or shift is None:
         return None
     return None if center is None else center.contiguous(), scale.contiguous(), shift.contiguous()
-
-
-def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
-    stride = tuple(stride)
-    launchers = dispatch.fused_launchers("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
-    z, mean, var = launchers.conv_stats_fwd(
-        dense(x, channels_last),
-        _affine_of(center, scale, shift),
-        dense_weight(weight),
-        stride,
-        groups,
-        channels_last,
-        stats,
-    )
-    if stats:
-        return z, mean, var
-    empty = x.new_empty(0, dtype=checks.vector_dtype(x.dtype))
-    return z, empty, torch.empty_like(empty)
-
-
-def _conv_stats_bwd(dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted):
-    stride = tuple(stride)
-    launchers = dispatch.fused_launchers(
-        "dgrad", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last
-    )
-    grad_prologue = None
-    if z is not None:
-        grad_prologue = (dense(z, channels_last), mean.contiguous(), dmean.contiguous(), dvar.contiguous())
-    results = launchers.conv_stats_bwd(
-        dense(dz, channels_last),
-        grad_prologue,
-        dense(x, channels_last),
-        _affine_of(center, scale, shift),
-        dense_weight(weight),
-        stride,
-        groups,
-        channels_last,
-        tuple(wanted),
-    )
-    return _or_empty(x, *results)
-
-
-def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
-    stride = tuple(stride)
-    launchers = dispatch.affine_launchers(
-        "fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last
-    )
-    return launchers.conv_affine(
-        dense(x, channels_last),
-        dense_weight(weight),
-        None if scale is None else scale.contiguous(),
-        None if shift is None else shift.contiguous(),
-        None if residual is None else dense(residual, channels_last),
-        relu,
-        stride,
-        groups,
-        channels_last,
-    )
 
 
 def _bn_affine(mean, var, gamma, beta, eps):
@@ -142,7 +61,7 @@ def _bn_affine_bwd(dscale, dshift, var, gamma, eps):
     results = dispatch.vectors(var.dtype, var.device).bn_affine_bwd(
         dscale.contiguous(), dshift.contiguous(), var.contiguous(), gamma, eps
     )
-    return _or_empty(var, *results)
+    return or_empty(var, *results)
 
 
 def _affine_add_relu(
@@ -159,9 +78,9 @@ def _affine_add_relu(
 ):
     return dispatch.elementwise(z.dtype, z.device).affine_add_relu(
         dense(z, channels_last),
-        _affine_of(center, scale, shift),
+        affine_of(center, scale, shift),
         None if residual is None else dense(residual, channels_last),
-        _affine_of(residual_center, residual_scale, residual_shift),
+        affine_of(residual_center, residual_scale, residual_shift),
         channels_last,
     )
 
@@ -170,9 +89,9 @@ def _affine_add_relu_bwd(
     dout, out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last, wanted
 ):
     launchers = dispatch.elementwise(z.dtype, z.device)
-    z, affine = dense(z, channels_last), _affine_of(center, scale, shift)
+    z, affine = dense(z, channels_last), affine_of(center, scale, shift)
     residual = None if residual is None else dense(residual, channels_last)
-    residual_affine = _affine_of(residual_center, residual_scale, residual_shift)
+    residual_affine = affine_of(residual_center, residual_scale, residual_shift)
     if out is not None:
         out = dense(out, channels_last)
     elif residual is not None:
@@ -187,12 +106,12 @@ def _affine_add_relu_bwd(
         channels_last,
         tuple(wanted),
     )
-    return _or_empty(z, *results)
+    return or_empty(z, *results)
 
 
 def _affine_relu_max_pool(z, center, scale, shift, channels_last, taps):
     out, picked = dispatch.pooling(z.dtype, z.device).affine_relu_max_pool(
-        dense(z, channels_last), _affine_of(center, scale, shift), channels_last, taps
+        dense(z, channels_last), affine_of(center, scale, shift), channels_last, taps
     )
     return out, z.new_empty(0, dtype=torch.uint8) if picked is None else picked
 
@@ -202,11 +121,11 @@ def _affine_relu_max_pool_bwd(dout, taps, z, center, scale, shift, channels_last
         dense(dout, channels_last),
         taps,
         dense(z, channels_last),
-        _affine_of(center, scale, shift),
+        affine_of(center, scale, shift),
         channels_last,
         tuple(wanted),
     )
-    return _or_empty(z, *results)
+    return or_empty(z, *results)
 
 
 def _laid_out(x, channels_last):
@@ -216,29 +135,9 @@ def _laid_out(x, channels_last):
     return x.clone(memory_format=checks.memory_format(channels_last))
 
 
-def _vector(like: Tensor, size: int) -> Tensor:
+def vector_like(like: Tensor, size: int) -> Tensor:
+    """A vector over the channels of ``like``, or of as many others."""
     return like.new_empty(size, dtype=checks.vector_dtype(like.dtype))
-
-
-def _fake_conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
-    size = checks.output_size(x.shape[2:], stride)
-    z = empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
-    channels = weight.shape[0] if stats else 0
-    return z, _vector(x, channels), _vector(x, channels)
-
-
-def _fake_conv_stats_bwd(
-    dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted
-):
-    dx = empty(x, x.shape, channels_last) if wanted[0] else x.new_empty(0)
-    dw = empty(weight, weight.shape, channels_last) if wanted[1] else x.new_empty(0)
-    if wanted[0] and scale is not None:
-        return dx, _vector(x, x.shape[1]), _vector(x, x.shape[1]), dw
-    return dx, x.new_empty(0), x.new_empty(0), dw
-
-
-def _fake_conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
-    return empty(x, (x.shape[0], weight.shape[0], *checks.output_size(x.shape[2:], stride)), channels_last)
 
 
 def _fake_bn_affine(mean, var, gamma, beta, eps):
@@ -269,9 +168,9 @@ def _fake_affine_add_relu_bwd(
     dout, out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last, wanted
 ):
     dz, dresidual = (empty(z, z.shape, channels_last) if w else z.new_empty(0) for w in wanted[:2])
-    dscale, dshift = (_vector(z, z.shape[1]) if wanted[2] else z.new_empty(0) for _ in range(2))
+    dscale, dshift = (vector_like(z, z.shape[1]) if wanted[2] else z.new_empty(0) for _ in range(2))
     has_scale = wanted[2] and residual is not None and residual_scale is not None
-    return dz, dresidual, dscale, dshift, _vector(z, z.shape[1]) if has_scale else z.new_empty(0)
+    return dz, dresidual, dscale, dshift, vector_like(z, z.shape[1]) if has_scale else z.new_empty(0)
 
 
 def _fake_pool(z, center, scale, shift, channels_last, taps):
@@ -282,7 +181,7 @@ def _fake_pool(z, center, scale, shift, channels_last, taps):
 
 def _fake_pool_bwd(dout, taps, z, center, scale, shift, channels_last, wanted):
     dz = empty(z, z.shape, channels_last) if wanted[0] else z.new_empty(0)
-    return dz, *(_vector(z, z.shape[1]) if wanted[1] else z.new_empty(0) for _ in range(2))
+    return dz, *(vector_like(z, z.shape[1]) if wanted[1] else z.new_empty(0) for _ in range(2))
 
 
 def _fake_laid_out(x, channels_last):
@@ -292,80 +191,18 @@ def _fake_laid_out(x, channels_last):
 # --- their derivatives ---
 
 
-def _through_formula(
-    function: Callable[..., Any],
-    tensors: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated: autograd's, through the formula in plain PyTorch."""
-    outputs = function(*tensors)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
-    inputs = [t for t, n in zip(tensors, needed, strict=True) if n and t is not None]
-    if not pairs:
-        return [None] * len(tensors)
-    outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
-    return [next(found) if n else None for n in needed]
-
-
-def _if_wanted(wanted: bool, gradient: Tensor) -> Tensor | None:
-    return gradient if wanted else None
-
-
-class _ConvStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, center, scale, shift, weight, *rest):
-        z, mean, var = CONV_STATS.below_autograd(ctx, x, center, scale, shift, weight, *rest)
-        *ctx.dims, ctx.stats = rest
-        ctx.set_materialize_grads(False)
-        if ctx.stats:
-            ctx.save_for_backward(x, center, scale, shift, weight, z, mean)
-        else:
-            ctx.mark_non_differentiable(mean, var)
-            ctx.save_for_backward(x, center, scale, shift, weight, None, None)
-        return z, mean, var
-
-    @staticmethod
-    def backward(ctx, dz, dmean, dvar):
-        x, center, scale, shift, weight, z, mean = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:5]
-        unneeded = (None,) * (len(ctx.dims) + 1)
-        if torch.is_grad_enabled():
-            stride, groups, channels_last = ctx.dims
-
-            def formula(x, center, scale, shift, weight):
-                prologue = None if scale is None else (center, scale, shift)
-                return FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, ctx.stats)
-
-            tensors = (x, center, scale, shift, weight)
-            return *_through_formula(formula, tensors, (dz, dmean, dvar), needed), *unneeded
-        if dmean is None and dvar is None:
-            z = mean = None
-            if dz is None:
-                return (None,) * 5 + unneeded
-        else:
-            dz = torch.zeros_like(z) if dz is None else dz
-            dmean, dvar = (torch.zeros_like(mean) if d is None else d for d in (dmean, dvar))
-        wants_dx, wants_dw = needed[0] or needed[2] or needed[3], needed[4]
-        dx, dscale, dshift, dw = CONV_STATS_BWD(
-            dz, z, mean, dmean, dvar, x, center, scale, shift, weight, *ctx.dims, (wants_dx, wants_dw)
-        )
-        return (
-            _if_wanted(needed[0], dx),
-            None,
-            _if_wanted(needed[2], dscale),
-            _if_wanted(needed[3], dshift),
-            _if_wanted(wants_dw, dw),
-            *unneeded,
-        )
-
-
 def bn_affine_formula(mean, var, gamma, beta, eps):
     """What `BN_AFFINE` computes, with the mean's gradient by way of the shift."""
     scale, shift = reference.bn_affine(mean.detach(), var, gamma, beta, eps)
     return scale, shift - (mean - mean.detach()) * scale
+
+
+def bn_affine_gradients(dscale, dshift, var, gamma, beta, eps, needed):
+    """Of mean, var, gamma and beta; ``needed``: whether those of gamma and beta are."""
+    dmean, dvar, dgamma, dbeta = BN_AFFINE_BWD(dscale, dshift, var, gamma, eps)
+    if needed[1] and gamma is None:
+        dbeta = dshift.to(beta.dtype)
+    return dmean, dvar, if_wanted(needed[0], dgamma), if_wanted(needed[1], dbeta)
 
 
 class _BnAffine(torch.autograd.Function):
@@ -384,13 +221,10 @@ class _BnAffine(torch.autograd.Function):
             def formula(mean, var, gamma, beta):
                 return bn_affine_formula(mean, var, gamma, beta, ctx.eps)
 
-            return *_through_formula(formula, tensors, (dscale, dshift), needed), None
+            return *through_formula(formula, tensors, (dscale, dshift), needed), None
         _, var, gamma, beta = tensors
-        dmean, dvar, dgamma, dbeta = BN_AFFINE_BWD(dscale, dshift, var, gamma, ctx.eps)
-        if needed[3] and gamma is None:
-            dbeta = dshift.to(beta.dtype)
-        gradients = (dmean, dvar, dgamma, dbeta)
-        return *(_if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None
+        dmean, dvar, *parameters = bn_affine_gradients(dscale, dshift, var, gamma, beta, ctx.eps, needed[2:])
+        return if_wanted(needed[0], dmean), if_wanted(needed[1], dvar), *parameters, None
 
 
 class _AffineAddRelu(torch.autograd.Function):
@@ -411,7 +245,7 @@ class _AffineAddRelu(torch.autograd.Function):
         out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = ctx.saved_tensors
         needed = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            return *_add_relu_through_formula(ctx, dout, needed), None, None
+            return *_add_reluthrough_formula(ctx, dout, needed), None, None
         wants_vectors = any(needed[i] for i in (2, 3, 6, 7))
         dz, dresidual, dscale, dshift, dresidual_scale = AFFINE_ADD_RELU_BWD(
             dout,
@@ -430,10 +264,10 @@ class _AffineAddRelu(torch.autograd.Function):
         # Two gradients may not be one tensor.
         dresidual_shift = dshift.clone() if needed[7] else None
         gradients = (dz, None, dscale, dshift, dresidual, None, dresidual_scale, dresidual_shift)
-        return *(_if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
+        return *(if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
 
 
-def _add_relu_through_formula(ctx, dout, needed):
+def _add_reluthrough_formula(ctx, dout, needed):
     """Differentiable gradients; where a plain residual was not kept, only the ReLU's mask depends on it."""
     out, *tensors = ctx.saved_tensors
     z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = tensors
@@ -450,7 +284,7 @@ def _add_relu_through_formula(ctx, dout, needed):
     if ctx.has_residual and residual is None:
         residual = torch.zeros_like(z, requires_grad=needed[4])
     tensors = (z, center, scale, shift, residual, residual_center, residual_scale, residual_shift)
-    return _through_formula(formula, tensors, (dout,), needed)
+    return through_formula(formula, tensors, (dout,), needed)
 
 
 class _Pool(torch.autograd.Function):
@@ -474,11 +308,11 @@ class _Pool(torch.autograd.Function):
             def formula(z, center, scale, shift):
                 return reference.affine_relu_max_pool(z, (center, scale, shift), ctx.channels_last, False)[0]
 
-            return *_through_formula(formula, (z, center, scale, shift), (dout,), needed), None, None
+            return *through_formula(formula, (z, center, scale, shift), (dout,), needed), None, None
         wanted = (needed[0], needed[2] or needed[3])
         dz, dscale, dshift = POOL_BWD(dout, picked, z, center, scale, shift, ctx.channels_last, wanted)
         gradients = (dz, None, dscale, dshift)
-        return *(_if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
+        return *(if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
 
 
 class _LaidOut(torch.autograd.Function):
@@ -491,9 +325,6 @@ class _LaidOut(torch.autograd.Function):
         return gradient, None
 
 
-CONV_STATS.register(_conv_stats, _fake_conv_stats, _ConvStats)
-CONV_STATS_BWD.register(_conv_stats_bwd, _fake_conv_stats_bwd)
-CONV_AFFINE.register(_conv_affine, _fake_conv_affine)
 BN_AFFINE.register(_bn_affine, _fake_bn_affine, _BnAffine)
 BN_AFFINE_BWD.register(_bn_affine_bwd, _fake_bn_affine_bwd)
 AFFINE_ADD_RELU.register(_affine_add_relu, _fake_affine_add_relu, _AffineAddRelu)

@@ -9,15 +9,17 @@ would make four. Calls that nothing but autograd attends to make none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import calls, dispatch
 
 _LIBRARY = torch.library.Library("resnext", "DEF")
+DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"  # of a convolution, in schemas
 
 
 class Operator:
@@ -99,3 +101,34 @@ def _bound_to_backend(function: type[torch.autograd.Function], *, direct: bool) 
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(function.__name__, (function,), methods)
+
+
+# --- what operators with several results share ---
+
+
+def or_empty(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """Operators return tensors only: an empty one stands for None."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+def if_wanted(wanted: bool, gradient: Tensor) -> Tensor | None:
+    """Functions return None for what no gradient is wanted of."""
+    return gradient if wanted else None
+
+
+def through_formula(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients that can themselves be differentiated: autograd's, through the formula in plain PyTorch."""
+    outputs = function(*tensors)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
+    inputs = [t for t, n in zip(tensors, needed, strict=True) if n and t is not None]
+    if not pairs:
+        return [None] * len(tensors)
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
+    return [next(found) if n else None for n in needed]

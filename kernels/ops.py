@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import calls, checks, dispatch, reference
-from .operators import Operator
+from .operators import DIMS, Operator
 
-_DIMS = "SymInt[2] stride, SymInt groups, bool channels_last"
-_FWD = Operator("_grouped_conv2d_fwd", f"(Tensor x, Tensor weight, Tensor? bias, {_DIMS}) -> Tensor")
-_DGRAD = Operator("_grouped_conv2d_dgrad", f"(Tensor grad, Tensor weight, SymInt[2] input_size, {_DIMS}) -> Tensor")
-_WGRAD = Operator("_grouped_conv2d_wgrad", f"(Tensor grad, Tensor x, {_DIMS}) -> Tensor")
+_FWD = Operator("_grouped_conv2d_fwd", f"(Tensor x, Tensor weight, Tensor? bias, {DIMS}) -> Tensor")
+_DGRAD = Operator("_grouped_conv2d_dgrad", f"(Tensor grad, Tensor weight, SymInt[2] input_size, {DIMS}) -> Tensor")
+_WGRAD = Operator("_grouped_conv2d_wgrad", f"(Tensor grad, Tensor x, {DIMS}) -> Tensor")
 
 
 def grouped_conv2d(

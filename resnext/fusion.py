@@ -23,6 +23,7 @@ from resnext.kernels import (
     affine_add_relu,
     affine_relu_max_pool,
     conv_affine,
+    conv_norm,
     conv_stats,
     keep_packed,
     laid_out,
@@ -329,8 +330,12 @@ def _conv_norm(
 ) -> tuple[Tensor, Affine | None, Statistics | None]:
     """The raw output, and its batch norm as an affine; with the statistics if they are the batch's."""
     images = x.shape[0]
+    weight, bias, geometry = held(conv, "weight"), held(conv, "bias"), (conv.stride, conv.groups)
     of_batch = bn is not None and batch_norm.uses_batch_statistics(bn)
-    z, mean, var = conv_stats(_or_blank(x), held(conv, "weight"), prologue, conv.stride, conv.groups, stats=of_batch)
+    if bn is not None and of_batch and bias is None and not batch_norm.is_shared(bn):
+        z, mean, var, affine = conv_norm(x, weight, held(bn, "weight"), held(bn, "bias"), bn.eps, prologue, *geometry)
+        return z, affine, batch_norm.batch_statistics(bn, mean, var, z.shape)  # type: ignore[return-value]
+    z, mean, var = conv_stats(_or_blank(x), weight, prologue, *geometry, stats=of_batch)  # type: ignore[assignment]
     z = z if images else z[:0]
     if bn is None:
         return z, None, None
@@ -338,7 +343,7 @@ def _conv_norm(
     if mean is not None and var is not None:
         statistics = batch_norm.batch_statistics(bn, mean, var, (images, *z.shape[1:]))
     center, scale, shift = batch_norm.affine(bn, statistics, z.dtype)
-    if (bias := held(conv, "bias")) is not None:
+    if bias is not None:
         if statistics is None:
             shift = shift + scale * bias
         else:  # which takes it away again, so that it has an influence on the running mean alone

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from resnext import fusion
-from resnext.kernels import conv_stats
+from resnext.kernels import conv_norm
 
 from .block_cases import (
     CASES,
@@ -320,11 +320,11 @@ def test_recompute_does_not_keep_the_last_output(case, monkeypatch):
     outputs = []
 
     def recorded(*args, **kwargs):
-        results = conv_stats(*args, **kwargs)
+        results = conv_norm(*args, **kwargs)
         outputs.append(StorageWeakRef(results[0].untyped_storage()))
         return results
 
-    monkeypatch.setattr(fusion, "conv_stats", recorded)
+    monkeypatch.setattr(fusion, "conv_norm", recorded)
     block, plain = case.pair(recompute=True)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in plain.modules())
     out = block(case.images())

@@ -17,7 +17,9 @@ from resnext.kernels import (
     checks,
     composed,
     conv_affine,
+    conv_norm,
     conv_stats,
+    fused_conv_ops,
     fused_ops,
     onednn,
     reference,
@@ -172,6 +174,67 @@ def test_gradcheck_with_statistics():
     assert torch.autograd.gradcheck(fused, held)
     small = tuple(tensors(wide=False).values())
     assert torch.autograd.gradgradcheck(fused, small)
+
+
+def in_two(x, weight, gamma, beta, eps, affine, stride, groups):
+    """`conv_norm` by way of the two functions that it is."""
+    z, mean, var = conv_stats(x, weight, affine, stride, groups)
+    return z, mean.detach(), var.detach(), bn_affine(mean, var, gamma, beta, eps)
+
+
+@pytest.mark.parametrize("used", ["all", "z", "scale", "shift"])
+@pytest.mark.parametrize("parameters", ["both", "gamma", "beta", "neither"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_conv_norm_is_both_in_one(dtype, parameters, used):
+    """The same bits, forward and backward, whatever depends on them."""
+    results = []
+    for function in (conv_norm, in_two):
+        held = tensors(dtype)
+        gamma = torch.linspace(0.5, 2, 6).requires_grad_() if parameters in ("both", "gamma") else None
+        beta = torch.linspace(-1, 1, 6).requires_grad_() if parameters in ("both", "beta") else None
+        affine = held["center"], held["scale"], held["shift"]
+        z, mean, var, (center, scale, shift) = function(held["x"], held["weight"], gamma, beta, 1e-5, affine, (2, 1), 2)
+        assert not any(t.requires_grad for t in (mean, var, center))
+        parts = {"z": z.float().square().mean((0, 2, 3)), "scale": scale, "shift": shift.exp()}
+        total = sum(part.sum() for name, part in parts.items() if used in ("all", name))
+        leaves = [t for t in (*held.values(), gamma, beta) if t is not None and t.requires_grad]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else ()
+        results.append([z, mean, var, center, scale, shift, *gradients])
+    for a, b in zip(*results, strict=True):
+        if a is None or b is None:  # nothing depends on it, or with weight nought
+            assert all(t is None or not t.any() for t in (a, b))
+        else:
+            assert torch.equal(a, b)
+
+
+def test_gradcheck_of_conv_norm():
+    """Of the batch norm that the affine is: the mean's gradient comes by way of the shift."""
+
+    def function(x, center, scale, shift, weight, gamma, beta):
+        z, _, _, affine = conv_norm(x, weight, gamma, beta, 1e-5, (center, scale, shift), (2, 1), 2)
+        new_center, new_scale, new_shift = (vector[:, None, None] for vector in affine)
+        return z, new_scale, new_scale * (z - new_center) + new_shift
+
+    generator = torch.Generator().manual_seed(1)
+    parameters = tuple(torch.rand(6, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(function, (*tensors().values(), *parameters))
+    assert torch.autograd.gradgradcheck(function, (*tensors(wide=False).values(), *parameters))
+
+
+def test_conv_norm_in_transforms():
+    held = tensors(requires_grad=False)
+    affine = held["center"], held["scale"], held["shift"]
+
+    def results(function, x):
+        z, mean, var, vectors = function(x, held["weight"], None, None, 1e-5, affine, (2, 1), 2)
+        return z, mean, var, *vectors
+
+    for function in (conv_norm, in_two):
+        batched = torch.func.vmap(lambda x, function=function: results(function, x))(torch.stack([held["x"]] * 2))
+        torch.testing.assert_close([each[1] for each in batched], list(results(in_two, held["x"])))
+    _, tangents = torch.func.jvp(lambda x: results(conv_norm, x)[0], (held["x"],), (held["x"],))
+    _, wanted = torch.func.jvp(lambda x: results(in_two, x)[0], (held["x"],), (held["x"],))
+    torch.testing.assert_close(tangents, wanted)
 
 
 def test_gradcheck_of_a_whole_chain():
@@ -361,18 +424,21 @@ def operators(requires_grad, channels_last):
     affine = (center, scale, shift)
     dout = torch.randn_like(x)
     dvector = torch.randn(6)
+    gamma, beta = (torch.rand(6).requires_grad_(requires_grad) for _ in range(2))
     pooled, taps = fused_ops.POOL(x.detach(), *(t.detach() for t in affine), channels_last, True)
     detached = [t.detach() for t in (x, *affine)]
     out = fused_ops.AFFINE_ADD_RELU(*detached, detached[0], *detached[1:], channels_last, True)
     return {
-        "conv_stats": (fused_ops.CONV_STATS, (x, *affine, weight, *dims, True)),
-        "conv_stats-plain": (fused_ops.CONV_STATS, (x, None, None, None, weight, *dims, False)),
+        "conv_stats": (fused_conv_ops.CONV_STATS, (x, *affine, weight, *dims, True)),
+        "conv_stats-plain": (fused_conv_ops.CONV_STATS, (x, None, None, None, weight, *dims, False)),
+        "conv_norm": (fused_conv_ops.CONV_NORM, (x, *affine, weight, gamma, beta, 1e-5, *dims)),
+        "conv_norm-plain": (fused_conv_ops.CONV_NORM, (x, None, None, None, weight, None, None, 1e-5, *dims)),
         "conv_stats_bwd": (
-            fused_ops.CONV_STATS_BWD,
+            fused_conv_ops.CONV_STATS_BWD,
             (z, z, mean, dvector, dvector, *detached, weight.detach(), *dims, (True, True)),
         ),
         "conv_affine": (
-            fused_ops.CONV_AFFINE,
+            fused_conv_ops.CONV_AFFINE,
             (detached[0], weight.detach(), dvector, dvector, z, True, *dims),
         ),
         "bn_affine": (fused_ops.BN_AFFINE, (center, scale.detach().square(), scale, shift, 1e-5)),
@@ -418,8 +484,7 @@ class Chain(torch.nn.Module):
         self.gamma, self.beta = (torch.nn.Parameter(torch.randn(8, generator=generator)) for _ in range(2))
 
     def forward(self, x):
-        z, mean, var = conv_stats(x, self.w1)
-        affine = bn_affine(mean, var, self.gamma, self.beta, 1e-5)
+        z, _, _, affine = conv_norm(x, self.w1, self.gamma, self.beta, 1e-5)
         pooled = affine_relu_max_pool(z, affine)
         z, mean, var = conv_stats(z, self.w2, affine, 2, 4)
         return affine_add_relu(z, bn_affine(mean, var, None, None, 1e-5), pooled)
@@ -504,6 +569,7 @@ BAD_CALLS = {
     "integers": (lambda x, w, v: affine_add_relu(x.long(), (None, v, v)), "expected a floating-point input"),
     "mean": (lambda x, w, v: bn_affine(v, v[:3], None, None, 0.0), "expected mean and var of one shape"),
     "gamma": (lambda x, w, v: bn_affine(v, v, v[:3], None, 0.0), r"expected gamma of shape \(4,\), got \(3,\)"),
+    "beta": (lambda x, w, v: conv_norm(x, w, None, v, 0.0, None, 1, 2), r"expected beta of shape \(6,\), got \(4,\)"),
     "pool": (lambda x, w, v: affine_relu_max_pool(x[0], (None, v, v)), r"expected an input \(N, C, H, W\)"),
     "affine-shift": (lambda x, w, v: conv_affine(x, w, None, v, groups=2), r"expected shift of shape \(6,\)"),
 }

@@ -101,7 +101,7 @@ class OperatorFlops(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("training", "operators"),
-    [(True, {"_conv_stats", "_conv_stats_bwd"}), (False, {"_conv_affine"})],
+    [(True, {"_conv_norm", "_conv_stats_bwd"}), (False, {"_conv_affine"})],
     ids=["training", "inference"],
 )
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])

@@ -1,0 +1,226 @@
+"""The convolutions under fused.py: schemas, what runs, what a compiler sees, and derivatives; as in fused_ops.py."""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks, composed, dispatch, reference
+from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, vector_like
+from .operators import DIMS, Operator, if_wanted, or_empty, through_formula
+from .ops import dense, dense_weight, empty
+
+_PROLOGUE = "Tensor? center, Tensor? scale, Tensor? shift"
+CONV_STATS = Operator(
+    "_conv_stats", f"(Tensor x, {_PROLOGUE}, Tensor weight, {DIMS}, bool stats) -> (Tensor, Tensor, Tensor)"
+)
+CONV_NORM = Operator(
+    "_conv_norm",
+    f"(Tensor x, {_PROLOGUE}, Tensor weight, Tensor? gamma, Tensor? beta, float eps, {DIMS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+CONV_STATS_BWD = Operator(
+    "_conv_stats_bwd",
+    f"(Tensor dz, Tensor? z, Tensor? mean, Tensor? dmean, Tensor? dvar, Tensor x, {_PROLOGUE}, Tensor weight, {DIMS}, "
+    "bool[2] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+CONV_AFFINE = Operator(
+    "_conv_affine",
+    f"(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, {DIMS}) -> Tensor",
+)
+
+FORMULA = composed.Composed(reference)
+
+
+# --- what runs ---
+
+
+def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
+    stride = tuple(stride)
+    launchers = dispatch.fused_launchers("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    z, mean, var = launchers.conv_stats_fwd(
+        dense(x, channels_last),
+        affine_of(center, scale, shift),
+        dense_weight(weight),
+        stride,
+        groups,
+        channels_last,
+        stats,
+    )
+    if stats:
+        return z, mean, var
+    empty = x.new_empty(0, dtype=checks.vector_dtype(x.dtype))
+    return z, empty, torch.empty_like(empty)
+
+
+def _conv_norm(x, center, scale, shift, weight, gamma, beta, eps, stride, groups, channels_last):
+    z, mean, var = _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, True)
+    gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
+    return z, mean, var, *dispatch.vectors(mean.dtype, mean.device).bn_affine(mean, var, gamma, beta, eps)
+
+
+def _conv_stats_bwd(dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted):
+    stride = tuple(stride)
+    launchers = dispatch.fused_launchers(
+        "dgrad", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last
+    )
+    grad_prologue = None
+    if z is not None:
+        grad_prologue = (dense(z, channels_last), mean.contiguous(), dmean.contiguous(), dvar.contiguous())
+    results = launchers.conv_stats_bwd(
+        dense(dz, channels_last),
+        grad_prologue,
+        dense(x, channels_last),
+        affine_of(center, scale, shift),
+        dense_weight(weight),
+        stride,
+        groups,
+        channels_last,
+        tuple(wanted),
+    )
+    return or_empty(x, *results)
+
+
+def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
+    stride = tuple(stride)
+    launchers = dispatch.affine_launchers(
+        "fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last
+    )
+    return launchers.conv_affine(
+        dense(x, channels_last),
+        dense_weight(weight),
+        None if scale is None else scale.contiguous(),
+        None if shift is None else shift.contiguous(),
+        None if residual is None else dense(residual, channels_last),
+        relu,
+        stride,
+        groups,
+        channels_last,
+    )
+
+
+# --- what a compiler sees ---
+
+
+def _fake_conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
+    size = checks.output_size(x.shape[2:], stride)
+    z = empty(x, (x.shape[0], weight.shape[0], *size), channels_last)
+    channels = weight.shape[0] if stats else 0
+    return z, vector_like(x, channels), vector_like(x, channels)
+
+
+def _fake_conv_norm(x, center, scale, shift, weight, gamma, beta, eps, stride, groups, channels_last):
+    results = _fake_conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, True)
+    return *results, *(vector_like(x, weight.shape[0]) for _ in range(2))
+
+
+def _fake_conv_stats_bwd(
+    dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted
+):
+    dx = empty(x, x.shape, channels_last) if wanted[0] else x.new_empty(0)
+    dw = empty(weight, weight.shape, channels_last) if wanted[1] else x.new_empty(0)
+    if wanted[0] and scale is not None:
+        return dx, vector_like(x, x.shape[1]), vector_like(x, x.shape[1]), dw
+    return dx, x.new_empty(0), x.new_empty(0), dw
+
+
+def _fake_conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
+    return empty(x, (x.shape[0], weight.shape[0], *checks.output_size(x.shape[2:], stride)), channels_last)
+
+
+# --- derivatives ---
+
+
+def _gradients(ctx, dz, dmean, dvar, z, mean, x, center, scale, shift, weight):
+    """Of x, center, scale, shift and weight, from those of z and its statistics; z and mean None: these have none."""
+    needed = ctx.needs_input_grad[:5]
+    wants_dx, wants_dw = needed[0] or needed[2] or needed[3], needed[4]
+    dx, dscale, dshift, dw = CONV_STATS_BWD(
+        dz, z, mean, dmean, dvar, x, center, scale, shift, weight, *ctx.dims, (wants_dx, wants_dw)
+    )
+    return (
+        if_wanted(needed[0], dx),
+        None,
+        if_wanted(needed[2], dscale),
+        if_wanted(needed[3], dshift),
+        if_wanted(wants_dw, dw),
+    )
+
+
+class _ConvStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, center, scale, shift, weight, *rest):
+        z, mean, var = CONV_STATS.below_autograd(ctx, x, center, scale, shift, weight, *rest)
+        *ctx.dims, ctx.stats = rest
+        ctx.set_materialize_grads(False)
+        if ctx.stats:
+            ctx.save_for_backward(x, center, scale, shift, weight, z, mean)
+        else:
+            ctx.mark_non_differentiable(mean, var)
+            ctx.save_for_backward(x, center, scale, shift, weight, None, None)
+        return z, mean, var
+
+    @staticmethod
+    def backward(ctx, dz, dmean, dvar):
+        *operands, z, mean = ctx.saved_tensors
+        unneeded = (None,) * (len(ctx.dims) + 1)
+        if torch.is_grad_enabled():
+            stride, groups, channels_last = ctx.dims
+
+            def formula(x, center, scale, shift, weight):
+                prologue = None if scale is None else (center, scale, shift)
+                return FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, ctx.stats)
+
+            return *through_formula(formula, operands, (dz, dmean, dvar), ctx.needs_input_grad[:5]), *unneeded
+        if dmean is None and dvar is None:
+            z = mean = None
+            if dz is None:
+                return (None,) * 5 + unneeded
+        else:
+            dz = torch.zeros_like(z) if dz is None else dz
+            dmean, dvar = (torch.zeros_like(mean) if d is None else d for d in (dmean, dvar))
+        return *_gradients(ctx, dz, dmean, dvar, z, mean, *operands), *unneeded
+
+
+class _ConvNorm(torch.autograd.Function):
+    """`_ConvStats` and `_BnAffine`; the statistics are results that nothing depends on but through the affine."""
+
+    @staticmethod
+    def forward(ctx, x, center, scale, shift, weight, gamma, beta, eps, *dims):
+        results = CONV_NORM.below_autograd(ctx, x, center, scale, shift, weight, gamma, beta, eps, *dims)
+        z, mean, var, _, _ = results
+        ctx.eps, ctx.dims = eps, dims
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(x, center, scale, shift, weight, gamma, beta, z, mean, var)
+        return results
+
+    @staticmethod
+    def backward(ctx, dz, _mean, _var, dnew_scale, dnew_shift):
+        x, center, scale, shift, weight, gamma, beta, z, mean, var = ctx.saved_tensors
+        operands = (x, center, scale, shift, weight)
+        needed = ctx.needs_input_grad[:7]
+        unneeded = (None,) * (1 + len(ctx.dims))
+        if torch.is_grad_enabled():
+            stride, groups, channels_last = ctx.dims
+
+            def formula(x, center, scale, shift, weight, gamma, beta):
+                prologue = None if scale is None else (center, scale, shift)
+                z, mean, var = FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, True)
+                return z, *bn_affine_formula(mean, var, gamma, beta, ctx.eps)
+
+            tensors = (*operands, gamma, beta)
+            return *through_formula(formula, tensors, (dz, dnew_scale, dnew_shift), needed), *unneeded
+        if dnew_scale is None and dnew_shift is None:
+            if dz is None:
+                return (None,) * 7 + unneeded
+            return *_gradients(ctx, dz, None, None, None, None, *operands), None, None, *unneeded
+        dz = torch.zeros_like(z) if dz is None else dz
+        dnew_scale, dnew_shift = (torch.zeros_like(mean) if d is None else d for d in (dnew_scale, dnew_shift))
+        dmean, dvar, dgamma, dbeta = bn_affine_gradients(dnew_scale, dnew_shift, var, gamma, beta, ctx.eps, needed[5:])
+        return *_gradients(ctx, dz, dmean, dvar, z, mean, *operands), dgamma, dbeta, *unneeded
+
+
+CONV_STATS.register(_conv_stats, _fake_conv_stats, _ConvStats)
+CONV_NORM.register(_conv_norm, _fake_conv_norm, _ConvNorm)
+CONV_STATS_BWD.register(_conv_stats_bwd, _fake_conv_stats_bwd)
+CONV_AFFINE.register(_conv_affine, _fake_conv_affine)
