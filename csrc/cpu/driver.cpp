@@ -1,20 +1,75 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 namespace resnext::cpu {
 
-void Free::operator()(float* data) const { std::free(data); }
+namespace {
+
+// Buffers that a thread has no use for at present, the smallest first. Under the address sanitizer there are none: each
+// use has memory of its own, with known ends.
+class Kept {
+ public:
+  ~Kept() {
+    for (const Slot& slot : slots_) std::free(slot.data);
+  }
+
+  // The smallest of at least `count` floats, or null.
+  Buffer take(int64_t count) {
+    for (Slot& slot : slots_) {
+      if (slot.count < count) continue;
+      const Slot found = std::exchange(slot, Slot{});
+      sort();
+      return Buffer(found.data, Release{found.count});
+    }
+    return nullptr;
+  }
+
+  void give(float* data, int64_t count) {
+#ifndef __SANITIZE_ADDRESS__
+    if (count <= kMost) {
+      std::swap(data, slots_[0].data);
+      std::swap(count, slots_[0].count);
+      sort();
+    }
+#endif
+    std::free(data);
+  }
+
+ private:
+  static constexpr int64_t kMost = 4 << 20;  // 16 MiB: the largest weights of ResNet-50, packed
+
+  struct Slot {
+    float* data = nullptr;
+    int64_t count = 0;
+  };
+
+  void sort() {
+    std::sort(slots_.begin(), slots_.end(), [](const Slot& a, const Slot& b) { return a.count < b.count; });
+  }
+
+  std::array<Slot, 3> slots_;  // as many as one call uses at once
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+void Release::operator()(float* data) const { kept.give(data, count); }
 
 Buffer allocate(int64_t count) {
-  constexpr int64_t kAlignment = 64;  // a cache line, and the widest vector
-  const int64_t bytes = round_up(count * size_of(Dtype::kFloat32), kAlignment);
+  constexpr int64_t kAlignment = 64;  // bytes: a cache line, and the widest vector
+  if (Buffer buffer = kept.take(std::max<int64_t>(count, 1))) return buffer;
+  count = round_up(std::max<int64_t>(count, 1), kAlignment / size_of(Dtype::kFloat32));
   void* data = nullptr;
-  if (posix_memalign(&data, kAlignment, std::max(bytes, kAlignment)) != 0) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(data));
+  const auto bytes = static_cast<size_t>(count * size_of(Dtype::kFloat32));
+  if (posix_memalign(&data, kAlignment, bytes) != 0) throw std::bad_alloc();
+  return Buffer(static_cast<float*>(data), Release{count});
 }
 
 Buffer allocate_zeros(int64_t count) {
@@ -37,7 +92,7 @@ Dtype dtype_of(const Tensor& tensor) {
 }
 
 Image image_of(const Tensor& tensor, bool channels_last) {
-  return {tensor.data_ptr(), dtype_of(tensor), channels_last,  tensor.size(0),
+  return {tensor.data_ptr(), dtype_of(tensor), channels_last, tensor.size(0),
           tensor.size(1),    tensor.size(2),   tensor.size(3)};
 }
 

@@ -14,11 +14,14 @@
 
 namespace resnext::cpu {
 
-struct Free {
+struct Release {
+  int64_t count = 0;
   void operator()(float* data) const;
 };
-using Buffer = std::unique_ptr<float, Free>;
+using Buffer = std::unique_ptr<float, Release>;
 
+// Scratch memory. Each thread keeps a few buffers for its next calls: the system would take large ones back, and give
+// their pages anew, cleared, every time.
 Buffer allocate(int64_t count);
 Buffer allocate_zeros(int64_t count);
 
