@@ -3,6 +3,8 @@
 Checks, the choice of a backend and PyTorch's dispatcher cost tens of microseconds, as long as small convolutions take.
 A call that was right once, and in which PyTorch has no part (no gradient to record, no transform, mode, tracer or
 autocast), goes straight to what served it then. Everything that decides about that is in its key.
+
+Operators (operators.py) ask `attention` what has a part in a call of theirs; autograd and autocast may.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ from torch.autograd import forward_ad
 from . import dispatch
 
 _MOST = 10_000  # images of every size
-_PLAIN = (Tensor, nn.Parameter)
+_TYPES = (Tensor, nn.Parameter)
 _NUMBERS = (int, bool, float)
-_STRIDED = torch.strided
 # Looked up once: beside a convolution's data nothing of Python stays in the caches, and each step costs a microsecond.
 _is_compiling = torch.compiler.is_dynamo_compiling  # other compilers have modes
 _is_grad_enabled = torch.is_grad_enabled
@@ -30,7 +31,23 @@ _transforms = torch._C._are_functorch_transforms_active
 _autocast = torch._C._is_any_autocast_enabled
 _traced = torch._C._get_tracing_state
 _profiled = torch._C._autograd._profiler_enabled
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # also one that has outlived its transform
+_keys_of = torch._C._dispatch_keys
+
+
+def _plain_keys() -> set[int]:
+    """The dispatch keys of plain tensors, and of those made in inference mode."""
+    found = set()
+    for device in ("CPU", "CUDA"):
+        keys = [device, f"Autocast{device}", f"Autograd{device}", "ADInplaceOrView"]
+        for names in (keys, keys[:2]):
+            keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+            for name in names[1:]:
+                keyset = keyset.add(getattr(torch._C.DispatchKey, name))
+            found.add(keyset.raw_repr())
+    return found
+
+
+_PLAIN = _plain_keys()
 _serves: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}
 
 
@@ -46,7 +63,7 @@ def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif type(tensor) not in _PLAIN or (recording and tensor.requires_grad) or tensor.is_neg() or _wrapped(tensor):
+        elif not _is_plain(tensor) or (recording and tensor.requires_grad):
             return None
         else:
             key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
@@ -92,17 +109,25 @@ def attention(args: tuple[Any, ...]) -> Attention:
     found = _NONE
     for arg in args:
         kind = type(arg)
-        if kind in _PLAIN:
-            if arg.is_neg() or _wrapped(arg) or arg.layout is not _STRIDED or not (arg.is_cpu or arg.is_cuda):
-                return _FULL
-            if recording and arg.requires_grad:
-                found = _GRADIENT
-        elif kind is tuple:
+        if arg is None or kind in _NUMBERS:
+            continue
+        if kind is tuple:
             if any(type(each) not in _NUMBERS for each in arg):
                 return _FULL
-        elif arg is not None and kind not in _NUMBERS:
+        elif not _is_plain(arg):
             return _FULL
+        elif recording and arg.requires_grad:
+            found = _GRADIENT
     return found
+
+
+def _is_plain(arg: Any) -> bool:
+    """Whether ``arg`` is a dense tensor with memory of its own on a CPU or a CUDA GPU, and no more than that.
+
+    What only the dispatcher looks at is none: lazily negated tensors, zeros without memory, the wrappers of transforms
+    (also those that have outlived them), of batched gradients and of compilers.
+    """
+    return type(arg) in _TYPES and _keys_of(arg).raw_repr() in _PLAIN
 
 
 def _attended() -> bool:

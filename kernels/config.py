@@ -67,6 +67,13 @@ class ConvProblem:
         """Width of the convolution's output."""
         return (self.width - 1) // self.stride[1] + 1
 
+    @property
+    def result_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W) of what a forward pass or an input gradient computes."""
+        if self.op == "dgrad":
+            return self.batch, self.in_channels, self.height, self.width
+        return self.batch, self.out_channels, self.out_height, self.out_width
+
 
 def problem_of(
     op: str,

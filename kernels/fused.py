@@ -121,7 +121,7 @@ def conv_norm(
     x, weight = checks.autocast(x, weight)
     dims = check_conv(name, x, weight, stride, groups)
     center, scale, shift = check_affine(name, x, affine)
-    check_parameters(name, gamma, beta, (weight.shape[0],))
+    check_parameters(name, gamma, beta, (weight.shape[0],), x.device)
     if transformed():
         z, mean, var = conv_stats(x, weight, affine, stride, groups)
         return z, mean.detach(), var.detach(), bn_affine(mean, var, gamma, beta, eps)  # type: ignore[arg-type, union-attr]
@@ -280,12 +280,12 @@ def bn_affine(mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | No
     Raises:
         ValueError: If shapes or dtypes do not fit.
     """
-    if mean.dim() != 1 or mean.shape != var.shape or mean.dtype != var.dtype:
+    if mean.dim() != 1 or mean.shape != var.shape or mean.dtype != var.dtype or mean.device != var.device:
         raise ValueError(
-            f"bn_affine: expected mean and var of one shape (C,) and one dtype, got {tuple(mean.shape)} {mean.dtype} "
-            f"and {tuple(var.shape)} {var.dtype}"
+            f"bn_affine: expected mean and var of one shape (C,), one dtype and one device, got {tuple(mean.shape)} "
+            f"{mean.dtype} on {mean.device} and {tuple(var.shape)} {var.dtype} on {var.device}"
         )
-    check_parameters("bn_affine", gamma, beta, mean.shape)
+    check_parameters("bn_affine", gamma, beta, mean.shape, mean.device)
     center = mean.detach()
     if transformed():
         return center, *fused_ops.bn_affine_formula(mean, var, gamma, beta, eps)

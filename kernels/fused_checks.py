@@ -110,11 +110,19 @@ def check_vector(
         )
 
 
-def check_parameters(name: str, gamma: Tensor | None, beta: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse a batch norm's parameters that are not one value per channel."""
+def check_parameters(
+    name: str, gamma: Tensor | None, beta: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Refuse a batch norm's parameters that are not one value per channel, or elsewhere."""
     for parameter_name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None and parameter.shape != shape:
+        if parameter is None:
+            continue
+        if parameter.shape != shape:
             raise ValueError(f"{name}: expected {parameter_name} of shape {tuple(shape)}, got {tuple(parameter.shape)}")
+        if parameter.device != device:
+            raise ValueError(
+                f"{name}: expected {parameter_name} on {device}, got {parameter.device}; move it with .to(device)"
+            )
 
 
 def as_taken(x, weight, scale, shift, residual, shape, channels_last) -> bool:

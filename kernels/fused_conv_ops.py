@@ -190,8 +190,12 @@ class _ConvNorm(torch.autograd.Function):
         z, mean, var, _, _ = results
         ctx.eps, ctx.dims = eps, dims
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, center, scale, shift, weight, gamma, beta, z, mean, var)
+        if any(ctx.needs_input_grad[:5]):
+            ctx.mark_non_differentiable(mean, var)
+            ctx.save_for_backward(x, center, scale, shift, weight, gamma, beta, z, mean, var)
+        else:  # a convolution that is not trained, of an input that needs no gradient
+            ctx.mark_non_differentiable(z, mean, var)
+            ctx.save_for_backward(None, None, None, None, None, gamma, beta, None, mean, var)
         return results
 
     @staticmethod
@@ -204,9 +208,11 @@ class _ConvNorm(torch.autograd.Function):
             stride, groups, channels_last = ctx.dims
 
             def formula(x, center, scale, shift, weight, gamma, beta):
+                if x is None:
+                    return None, *bn_affine_formula(mean, var, gamma, beta, ctx.eps)
                 prologue = None if scale is None else (center, scale, shift)
-                z, mean, var = FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, True)
-                return z, *bn_affine_formula(mean, var, gamma, beta, ctx.eps)
+                z, new_mean, new_var = FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, True)
+                return z, *bn_affine_formula(new_mean, new_var, gamma, beta, ctx.eps)
 
             tensors = (*operands, gamma, beta)
             return *through_formula(formula, tensors, (dz, dnew_scale, dnew_shift), needed), *unneeded
@@ -214,9 +220,11 @@ class _ConvNorm(torch.autograd.Function):
             if dz is None:
                 return (None,) * 7 + unneeded
             return *_gradients(ctx, dz, None, None, None, None, *operands), None, None, *unneeded
-        dz = torch.zeros_like(z) if dz is None else dz
         dnew_scale, dnew_shift = (torch.zeros_like(mean) if d is None else d for d in (dnew_scale, dnew_shift))
         dmean, dvar, dgamma, dbeta = bn_affine_gradients(dnew_scale, dnew_shift, var, gamma, beta, ctx.eps, needed[5:])
+        if z is None:
+            return *(None,) * 5, dgamma, dbeta, *unneeded
+        dz = torch.zeros_like(z) if dz is None else dz
         return *_gradients(ctx, dz, dmean, dvar, z, mean, *operands), dgamma, dbeta, *unneeded
 
 

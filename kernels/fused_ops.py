@@ -245,7 +245,7 @@ class _AffineAddRelu(torch.autograd.Function):
         out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = ctx.saved_tensors
         needed = ctx.needs_input_grad[:8]
         if torch.is_grad_enabled():
-            return *_add_reluthrough_formula(ctx, dout, needed), None, None
+            return *_add_relu_through_formula(ctx, dout, needed), None, None
         wants_vectors = any(needed[i] for i in (2, 3, 6, 7))
         dz, dresidual, dscale, dshift, dresidual_scale = AFFINE_ADD_RELU_BWD(
             dout,
@@ -267,7 +267,7 @@ class _AffineAddRelu(torch.autograd.Function):
         return *(if_wanted(n, g) for n, g in zip(needed, gradients, strict=True)), None, None
 
 
-def _add_reluthrough_formula(ctx, dout, needed):
+def _add_relu_through_formula(ctx, dout, needed):
     """Differentiable gradients; where a plain residual was not kept, only the ReLU's mask depends on it."""
     out, *tensors = ctx.saved_tensors
     z, center, scale, shift, residual, residual_center, residual_scale, residual_shift = tensors

@@ -20,7 +20,7 @@ grouped_conv_plan.py; what they compute besides, on load and on store: grouped_c
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from .config import Affine, Config, ConvProblem, TapsConfig, choose_config, problem_of
 from .grouped_conv_plan import fusion_of, is_crowded, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
-from .launch import Launch, empty, nhwc, num_sms, to_layout
+from .launch import Prepared, empty, nhwc, num_sms, to_layout
 from .statistics import merge_partials, sum_partials
 from .tuning import lookup, tf32_allowed
 
@@ -314,38 +314,18 @@ def _correlate(
     return partials.sum(0).to(x.dtype, memory_format=layout)
 
 
-class _Prepared(NamedTuple):
-    """What calls have in common whose tensors have the same shapes and dtypes.
-
-    Attributes:
-        config: Launch settings.
-        launch: The launch.
-        shape: Of the result; of partial sums for a weight gradient.
-        rows: Of partials, for any but a weight gradient.
-    """
-
-    config: Config
-    launch: Launch
-    shape: tuple[int, ...]
-    rows: int
-
-
 @functools.lru_cache(maxsize=4096)
 def _prepare(
     names: tuple[str, ...], config: Config | None, allow_tf32: bool, relu: bool, taps_outside: bool, *place: Any
-) -> _Prepared:
+) -> Prepared:
     """``names``: the optional arguments that there are tensors for; ``place``: as of `problem_of`."""
     problem, fused = problem_of(*place), frozenset(names)
     if config is None:
         config = _default_config(problem, place[6], allow_tf32, fused)
     launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu, taps_outside=taps_outside)
     if problem.op == "wgrad":
-        return _Prepared(config, launch, (config.splits, problem.out_channels, problem.group_in, 3, 3), 0)
-    if problem.op == "dgrad":
-        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
-    else:
-        shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
-    return _Prepared(config, launch, shape, partial_rows(problem, config, launch))
+        return Prepared(config, launch, (config.splits, problem.out_channels, problem.group_in, 3, 3), 0)
+    return Prepared(config, launch, problem.result_shape, partial_rows(problem, config, launch))
 
 
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, fused: frozenset[str]) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -98,6 +98,22 @@ class Launch:
             return tensor
         columns = tensor.shape[1]
         return TensorDescriptor(tensor, [tensor.numel() // columns, columns], [columns, 1], list(self.blocks[name]))
+
+
+class Prepared(NamedTuple):
+    """What convolutions have in common whose tensors have the same shapes, layouts and dtypes.
+
+    Attributes:
+        config: Launch settings.
+        launch: The launch.
+        shape: Of the result; of partial sums for a weight gradient.
+        rows: Of the partials that programs leave for sums over all pixels; 0 for a weight gradient.
+    """
+
+    config: Any
+    launch: Launch
+    shape: tuple[int, ...]
+    rows: int
 
 
 def options(config: Config | PointwiseConfig) -> dict[str, Any]:

@@ -315,7 +315,7 @@ class _Fwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *dims):
         y = _FWD.below_autograd(ctx, x, weight, bias, *dims)
-        ctx.dims, ctx.input_size, ctx.output_shape = dims, x.shape[2:], y.shape
+        ctx.dims, ctx.input_size, ctx.output_shape = dims, tuple(x.shape[2:]), y.shape
         _save(ctx, x, weight)
         return y
 
@@ -366,7 +366,7 @@ class _Dgrad(torch.autograd.Function):
 class _Wgrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, x, *dims):
-        ctx.dims, ctx.input_size = dims, x.shape[2:]
+        ctx.dims, ctx.input_size = dims, tuple(x.shape[2:])
         _save(ctx, grad, x)
         return _WGRAD.below_autograd(ctx, grad, x, *dims)
 

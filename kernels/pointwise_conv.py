@@ -17,14 +17,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config, problem_of
-from .launch import Launch, empty, nhwc, num_sms, options, precision, to_layout
+from .launch import Launch, Prepared, empty, nhwc, num_sms, options, precision, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
@@ -296,7 +296,7 @@ def _launch(
     partials = None
     if sums:
         channels = prepared.shape[1]
-        partials = torch.empty(prepared.blocks, sums, channels, dtype=torch.float32, device=x.device)
+        partials = torch.empty(prepared.rows, sums, channels, dtype=torch.float32, device=x.device)
         tensors["partials_ptr"] = partials
     launch = prepared.launch
     if not launch.takes(**tensors):
@@ -306,41 +306,20 @@ def _launch(
     return made, partials
 
 
-class _Prepared(NamedTuple):
-    """What calls have in common whose tensors have the same shapes and dtypes.
-
-    Attributes:
-        config: Launch settings.
-        launch: The launch.
-        shape: Of the result; of partial sums for a weight gradient.
-        blocks: Of pixels.
-    """
-
-    config: PointwiseConfig
-    launch: Launch
-    shape: tuple[int, ...]
-    blocks: int
-
-
 @functools.lru_cache(maxsize=4096)
 def _prepare(
     names: tuple[str, ...], config: PointwiseConfig | None, allow_tf32: bool, affine: bool, relu: bool, *place: Any
-) -> _Prepared:
+) -> Prepared:
     """``names``: the arguments that there are tensors for; ``place``: as of `problem_of`."""
     problem = problem_of(*place)
     if config is None:
         config = _default_config(problem, place[6], allow_tf32, affine)
     fused = frozenset(names).intersection(_OPTIONAL[problem.op])
     launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
-    blocks = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
-    shape: tuple[int, ...]
     if problem.op == "wgrad":
-        shape = (config.splits, problem.out_channels, problem.in_channels, 1, 1)
-    elif problem.op == "dgrad":
-        shape = (problem.batch, problem.in_channels, problem.height, problem.width)
-    else:
-        shape = (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
-    return _Prepared(config, launch, shape, blocks)
+        return Prepared(config, launch, (config.splits, problem.out_channels, problem.in_channels, 1, 1), 0)
+    rows = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
+    return Prepared(config, launch, problem.result_shape, rows)
 
 
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, affine: bool) -> PointwiseConfig:

@@ -12,7 +12,6 @@ a Pairwise Algorithm for Computing Sample Variances" (1979), equation 2.1.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -126,39 +125,37 @@ def update_running_statistics(updates: Sequence[Update]) -> None:
     The running variance is the unbiased one. A ``momentum`` of None means the cumulative average of all steps, and
     its factor stays on the device.
     """
-    right = [(bn, of) for bn, of in updates if of is not None and bn.training and bn.track_running_stats]
-    if len({id(bn) for bn, _ in right}) == len(right) and all(itertools.starmap(_is_usual, right)):
-        _update_together(right)
-        return
-    for bn, statistics in right:  # a batch norm may come twice
-        _update(bn, statistics)
+    updates = [(bn, of) for bn, of in updates if of is not None and bn.training and bn.track_running_stats]
+    if not _update_together(updates):  # type: ignore[arg-type]
+        for bn, statistics in updates:
+            _update(bn, statistics)  # type: ignore[arg-type]
 
 
-def _is_usual(bn: BatchNorm, statistics: Statistics) -> bool:
-    if type(bn.momentum) is not float or type(statistics.number) is not int or held(bn, "num_batches_tracked") is None:
-        return False
-    running = held(bn, "running_mean"), held(bn, "running_var")
-    return all(buffer is not None and buffer.dtype == statistics.mean.dtype for buffer in running)
-
-
-def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> None:
-    """Four operators for all buffers instead of five for those of each batch norm."""
-    if not updates:
-        return
+def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> bool:
+    """Update all buffers by four operators instead of five for each batch norm; False where something is unusual."""
     counters: list[Tensor] = []
     buffers: list[Tensor] = []
     kept: list[float] = []
     values: list[Tensor] = []
     factors: list[float] = []
     for bn, (mean, var, number) in updates:
+        if type(bn.momentum) is not float or type(number) is not int:
+            return False
         counters.append(held(bn, "num_batches_tracked"))
         buffers += (held(bn, "running_mean"), held(bn, "running_var"))
         kept += (1 - bn.momentum, 1 - bn.momentum)
         values += (mean, var)
         factors += (bn.momentum, bn.momentum * (number / (number - 1)))
-    torch._foreach_add_(counters, 1)
-    torch._foreach_mul_(buffers, kept)
-    torch._foreach_add_(buffers, torch._foreach_mul(values, factors))  # type: ignore[arg-type]
+    held_by_one = {id(each) for each in (*counters, *buffers) if each is not None}
+    if len(held_by_one) < 3 * len(updates):
+        return False
+    if any(buffer.dtype != value.dtype for buffer, value in zip(buffers, values, strict=True)):
+        return False
+    if updates:
+        torch._foreach_add_(counters, 1)
+        torch._foreach_mul_(buffers, kept)
+        torch._foreach_add_(buffers, torch._foreach_mul(values, factors))  # type: ignore[arg-type]
+    return True
 
 
 def _update(bn: BatchNorm, statistics: Statistics) -> None:

@@ -313,6 +313,7 @@ def _block_end(
         return add(z, affine, *shortcut), statistics
 
     if recompute and torch.is_grad_enabled():
+        _update(updates)
         out, statistics = checkpoint(end, *operands, use_reentrant=False, preserve_rng_state=False)
         updates.append((bn, statistics))  # not in `end`, which runs twice
         _update(updates)

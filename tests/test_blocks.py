@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from resnext import fusion
 from resnext.kernels import conv_norm
@@ -158,6 +159,30 @@ def test_checkpoint_without_counter():
         state = {name: value for name, value in block.state_dict().items() if "num_batches" not in name}
         block.load_state_dict(state)
     assert_same_results(ours, plain, IDENTITY.images(), torch.float64, protocol=train_and_evaluate)
+
+
+def test_norms_that_share_their_statistics():
+    """Buffers that two norms update, one after the other."""
+    ours, plain = IDENTITY.pair()
+    for block in (ours, plain):
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(block.bn2, name, getattr(block.bn1, name))
+        block.train()(IDENTITY.images())
+    assert ours.bn1.num_batches_tracked == plain.bn1.num_batches_tracked == 2
+    torch.testing.assert_close(ours.bn1.running_mean, plain.bn1.running_mean)
+    torch.testing.assert_close(ours.bn1.running_var, plain.bn1.running_var)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_running_statistics_within_a_checkpoint(recompute):
+    """Both runs of the block update them; the second one ends where backward has what it needs."""
+    ours, plain = IDENTITY.pair(recompute=recompute)
+    x = IDENTITY.images().requires_grad_()
+    for block in (ours, plain):
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert ours.bn1.num_batches_tracked == plain.bn1.num_batches_tracked == 2
+    assert ours.bn2.num_batches_tracked == plain.bn2.num_batches_tracked == 2
+    torch.testing.assert_close(ours.bn2.running_var, plain.bn2.running_var)
 
 
 # --- dtypes ---

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnext.blocks import Bottleneck
 from resnext.kernels import (
     BackendError,
     calls,
@@ -71,6 +72,67 @@ def test_a_lazily_negated_tensor_is_not_remembered():
     assert x.is_neg()
     fwd(x.clone())
     assert torch.equal(fwd(x), fwd(-X))
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """The names of this library's operators that are called by way of PyTorch, in order."""
+    names = []
+    call = torch._ops.OpOverload.__call__
+
+    def counted(self, *args, **kwargs):
+        if self.namespace == "resnext":
+            names.append(self._opname)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", counted)
+    return names
+
+
+def plain_step():
+    grouped_conv2d(X.requires_grad_(), nn.Parameter(W), groups=4).sum().backward()
+    X.requires_grad_(False).grad = None
+
+
+def block_step():
+    block = Bottleneck(16, 4, groups=2).train()
+    block(torch.randn(2, 16, 5, 6, requires_grad=True)).sum().backward()
+
+
+STEPS = {"plain": plain_step, "block": block_step, "inference": torch.no_grad()(lambda: conv_stats(X, W, None, 1, 4))}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_autograd_alone_needs_no_dispatcher(step, dispatched):
+    step()
+    assert dispatched == []
+    with torch.autocast("cpu", torch.bfloat16):
+        step()
+    assert dispatched == []
+    with FlopCounterMode(display=False):
+        step()
+    assert dispatched
+
+
+@pytest.mark.parametrize("function", ["grouped_conv2d", "conv_stats", "block"])
+def test_batched_gradients(function):
+    """Reverse mode over a batch of gradients, whose tensors look plain and have no memory."""
+    block = Bottleneck(8, 2, groups=2).eval()
+    functions = {
+        "grouped_conv2d": lambda x: grouped_conv2d(x, W, groups=4),
+        "conv_stats": lambda x: conv_stats(x, W, None, 1, 4)[0],
+        "block": block,
+    }
+    x = X[:1, :, :2, :2].clone()
+    jacobians = [torch.autograd.functional.jacobian(functions[function], x, vectorize=v) for v in (True, False)]
+    torch.testing.assert_close(*jacobians)
+
+
+def test_zeros_without_memory():
+    zeros = torch._efficientzerotensor(tuple(X.shape))
+    fwd(X)
+    assert not fwd(zeros).any()
+    assert not conv_stats(zeros, nn.Parameter(W), None, 1, 4)[0].any()
 
 
 def test_a_tensor_that_has_outlived_its_transform():

@@ -207,6 +207,21 @@ def test_conv_norm_is_both_in_one(dtype, parameters, used):
             assert torch.equal(a, b)
 
 
+def test_conv_norm_of_a_frozen_convolution():
+    """Where only batch norm is trained, nothing of the convolution is kept, and z has no gradient."""
+    held, gamma, shapes = tensors(torch.float32, requires_grad=False), torch.ones(6, requires_grad=True), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t)
+    gradients = []
+    for function in (conv_norm, in_two):
+        with hooks:
+            z, _, _, (_, scale, _) = function(held["x"], held["weight"], gamma, gamma, 1e-5, None, (2, 1), 2)
+        assert not z.requires_grad
+        assert set(shapes) == {(6,)}
+        first = torch.autograd.grad(scale.square().sum(), gamma, create_graph=True)
+        gradients.append((*first, *torch.autograd.grad(first[0].sum(), gamma)))
+    torch.testing.assert_close(*gradients)
+
+
 def test_gradcheck_of_conv_norm():
     """Of the batch norm that the affine is: the mean's gradient comes by way of the shift."""
 
@@ -569,6 +584,7 @@ BAD_CALLS = {
     "integers": (lambda x, w, v: affine_add_relu(x.long(), (None, v, v)), "expected a floating-point input"),
     "mean": (lambda x, w, v: bn_affine(v, v[:3], None, None, 0.0), "expected mean and var of one shape"),
     "gamma": (lambda x, w, v: bn_affine(v, v, v[:3], None, 0.0), r"expected gamma of shape \(4,\), got \(3,\)"),
+    "gamma-device": (lambda x, w, v: bn_affine(v, v, v.to("meta"), None, 0.0), "expected gamma on cpu, got meta"),
     "beta": (lambda x, w, v: conv_norm(x, w, None, v, 0.0, None, 1, 2), r"expected beta of shape \(6,\), got \(4,\)"),
     "pool": (lambda x, w, v: affine_relu_max_pool(x[0], (None, v, v)), r"expected an input \(N, C, H, W\)"),
     "affine-shift": (lambda x, w, v: conv_affine(x, w, None, v, groups=2), r"expected shift of shape \(6,\)"),

@@ -11,8 +11,16 @@ namespace resnext::cpu {
 
 namespace {
 
-// Buffers that a thread has no use for at present, the smallest first. Under the address sanitizer there are none: each
-// use has memory of its own, with known ends.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeeps = false;
+#elif defined(__has_feature)
+constexpr bool kKeeps = !__has_feature(address_sanitizer);
+#else
+constexpr bool kKeeps = true;
+#endif
+
+// Large buffers that a thread has no use for at present, the smallest first; small ones are the allocator's. Under the
+// address sanitizer there are none: each use has memory of its own, with known ends.
 class Kept {
  public:
   ~Kept() {
@@ -21,9 +29,11 @@ class Kept {
 
   // The smallest of at least `count` floats, or null.
   Buffer take(int64_t count) {
+    if (count < kLeast) return nullptr;
     for (Slot& slot : slots_) {
       if (slot.count < count) continue;
       const Slot found = std::exchange(slot, Slot{});
+      total_ -= found.count;
       sort();
       return Buffer(found.data, Release{found.count});
     }
@@ -31,18 +41,24 @@ class Kept {
   }
 
   void give(float* data, int64_t count) {
-#ifndef __SANITIZE_ADDRESS__
-    if (count <= kMost) {
+    if (kKeeps && count >= kLeast && count > slots_[0].count) {
+      total_ += count - slots_[0].count;
       std::swap(data, slots_[0].data);
-      std::swap(count, slots_[0].count);
+      slots_[0].count = count;
+      sort();
+      for (Slot& slot : slots_) {
+        if (total_ <= kMost) break;
+        total_ -= slot.count;
+        std::free(std::exchange(slot, Slot{}).data);
+      }
       sort();
     }
-#endif
     std::free(data);
   }
 
  private:
-  static constexpr int64_t kMost = 4 << 20;  // 16 MiB: the largest weights of ResNet-50, packed
+  static constexpr int64_t kLeast = 16 << 10;  // 64 KiB
+  static constexpr int64_t kMost = 8 << 20;    // 32 MiB in all: the largest weights of ResNet-50, packed, are 16
 
   struct Slot {
     float* data = nullptr;
@@ -53,7 +69,8 @@ class Kept {
     std::sort(slots_.begin(), slots_.end(), [](const Slot& a, const Slot& b) { return a.count < b.count; });
   }
 
-  std::array<Slot, 3> slots_;  // as many as one call uses at once
+  std::array<Slot, 6> slots_;  // no call uses more at once
+  int64_t total_ = 0;
 };
 
 thread_local Kept kept;
@@ -64,7 +81,7 @@ void Release::operator()(float* data) const { kept.give(data, count); }
 
 Buffer allocate(int64_t count) {
   constexpr int64_t kAlignment = 64;  // bytes: a cache line, and the widest vector
-  if (Buffer buffer = kept.take(std::max<int64_t>(count, 1))) return buffer;
+  if (Buffer buffer = kept.take(count)) return buffer;
   count = round_up(std::max<int64_t>(count, 1), kAlignment / size_of(Dtype::kFloat32));
   void* data = nullptr;
   const auto bytes = static_cast<size_t>(count * size_of(Dtype::kFloat32));

@@ -20,8 +20,8 @@ struct Release {
 };
 using Buffer = std::unique_ptr<float, Release>;
 
-// Scratch memory. Each thread keeps a few buffers for its next calls: the system would take large ones back, and give
-// their pages anew, cleared, every time.
+// Scratch memory. Each thread keeps large buffers for its next calls, up to 32 MiB: the system would take them back,
+// and give their pages anew, cleared, every time.
 Buffer allocate(int64_t count);
 Buffer allocate_zeros(int64_t count);
 
