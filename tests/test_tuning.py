@@ -165,7 +165,10 @@ def test_narrow_blocks_of_merged_groups_are_refused(tmp_path):
         tuning.read(write(tmp_path, narrow), GPU)
 
 
-@pytest.mark.parametrize("changes", [{"stride": (2, 2)}, {"in_channels": 100}, {"op": "wgrad", "stride": (2, 2)}], ids=str)
+REFUSED = [{"stride": (2, 2)}, {"in_channels": 100}, {"op": "wgrad", "stride": (2, 2)}]
+
+
+@pytest.mark.parametrize("changes", REFUSED, ids=str)
 def test_tensor_descriptors_that_do_not_serve_are_refused(changes, tmp_path):
     with pytest.raises(ValueError, match="expected tensor descriptors where they serve the problem"):
         tuning.read(write(tmp_path, make_entry(DESCRIBED, fusion="stats", kernel_size=1, groups=1, **changes)), GPU)
