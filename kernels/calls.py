@@ -53,7 +53,7 @@ _serves: dict[Any, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}
 
 def key_of(op: str, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What a call's checks and dispatch depend on, or None where PyTorch may have a part in it."""
-    if _is_compiling() or _attended() or _autocast():
+    if _attended() or _autocast():
         return None
     for number in numbers:  # True and 1.0 are equal to 1, but PyTorch refuses them
         if type(number) is not int and not (isinstance(number, tuple) and all(type(each) is int for each in number)):
@@ -103,7 +103,7 @@ _NONE, _GRADIENT, _FULL = Attention
 
 def attention(args: tuple[Any, ...]) -> Attention:
     """What has a part in an operator's call. Arguments that PyTorch would have to make others of count too."""
-    if _is_compiling() or _attended():
+    if _attended():
         return _FULL
     recording = _is_grad_enabled()
     found = _NONE
@@ -133,7 +133,8 @@ def _is_plain(arg: Any) -> bool:
 def _attended() -> bool:
     """Whether anything of PyTorch's attends to operators, autocast and autograd aside."""
     return bool(
-        _dispatch_modes()
+        _is_compiling()
+        or _dispatch_modes()
         or _function_modes()
         or _transforms()
         or _traced()

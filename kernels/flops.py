@@ -39,13 +39,8 @@ def _backward_flops(grad_shape, x_shape, weight_shape, mask, out_shapes) -> int:
     return count(grad_shape, x_shape, weight_shape, *unused, False, None, None, mask, out_val=out_shapes)
 
 
-@flop_counter.register_flop_formula(torch.ops.resnext._conv_stats)
+@flop_counter.register_flop_formula([torch.ops.resnext._conv_stats, torch.ops.resnext._conv_norm])
 def _conv_stats_flops(x_shape, center, scale, shift, weight_shape, *_, out_shape, **__) -> int:
-    return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape[0])
-
-
-@flop_counter.register_flop_formula(torch.ops.resnext._conv_norm)
-def _conv_norm_flops(x_shape, center, scale, shift, weight_shape, *_, out_shape, **__) -> int:
     return flop_counter.conv_flop_count(x_shape, weight_shape, out_shape[0])
 
 

@@ -77,9 +77,8 @@ def conv_stats(
     dims = check_conv("conv_stats", x, weight, stride, groups)
     center, scale, shift = check_affine("conv_stats", x, affine)
     if transformed():
-        prologue = None if scale is None else (center, scale, shift)
         strides, groups, _ = dims
-        return fused_conv_ops.FORMULA.conv_stats_fwd(x, prologue, weight, strides, groups, False, stats)
+        return fused_conv_ops.conv_stats_formula(x, center, scale, shift, weight, strides, groups, False, stats)
     z, mean, var = fused_conv_ops.CONV_STATS(x, center, scale, shift, weight, *dims, stats)
     return (z, mean, var) if stats else (z, None, None)
 

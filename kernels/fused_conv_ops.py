@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import checks, composed, dispatch, reference
-from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, vector_like
+from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, compute_bn_affine, vector_like
 from .operators import DIMS, Operator, if_wanted, or_empty, through_formula
 from .ops import dense, dense_weight, empty
 
@@ -28,24 +28,23 @@ CONV_AFFINE = Operator(
     f"(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, bool relu, {DIMS}) -> Tensor",
 )
 
-FORMULA = composed.Composed(reference)
+_FORMULA = composed.Composed(reference)
 
 
 # --- what runs ---
 
 
-def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
+def _served(pass_, x, center, scale, shift, weight, stride, groups, channels_last):
+    """What serves a convolution with statistics, and the arguments that its passes share."""
     stride = tuple(stride)
-    launchers = dispatch.fused_launchers("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
-    z, mean, var = launchers.conv_stats_fwd(
-        dense(x, channels_last),
-        affine_of(center, scale, shift),
-        dense_weight(weight),
-        stride,
-        groups,
-        channels_last,
-        stats,
-    )
+    launchers = dispatch.fused_launchers(pass_, x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    operands = dense(x, channels_last), affine_of(center, scale, shift), dense_weight(weight)
+    return launchers, (*operands, stride, groups, channels_last)
+
+
+def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
+    launchers, arguments = _served("fwd", x, center, scale, shift, weight, stride, groups, channels_last)
+    z, mean, var = launchers.conv_stats_fwd(*arguments, stats)
     if stats:
         return z, mean, var
     empty = x.new_empty(0, dtype=checks.vector_dtype(x.dtype))
@@ -54,29 +53,15 @@ def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, 
 
 def _conv_norm(x, center, scale, shift, weight, gamma, beta, eps, stride, groups, channels_last):
     z, mean, var = _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, True)
-    gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
-    return z, mean, var, *dispatch.vectors(mean.dtype, mean.device).bn_affine(mean, var, gamma, beta, eps)
+    return z, mean, var, *compute_bn_affine(mean, var, gamma, beta, eps)
 
 
 def _conv_stats_bwd(dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted):
-    stride = tuple(stride)
-    launchers = dispatch.fused_launchers(
-        "dgrad", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last
-    )
+    launchers, arguments = _served("dgrad", x, center, scale, shift, weight, stride, groups, channels_last)
     grad_prologue = None
     if z is not None:
         grad_prologue = (dense(z, channels_last), mean.contiguous(), dmean.contiguous(), dvar.contiguous())
-    results = launchers.conv_stats_bwd(
-        dense(dz, channels_last),
-        grad_prologue,
-        dense(x, channels_last),
-        affine_of(center, scale, shift),
-        dense_weight(weight),
-        stride,
-        groups,
-        channels_last,
-        tuple(wanted),
-    )
+    results = launchers.conv_stats_bwd(dense(dz, channels_last), grad_prologue, *arguments, tuple(wanted))
     return or_empty(x, *results)
 
 
@@ -130,6 +115,16 @@ def _fake_conv_affine(x, weight, scale, shift, residual, relu, stride, groups, c
 # --- derivatives ---
 
 
+def conv_stats_formula(x, center, scale, shift, weight, *rest):
+    """What `CONV_STATS` computes, in plain PyTorch."""
+    prologue = None if scale is None else (center, scale, shift)
+    return _FORMULA.conv_stats_fwd(x, prologue, weight, *rest)
+
+
+def _or_zeros(like, *gradients):
+    return tuple(torch.zeros_like(like) if gradient is None else gradient for gradient in gradients)
+
+
 def _gradients(ctx, dz, dmean, dvar, z, mean, x, center, scale, shift, weight):
     """Of x, center, scale, shift and weight, from those of z and its statistics; z and mean None: these have none."""
     needed = ctx.needs_input_grad[:5]
@@ -164,11 +159,9 @@ class _ConvStats(torch.autograd.Function):
         *operands, z, mean = ctx.saved_tensors
         unneeded = (None,) * (len(ctx.dims) + 1)
         if torch.is_grad_enabled():
-            stride, groups, channels_last = ctx.dims
 
-            def formula(x, center, scale, shift, weight):
-                prologue = None if scale is None else (center, scale, shift)
-                return FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, ctx.stats)
+            def formula(*operands):
+                return conv_stats_formula(*operands, *ctx.dims, ctx.stats)
 
             return *through_formula(formula, operands, (dz, dmean, dvar), ctx.needs_input_grad[:5]), *unneeded
         if dmean is None and dvar is None:
@@ -176,8 +169,8 @@ class _ConvStats(torch.autograd.Function):
             if dz is None:
                 return (None,) * 5 + unneeded
         else:
-            dz = torch.zeros_like(z) if dz is None else dz
-            dmean, dvar = (torch.zeros_like(mean) if d is None else d for d in (dmean, dvar))
+            (dz,) = _or_zeros(z, dz)
+            dmean, dvar = _or_zeros(mean, dmean, dvar)
         return *_gradients(ctx, dz, dmean, dvar, z, mean, *operands), *unneeded
 
 
@@ -200,19 +193,17 @@ class _ConvNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, _mean, _var, dnew_scale, dnew_shift):
-        x, center, scale, shift, weight, gamma, beta, z, mean, var = ctx.saved_tensors
-        operands = (x, center, scale, shift, weight)
+        *operands, gamma, beta, z, mean, var = ctx.saved_tensors
         needed = ctx.needs_input_grad[:7]
         unneeded = (None,) * (1 + len(ctx.dims))
         if torch.is_grad_enabled():
-            stride, groups, channels_last = ctx.dims
 
-            def formula(x, center, scale, shift, weight, gamma, beta):
-                if x is None:
-                    return None, *bn_affine_formula(mean, var, gamma, beta, ctx.eps)
-                prologue = None if scale is None else (center, scale, shift)
-                z, new_mean, new_var = FORMULA.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, True)
-                return z, *bn_affine_formula(new_mean, new_var, gamma, beta, ctx.eps)
+            def formula(*tensors):
+                *operands, gamma, beta = tensors
+                results = (None, mean, var)
+                if z is not None:
+                    results = conv_stats_formula(*operands, *ctx.dims, True)
+                return results[0], *bn_affine_formula(*results[1:], gamma, beta, ctx.eps)
 
             tensors = (*operands, gamma, beta)
             return *through_formula(formula, tensors, (dz, dnew_scale, dnew_shift), needed), *unneeded
@@ -220,11 +211,11 @@ class _ConvNorm(torch.autograd.Function):
             if dz is None:
                 return (None,) * 7 + unneeded
             return *_gradients(ctx, dz, None, None, None, None, *operands), None, None, *unneeded
-        dnew_scale, dnew_shift = (torch.zeros_like(mean) if d is None else d for d in (dnew_scale, dnew_shift))
+        dnew_scale, dnew_shift = _or_zeros(mean, dnew_scale, dnew_shift)
         dmean, dvar, dgamma, dbeta = bn_affine_gradients(dnew_scale, dnew_shift, var, gamma, beta, ctx.eps, needed[5:])
         if z is None:
             return *(None,) * 5, dgamma, dbeta, *unneeded
-        dz = torch.zeros_like(z) if dz is None else dz
+        (dz,) = _or_zeros(z, dz)
         return *_gradients(ctx, dz, dmean, dvar, z, mean, *operands), dgamma, dbeta, *unneeded
 
 

@@ -51,7 +51,8 @@ def affine_of(center: Tensor | None, scale: Tensor | None, shift: Tensor | None)
     return None if center is None else center.contiguous(), scale.contiguous(), shift.contiguous()
 
 
-def _bn_affine(mean, var, gamma, beta, eps):
+def compute_bn_affine(mean, var, gamma, beta, eps):
+    """Scale and shift, by what serves such vectors."""
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     return dispatch.vectors(mean.dtype, mean.device).bn_affine(mean.contiguous(), var.contiguous(), gamma, beta, eps)
 
@@ -325,7 +326,7 @@ class _LaidOut(torch.autograd.Function):
         return gradient, None
 
 
-BN_AFFINE.register(_bn_affine, _fake_bn_affine, _BnAffine)
+BN_AFFINE.register(compute_bn_affine, _fake_bn_affine, _BnAffine)
 BN_AFFINE_BWD.register(_bn_affine_bwd, _fake_bn_affine_bwd)
 AFFINE_ADD_RELU.register(_affine_add_relu, _fake_affine_add_relu, _AffineAddRelu)
 AFFINE_ADD_RELU_BWD.register(_affine_add_relu_bwd, _fake_affine_add_relu_bwd)

@@ -286,9 +286,8 @@ def _convolve(
         allow_tf32 = tf32_allowed(src.dtype)
     prepared = _prepare(names, config, allow_tf32, relu, _taps_outside(weight), *place)
     dst = empty(src, prepared.shape)
-    partials = None
-    if sums:
-        partials = torch.empty(prepared.rows, sums, prepared.shape[1], dtype=torch.float32, device=src.device)
+    partials = prepared.partials(sums, src)
+    if partials is not None:
         tensors["partials_ptr"] = partials
     weight = _arrange_weight(weight, prepared.config)
     prepared.launch(src_ptr=nhwc(src), weight_ptr=weight, dst_ptr=dst, **tensors)
@@ -320,8 +319,9 @@ def _prepare(
 ) -> Prepared:
     """``names``: the optional arguments that there are tensors for; ``place``: as of `problem_of`."""
     problem, fused = problem_of(*place), frozenset(names)
+    *_, device, _ = place
     if config is None:
-        config = _default_config(problem, place[6], allow_tf32, fused)
+        config = _default_config(problem, device, allow_tf32, fused)
     launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu, taps_outside=taps_outside)
     if problem.op == "wgrad":
         return Prepared(config, launch, (config.splits, problem.out_channels, problem.group_in, 3, 3), 0)

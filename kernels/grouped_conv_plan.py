@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import triton
@@ -21,7 +20,6 @@ _X_PROLOGUE = ("x_center_ptr", "x_scale_ptr", "x_shift_ptr")
 _MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(
     problem: ConvProblem,
     config: Config,

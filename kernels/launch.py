@@ -115,6 +115,12 @@ class Prepared(NamedTuple):
     shape: tuple[int, ...]
     rows: int
 
+    def partials(self, sums: int, like: Tensor) -> Tensor | None:
+        """Room for ``sums`` float32 values per row and channel of the result; None for no sums."""
+        if not sums:
+            return None
+        return torch.empty(self.rows, sums, self.shape[1], dtype=torch.float32, device=like.device)
+
 
 def options(config: Config | PointwiseConfig) -> dict[str, Any]:
     """Triton's launch options."""

@@ -51,7 +51,6 @@ _OPTIONAL = {
 _MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(
     problem: ConvProblem,
     config: PointwiseConfig,
@@ -293,10 +292,8 @@ def _launch(
     else:
         made = empty(x, prepared.shape)
     tensors[result] = made
-    partials = None
-    if sums:
-        channels = prepared.shape[1]
-        partials = torch.empty(prepared.rows, sums, channels, dtype=torch.float32, device=x.device)
+    partials = prepared.partials(sums, x)
+    if partials is not None:
         tensors["partials_ptr"] = partials
     launch = prepared.launch
     if not launch.takes(**tensors):
@@ -312,8 +309,9 @@ def _prepare(
 ) -> Prepared:
     """``names``: the arguments that there are tensors for; ``place``: as of `problem_of`."""
     problem = problem_of(*place)
+    *_, device, _ = place
     if config is None:
-        config = _default_config(problem, place[6], allow_tf32, affine)
+        config = _default_config(problem, device, allow_tf32, affine)
     fused = frozenset(names).intersection(_OPTIONAL[problem.op])
     launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
     if problem.op == "wgrad":

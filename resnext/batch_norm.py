@@ -69,9 +69,9 @@ class Statistics(NamedTuple):
 
 def uses_batch_statistics(bn: BatchNorm) -> bool:
     """Whether ``bn`` normalises with the batch's statistics (in training, or without running ones) or the running."""
-    return (bn.training and not _is_one_of(bn, _FROZEN)) or (
-        held(bn, "running_mean") is held(bn, "running_var") is None
-    )
+    if bn.training and not _is_one_of(bn, _FROZEN):
+        return True
+    return held(bn, "running_mean") is None and held(bn, "running_var") is None
 
 
 def is_shared(bn: BatchNorm) -> bool:

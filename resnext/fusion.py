@@ -315,8 +315,7 @@ def _block_end(
     if recompute and torch.is_grad_enabled():
         _update(updates)
         out, statistics = checkpoint(end, *operands, use_reentrant=False, preserve_rng_state=False)
-        updates.append((bn, statistics))  # not in `end`, which runs twice
-        _update(updates)
+        _update([(bn, statistics)])  # not in `end`, which runs twice
         return out
     x, prologue, *shortcut = operands
     z, affine, statistics = _conv_norm(x, prologue, conv, bn)

@@ -51,7 +51,6 @@ class Kept {
         total_ -= slot.count;
         std::free(std::exchange(slot, Slot{}).data);
       }
-      sort();
     }
     std::free(data);
   }
