@@ -63,9 +63,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit this file belongs to, ``-dirty`` with uncommitted changes; None outside a git checkout."""
+    """The commit this file belongs to, ``-dirty`` with uncommitted changes.
+
+    Outside a git checkout what RESNEXT_COMMIT says, for copies on machines that have none, or None.
+    """
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("RESNEXT_COMMIT")

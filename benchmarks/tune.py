@@ -6,6 +6,7 @@
 Every candidate (kernels/candidates.py) is compiled ahead of time, and left out if it spills or does not fit; what is
 left is checked (verify.py), then timed, the best few once more beside PyTorch and the other backends. The file is
 written after each pass of a layer: a run that is stopped, or stops itself after --seconds, goes on where it was.
+--candidates-to says what was found about every candidate, for whoever improves the heuristic (kernels/config.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -67,6 +69,9 @@ def _parser() -> Parser:
     parser.add_argument("--again", action="store_true", help="measure what the file has already, too")
     parser.add_argument("--quick", action="store_true", help="tiny layers, four candidates each, few repetitions")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the user's, which resnext reads")
+    parser.add_argument(
+        "--candidates-to", type=Path, metavar="PATH", help="write the rough times of all candidates too"
+    )
     return parser
 
 
@@ -151,6 +156,7 @@ class Tuner:
         about = environment.describe(args.device)
         self.measured = {name: str(about[name]) for name in ("date", "commit", "torch", "triton")}
         self.rows: list[Row] = []
+        self.candidates: list[dict[str, object]] = []
         self.wrong = 0
         self.pool: concurrent.futures.Executor | None = None
         self.limits = (0, 0)
@@ -261,6 +267,7 @@ class Tuner:
         if len(finalists) > FINALISTS:
             named = {str(index): calls[config] for index, config in enumerate(finalists)}
             first = interleave(named, self.device, QUICK if self.args.quick else FIRST)
+            self._keep(target, {finalists[int(name)]: _microseconds(timing) for name, timing in first.items()})
             fastest = sorted(first, key=lambda name: first[name].median)[:FINALISTS]
             chosen = {configs[0]} | {finalists[int(name)] for name in fastest}
             finalists = [config for config in finalists if config in chosen]
@@ -278,12 +285,27 @@ class Tuner:
         self.entries[entry.key, entry.batch] = entry
         self.rows.append(Row(target, entry, heuristic))
 
+    def _keep(self, target: Target, microseconds: dict[AnyConfig, float]) -> None:
+        """Keep the rough times of candidates."""
+        about = {**target.key._asdict(), "batch": target.batch}
+        self.candidates += [
+            {**about, "config": dataclasses.asdict(config), "microseconds": time}
+            for config, time in microseconds.items()
+        ]
+
     def _write(self) -> None:
-        """Replace the file at once, so that whoever reads it meanwhile finds a whole one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(tuning.to_json(self.name, self.entries.values()), encoding="utf-8")
-        beside.replace(self.path)
+        _replace(self.path, tuning.to_json(self.name, self.entries.values()))
+        if self.args.candidates_to is not None:
+            lines = ",\n".join(json.dumps(record) for record in self.candidates)
+            _replace(self.args.candidates_to, f"[\n{lines}\n]\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file at once, so that whoever reads it meanwhile finds a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def _microseconds(timing: Timing) -> float:

@@ -124,6 +124,16 @@ def test_takes_the_fastest_settings(pretend, tmp_path, capsys):
     assert "500000.0     1000000.0  2.00" in capsys.readouterr().out
 
 
+def test_rough_times_of_all_candidates(pretend, tmp_path):
+    pretend.seconds |= {CONFIGS[7]: 0.5}
+    path = tmp_path / "candidates.json"
+    tune.main([*PLAIN, "--out", str(tmp_path), "--candidates-to", str(path)])
+    records = json.loads(path.read_text())
+    assert [record["config"] for record in records] == [dataclasses.asdict(config) for config in CONFIGS]
+    assert [record["microseconds"] for record in records] == [5e5 if i == 7 else 1e6 for i in range(len(CONFIGS))]
+    assert {(record["op"], record["in_channels"], record["batch"]) for record in records} == {("fwd", 16, 2)}
+
+
 def test_noise_changes_nothing(pretend, tmp_path):
     """Neither the heuristic's settings nor the order of backends, for less than a percent."""
     pretend.seconds |= {CONFIGS[7]: 0.995, "torch": 0.995}
