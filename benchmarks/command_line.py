@@ -126,7 +126,7 @@ def prepare(device: torch.device) -> None:
     """Set the process up as those who care for speed do."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     else:
         keep_freed_memory()
 
