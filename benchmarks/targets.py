@@ -1,8 +1,8 @@
 """What is tuned: a pass of a convolution, with any launch settings and on any backend, and the gate before its timing.
 
-Operands are made once per layer. Activations are in channels_last, weights too. What is fused: ``"stats"`` has a
-prologue and statistics in the forward pass, the gradients of both in the others; ``"affine"`` ends in a ReLU, with a
-residual where channels grow, as in the last convolution of a bottleneck.
+Operands are made once per layer. Activations are in channels_last, weights too. What is fused: ``"stats"`` has
+statistics, and a prologue where blocks have one, in the forward pass, the gradients of both in the others; ``"affine"``
+ends in a ReLU, with a residual where channels grow, as in the last convolution of a bottleneck.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from resnext.kernels import dispatch, extension, grouped_conv, grouped_conv_plan
 from resnext.kernels.candidates import candidates, pointwise_candidates
 from resnext.kernels.composed import Composed
 from resnext.kernels.config import Config, ConvProblem, PointwiseConfig
-from resnext.kernels.launch import Launch, architecture, num_sms
+from resnext.kernels.launch import Launch, architecture, num_sms, shared_memory
 
 AnyConfig = Config | PointwiseConfig
 Results = dict[str, Tensor]
@@ -39,7 +39,10 @@ _POINTERS = {
     (1, "stats", "wgrad"): "z z_center z_scale z_shift x_center x_scale x_shift",
     (1, "affine", "fwd"): "y_scale y_shift",
 }
-_RESIDUAL = {3: " dst_side", 1: " residual"}
+_RESIDUAL = {3: "dst_side", 1: "residual"}
+# Of 1x1 convolutions, those that a prologue has.
+_VECTORS = ("x_center", "x_scale", "x_shift")
+_PROLOGUE = {"fwd": _VECTORS, "dgrad": ("x", *_VECTORS, "partials"), "wgrad": _VECTORS}
 _WANTED = {"dgrad": (True, False), "wgrad": (False, True), "bwd": (True, True)}
 _GRADIENTS = ("dx", "dscale", "dshift", "dw")
 
@@ -56,6 +59,7 @@ class Target:
         batch: Images.
         dtype: Of every operand.
         device_type: ``"cuda"``, or ``"cpu"`` for Triton's interpreter.
+        prologue: Whether there is one in what ``"stats"`` fuses: not in a block's first convolution and its shortcut.
     """
 
     layer: Layer
@@ -65,6 +69,7 @@ class Target:
     batch: int
     dtype: torch.dtype
     device_type: str
+    prologue: bool = True
 
     @property
     def layer_name(self) -> str:
@@ -104,15 +109,18 @@ class Target:
         options: dict[str, Any] = {"allow_tf32": self.allow_tf32}
         options |= {"num_sms": num_sms(device), "arch": architecture(device)}
         if self.kernel_size == 1:
+            options["shared_memory"] = shared_memory(device)
             return [*pointwise_candidates(self.problem, affine=self.fusion == "affine", **options)]
         return [*candidates(self.problem, fusion=self.fusion, **options)]
 
     def launch(self, config: Any) -> Launch:
         """The launch with given settings."""
-        names = (
-            _POINTERS.get((self.kernel_size, self.fusion, self.op), "") + _RESIDUAL[self.kernel_size] * self.residual
-        )
-        options = {"allow_tf32": self.allow_tf32, "fused": frozenset(f"{name}_ptr" for name in names.split())}
+        names = _POINTERS.get((self.kernel_size, self.fusion, self.op), "").split()
+        if self.residual:
+            names.append(_RESIDUAL[self.kernel_size])
+        if not self.prologue:
+            names = [name for name in names if name not in _PROLOGUE[self.op]]
+        options = {"allow_tf32": self.allow_tf32, "fused": frozenset(f"{name}_ptr" for name in names)}
         options["relu"] = self.fusion == "affine"
         if self.kernel_size == 1:
             return pointwise_conv.plan(self.problem, config, **options)
@@ -164,7 +172,7 @@ class Target:
             ends = (t["y_scale"], t["y_shift"], residual, True)
             return {"y": launchers.conv_affine(t["x"], t["weight"], *ends, *place, **settings)}
         if self.fusion == "stats":
-            prologue = (t["center"], t["scale"], t["shift"])
+            prologue = (t["center"], t["scale"], t["shift"]) if self.prologue else None
             if self.op == "fwd":
                 found = launchers.conv_stats_fwd(t["x"], prologue, t["weight"], *place, True, **settings)
                 return dict(zip(("z", "mean", "var"), found, strict=True))
@@ -233,24 +241,29 @@ class Gate:
 
 
 TINY = [Layer(16, 16, 4, 3, 1, 4)]
-TINY_POINTWISE = [Layer(16, 32, 4, 3, 1, 1)]
+TINY_POINTWISE = {Layer(16, 32, 4, 3, 1, 1): True}
 
 
-def pointwise_layers(networks: list[str]) -> list[Layer]:
-    """The 1x1 convolutions of the networks whose blocks are known, each once."""
-    found = []
+def pointwise_layers(networks: list[str]) -> dict[Layer, bool]:
+    """The 1x1 convolutions of the networks whose blocks are known: whether any is the last of a bottleneck.
+
+    That one has a prologue, since what precedes it is the 3x3 convolution's batch norm; the others read what a block
+    has put out.
+    """
+    found: dict[Layer, bool] = {}
     for name in networks:
         for block in BLOCKS.get(name, {}):
-            for conv in block.convolutions:
+            for place, conv in enumerate(block.convolutions):
                 if conv.kernel_size == 1:
                     size = conv.out_size if conv.stride == 1 else (block.height, block.width)
-                    found.append(Layer(conv.in_channels, conv.out_channels, *size, conv.stride, 1))
-    return list(dict.fromkeys(found))
+                    layer = Layer(conv.in_channels, conv.out_channels, *size, conv.stride, 1)
+                    found[layer] = found.get(layer, False) or (block.bottleneck and place == 2)
+    return found
 
 
 def all_targets(
     layers: list[Layer],
-    pointwise: list[Layer],
+    pointwise: Mapping[Layer, bool],
     fusions: list[str],
     passes: list[str],
     batches: list[int],
@@ -263,8 +276,10 @@ def all_targets(
         ops = [op for op in passes if fusion != "affine" or op == "fwd"]
         if fusion == "stats" and {"dgrad", "wgrad"} <= set(ops):
             ops.append("bwd")  # after the two whose settings it has
-        sized = [(3, layer) for layer in layers] + [(1, layer) for layer in pointwise if fusion != "plain"]
+        sized = [(layer, 3, True) for layer in layers]
+        if fusion != "plain":
+            sized += [(layer, 1, prologue) for layer, prologue in pointwise.items()]
         for batch in batches:
-            for kernel_size, layer in sized:
-                found += [Target(layer, kernel_size, fusion, op, batch, dtype, device_type) for op in ops]
+            for layer, kernel_size, prologue in sized:
+                found += [Target(layer, kernel_size, fusion, op, batch, dtype, device_type, prologue) for op in ops]
     return found

@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 from resnext.kernels import BackendError, tuning
 
 FIRST = Budget(seconds=0.5, min_rounds=3, max_rounds=10)  # of all candidates together
-FULL = Budget(seconds=0.8, min_rounds=5, max_rounds=100)  # of the finalists
+FULL = Budget(seconds=0.4, min_rounds=5, max_rounds=50)  # of the finalists
 QUICK = Budget(seconds=0.1, min_rounds=3, max_rounds=10)
 FINALISTS = 4
 NOISE = 0.99  # What takes so much of another's time is not faster.
@@ -87,7 +87,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.layers = TINY * tiny + (shapes.select_layers(names) if names else [])
     except ValueError as error:
         parser.error(f"--layers: {error}")
-    args.pointwise = TINY_POINTWISE * tiny + pointwise_layers(names)
+    args.pointwise = (TINY_POINTWISE if tiny else {}) | pointwise_layers(names)
     args.passes = command_line.chosen(parser, "--passes", args.passes, shapes.PASSES) or list(shapes.PASSES)
     args.fusions = command_line.chosen(parser, "--fusions", args.fusions, tuning.FUSIONS) or list(tuning.FUSIONS)
     args.batch = command_line.batches(parser, args.batch or ("2" if args.quick else "256"))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -39,14 +40,15 @@ from .config import Affine, elementwise_config
 from .launch import Launch, empty, num_sms
 from .statistics import merge_partials, sum_partials
 
-# By name: a kernel's hash would be computed from its source.
-_KERNELS = {
-    "statistics": statistics_kernel,
-    "statistics_bwd": statistics_bwd_kernel,
-    "affine_add_relu": affine_add_relu_kernel,
-    "affine_add_relu_bwd": affine_add_relu_bwd_kernel,
-    "bn_affine": bn_affine_kernel,
-    "bn_affine_bwd": bn_affine_bwd_kernel,
+# By name, since a kernel's hash would be computed from its source, with compile-time values of its own.
+_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "statistics": (statistics_kernel, {}),
+    "statistics_bwd": (statistics_bwd_kernel, {}),
+    "affine_add": (affine_add_relu_kernel, {"RELU": False}),
+    "affine_add_relu": (affine_add_relu_kernel, {"RELU": True}),
+    "affine_add_relu_bwd": (affine_add_relu_bwd_kernel, {}),
+    "bn_affine": (bn_affine_kernel, {}),
+    "bn_affine_bwd": (bn_affine_bwd_kernel, {}),
 }
 
 
@@ -80,8 +82,26 @@ def affine_add_relu(
         residual_affine: The residual's own batch norm; None for a plain residual.
         channels_last: The layout.
     """
+    return _affine_add("affine_add_relu", z, affine, residual, residual_affine, channels_last)
+
+
+def affine_add(
+    z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
+) -> Tensor:
+    """affine(z) + residual, rounded once; arguments as of `affine_add_relu`."""
+    return _affine_add("affine_add", z, affine, residual, residual_affine, channels_last)
+
+
+def _affine_add(
+    name: str,
+    z: Tensor,
+    affine: Affine,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    channels_last: bool,
+) -> Tensor:
     out = empty(z, z.shape, channels_last)
-    launch, _ = _walk("affine_add_relu", z, channels_last)
+    launch, _ = _walk(name, z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, residual_shift = residual_affine or (None, None, None)
     launch(
@@ -213,7 +233,8 @@ def _plan_walk(name: str, shape: tuple[int, ...], channels_last: bool, num_sms: 
     constants = {"CHANNELS_LAST": channels_last, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c}
     constants["ALIGN"] = math.gcd(channels if channels_last else pixels, 16)
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
-    return Launch(_KERNELS[name], triton.cdiv(channels, config.block_c) * shares, sizes, constants, options), shares
+    kernel, own = _KERNELS[name]
+    return Launch(kernel, triton.cdiv(channels, config.block_c) * shares, sizes, constants | own, options), shares
 
 
 @functools.lru_cache(maxsize=4096)
@@ -221,6 +242,6 @@ def _over_vectors(name: str, channels: int, eps: float) -> Launch:
     """The launch of a kernel over vectors alone."""
     block = 256
     options = {"num_warps": 1, "enable_fp_fusion": True}
-    return Launch(
-        _KERNELS[name], triton.cdiv(channels, block), {"channels": channels, "eps": eps}, {"BLOCK_C": block}, options
-    )
+    kernel, own = _KERNELS[name]
+    sizes = {"channels": channels, "eps": eps}
+    return Launch(kernel, triton.cdiv(channels, block), sizes, {"BLOCK_C": block, **own}, options)

@@ -131,12 +131,13 @@ def affine_add_relu_kernel(
     blocks,
     share,
     channels,
+    RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One share of out = relu(affine(z) + residual)."""
+    """One share of out = affine(z) + residual, or with RELU of relu(affine(z) + residual)."""
     channel, mask_c, split = own_channels(channels, BLOCK_C)
     center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_c)
     if residual_scale_ptr is not None:
@@ -152,7 +153,9 @@ def affine_add_relu_kernel(
             if residual_scale_ptr is not None:
                 residual = residual_scale * (residual - residual_center) + residual_shift
             total += residual
-        tl.store(out_ptr + offs, relu(total).to(out_ptr.dtype.element_ty), mask=mask)
+        if RELU:
+            total = relu(total)
+        tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ benchmarks/tune.py to find out, and which is the fastest.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from .config import (
     fits_descriptors,
     fits_strips,
     pointwise_config,
+    pointwise_splits,
     round_up_to_block,
     strips_config,
     taps_config,
@@ -32,7 +34,7 @@ from .config import (
 
 _WGMMA = 90  # The architecture that has it, and only that one.
 _TMA = 90  # The first architecture with tensor descriptors in hardware.
-_SHARED_MEMORY = 220 * 1024  # Of one program on an H100 or H200, less what epilogues take.
+_EPILOGUE = 7 * 1024  # Bytes of shared memory that epilogues take.
 
 
 def candidates(
@@ -65,11 +67,11 @@ def candidates(
 
 def _strips(problem: ConvProblem, config: StripsConfig, crowded: bool) -> Iterator[StripsConfig]:
     """Strips of 1 (rows that slide down), 2 and 4 columns."""
-    bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], [1, 2, 3]
+    bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], [2, 3, 4]
     if problem.op == "wgrad":
-        # Partial sums are what costs there, not the border rows of bands; and its loop is not pipelined.
-        bands, splits, stages = [config.band], [config.splits, max(1, config.splits // 2), 2 * config.splits], [1]
-    tiles = [(16, 1), (16, 2), (32, 1), (32, 2)]
+        # Partial sums are what costs there, not the border rows of bands.
+        bands, splits, stages = [config.band], [config.splits, max(1, config.splits // 2)], [2, 3]
+    tiles = [(16, 1), (32, 1), (32, 2)]
     if config.merged * max(problem.group_in, problem.group_out) > MATRIX_WIDTH:
         # One warp holds no 32 rows of 32 channels; four and 64 rows use the wide matrix instructions (wgmma).
         tiles = [(16, 1), (16, 2), (32, 2), (64, 4)]
@@ -106,7 +108,13 @@ def _taps(problem: ConvProblem, config: TapsConfig, *, few: bool) -> Iterator[Ta
 
 
 def pointwise_candidates(
-    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132, arch: int = 90
+    problem: ConvProblem,
+    *,
+    affine: bool = False,
+    allow_tf32: bool = True,
+    num_sms: int = 132,
+    arch: int = 90,
+    shared_memory: int = 227 * 1024,
 ) -> list[PointwiseConfig]:
     """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first.
 
@@ -116,20 +124,68 @@ def pointwise_candidates(
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
         arch: Ten times its compute capability.
+        shared_memory: Bytes of it that one program may have.
     """
     described = arch >= _TMA and fits_descriptors(problem)
-    chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms)
+    machine = {"num_sms": num_sms, "shared_memory": shared_memory}
+    chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, **machine)
     configs = [chosen]
-    for block_m, block_n, block_k, num_warps, num_stages in itertools.product(
-        (32, 64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
-    ):
-        # Elements per step: dy and z, x and the weight, whichever the pass has.
-        elements = block_m * (2 * block_n + block_k) if problem.op == "wgrad" else (2 * block_m + block_n) * block_k
-        if elements * num_stages * problem.dtype.itemsize <= _SHARED_MEMORY:
-            blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-            config = replace(chosen, num_warps=num_warps, num_stages=num_stages, **blocks)
+    for config in _pointwise(problem, chosen, num_sms):
+        if _pointwise_memory(problem, config) <= shared_memory - _EPILOGUE:
             configs.append(config)
-            rows = block_n if problem.op == "wgrad" else block_m
+            rows = config.block_n if problem.op == "wgrad" else config.block_m
             if described and rows >= 64:  # less would leave the wide matrix instructions unused
                 configs.append(replace(config, tensor_descriptors=True))
     return list(dict.fromkeys(configs))
+
+
+def _pointwise(problem: ConvProblem, config: PointwiseConfig, num_sms: int) -> Iterator[PointwiseConfig]:
+    """Tiles, four warps for those of 64 x 128 and less."""
+    if problem.op == "wgrad":
+        tiles = [(64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)]
+        for (block_n, block_k), block_m, num_stages in itertools.product(tiles, (32, 64, 128), (2, 3)):
+            num_warps = 4 if block_n * block_k <= 8192 else 8
+            programs = num_sms * (12 // num_warps)
+            splits = pointwise_splits(problem, block_m, block_n, block_k, programs=programs)
+            blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+            yield replace(config, num_warps=num_warps, num_stages=num_stages, splits=splits, **blocks)
+        return
+    tiles = [(64, 64), (64, 128), (128, 64), (64, 256), (128, 128)]
+    if problem.op == "fwd":
+        for (block_m, block_n), num_stages in itertools.product(tiles, (2, 3)):
+            num_warps = 4 if block_m * block_n <= 8192 else 8
+            # As many programs as a multiprocessor holds at once; only the smallest leave registers for a third.
+            programs = num_sms * (3 if block_m * block_n <= 4096 else 8 // num_warps)
+            walkers = max(1, programs // math.ceil(problem.out_channels / block_n))
+            blocks = {"block_m": block_m, "block_n": block_n, "block_k": 64}
+            yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=walkers, **blocks)
+        tiles = [(64, 128), (128, 128), (128, 256), (256, 128)]
+    else:
+        # Eight warps where what is computed on load and on store fills the registers of four.
+        for (block_m, block_n, num_warps), num_stages in itertools.product(
+            [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4)], (2, 3)
+        ):
+            walkers = max(1, num_sms * (8 // num_warps) // math.ceil(problem.in_channels / block_n))
+            blocks = {"block_m": block_m, "block_n": block_n, "block_k": 64}
+            yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=walkers, **blocks)
+    block_ks = (64,) if problem.op == "fwd" else (32, 64)
+    for (block_m, block_n), block_k, num_stages in itertools.product(tiles, block_ks, (2, 3, 4)):
+        num_warps = 4 if block_m * block_n <= 8192 else 8
+        blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+        yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=None, **blocks)
+
+
+def _pointwise_memory(problem: ConvProblem, config: PointwiseConfig) -> int:
+    """Bytes of shared memory for operands: dy and z, x and the weight, whichever the pass has."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    if problem.op == "wgrad":
+        elements = block_m * (2 * block_n + block_k) * config.num_stages
+    elif problem.op == "dgrad":
+        elements = (2 * block_m + block_n) * block_k * config.num_stages
+        if config.walkers is not None:
+            elements = (block_n + 2 * block_m * (config.num_stages - 1)) * problem.out_channels
+    elif config.walkers is None:
+        elements = (block_m + block_n) * block_k * config.num_stages
+    else:
+        elements = (block_n + block_m * (config.num_stages - 1)) * problem.in_channels
+    return elements * problem.dtype.itemsize

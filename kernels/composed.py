@@ -21,7 +21,7 @@ class Composed:
     """Launchers ``conv_stats_fwd``, ``conv_stats_bwd`` and ``conv_affine``, with PyTorch's own convolution.
 
     Attributes:
-        elementwise: Its ``statistics``, ``affine_add_relu`` and their backward passes do the rest.
+        elementwise: Its ``statistics``, ``affine_add_relu``, their backward passes and ``affine_add`` do the rest.
     """
 
     elementwise: ModuleType
@@ -80,9 +80,8 @@ class Composed:
         """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
         z = reference.fwd(x, weight, None, stride, groups, channels_last)
         affine = reference.default_affine(scale, shift, z)
-        if relu:
-            return self.elementwise.affine_add_relu(z, affine, residual, None, channels_last)
-        return reference.affine_add(z, affine, residual, None, channels_last)
+        finish = self.elementwise.affine_add_relu if relu else self.elementwise.affine_add
+        return finish(z, affine, residual, None, channels_last)
 
     def _activation(self, x: Tensor, prologue: Affine | None, channels_last: bool) -> Tensor:
         if prologue is None:

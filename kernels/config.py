@@ -233,7 +233,7 @@ def strips_config(
     if problem.op == "wgrad":
         work = blocks_m * math.ceil(height / band)
         splits = min(work, math.ceil(wanted / _WAVES / tiles))
-    num_stages = 1 if problem.op == "wgrad" else 2
+    num_stages = 2
     if problem.op == "dgrad" and problem.stride == (2, 2) and (fused or problem.dtype.itemsize == 2):
         num_stages = 3  # with two, a few registers spill on sm_80
     limited = num_warps == 1 and (crowded or problem.dtype == torch.float32)
@@ -334,6 +334,8 @@ class PointwiseConfig:
         splits: Weight gradient only: partial sums per weight.
         max_registers: As in `StripsConfig`.
         tensor_descriptors: Whether operands are loaded by tensor descriptors (TMA); only where `fits_descriptors`.
+        walkers: Not in the weight gradient: programs per block of channels, each of which keeps its part of the weight
+            in shared memory and walks over its share of the pixels; None: a program has one block of pixels.
     """
 
     block_m: int
@@ -344,6 +346,7 @@ class PointwiseConfig:
     splits: int = 1
     max_registers: int | None = None
     tensor_descriptors: bool = False
+    walkers: int | None = None
 
 
 def fits_descriptors(problem: ConvProblem) -> bool:
@@ -358,41 +361,61 @@ def fits_descriptors(problem: ConvProblem) -> bool:
 
 
 _RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
+_BACKWARD_RIDGE = 100  # Measured there, in bfloat16: from here on a library's kernels win in spite of passes more.
+_ROOMY = 200 * 1024  # Bytes of shared memory, as of H100, H200 and B200; the others have 99 or 163 KiB.
+_RESIDENT = 256  # Most input channels whose 128 output channels' weights leave room for the pixels in shared memory.
 
 
-def pointwise_by_triton(problem: ConvProblem) -> bool:
+def pointwise_by_triton(problem: ConvProblem, *, affine: bool = False) -> bool:
     """Whether the fused kernels should serve a 1x1 convolution, and not a library's between elementwise passes.
 
     True where memory limits: there a pass saved is time saved. Where arithmetic limits, libraries are hard to reach.
-    A prediction, not yet measured: 2 * C_in * C_out operations a pixel over C_in + C_out elements moved, against the
-    ridge in 16 bits; TF32 has half the rate and twice the bytes.
+    By 2 * C_in * C_out operations a pixel over C_in + C_out elements moved. Measured on an H200 in 16 bits; in float32,
+    not yet measured, TF32 has half the rate and twice the bytes.
+
+    Args:
+        problem: What to compute.
+        affine: Whether the forward pass ends in an affine.
     """
     channels = (problem.in_channels, problem.out_channels)
-    return math.prod(channels) / sum(channels) <= _RIDGE
+    intensity = math.prod(channels) / sum(channels)
+    if problem.dtype.itemsize == 2 and not affine:
+        return (
+            intensity <= _BACKWARD_RIDGE if problem.op != "fwd" else channels[0] != channels[1] or intensity <= _RIDGE
+        )
+    return intensity <= _RIDGE
 
 
 def pointwise_config(
-    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132
+    problem: ConvProblem,
+    *,
+    affine: bool = False,
+    allow_tf32: bool = True,
+    num_sms: int = 132,
+    shared_memory: int = 227 * 1024,
 ) -> PointwiseConfig:
     """Launch settings for one pass of a 1x1 convolution, from sizes alone.
+
+    In 16 bits, where there is the shared memory for them, what was fastest on an H200.
 
     Args:
         problem: What to compute.
         affine: Whether the forward pass ends in an affine, with or without a residual.
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
+        shared_memory: Bytes of it that one program may have.
     """
     channels_k, channels_n = problem.in_channels, problem.out_channels
     if problem.op == "dgrad":
         channels_k, channels_n = channels_n, channels_k
     single = problem.dtype == torch.float32
+    if not single and shared_memory >= _ROOMY:
+        return _pointwise_in_room(problem, channels_k, channels_n, affine=affine, num_sms=num_sms)
     if problem.op == "wgrad":
         block_m, widest, num_warps = (64, 128, 4) if not single else (32, 128, 8) if allow_tf32 else (32, 64, 8)
         block_n = min(64, round_up_to_block(channels_n))
         block_k = min(widest, round_up_to_block(channels_k))
-        blocks = math.ceil(channels_k / block_k) * math.ceil(channels_n / block_n)
-        steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
-        splits = min(math.ceil(steps / 4), math.ceil(3 * num_sms / blocks))
+        splits = pointwise_splits(problem, block_m, block_n, block_k, programs=3 * num_sms)
         return PointwiseConfig(block_m, block_n, block_k, num_warps, 2, splits=splits)
     # Epilogues with operands of their own hold many registers: smaller blocks, so that more than one program fits.
     operands = affine or problem.op == "dgrad"
@@ -404,6 +427,33 @@ def pointwise_config(
     if operands:
         return PointwiseConfig(64, block_n, block_k, num_warps=4, num_stages=num_stages)
     return PointwiseConfig(128, block_n, block_k, num_warps=8, num_stages=num_stages)
+
+
+def _pointwise_in_room(
+    problem: ConvProblem, channels_k: int, channels_n: int, *, affine: bool, num_sms: int
+) -> PointwiseConfig:
+    if problem.op == "wgrad":
+        block_k = min(256, round_up_to_block(channels_k))
+        block_n = min(256 if block_k == 128 else 128, round_up_to_block(channels_n))
+        block_m, num_warps = (32, 8) if block_n * block_k > 8192 else (64, 4)
+        programs = num_sms if num_warps == 8 else 3 * num_sms
+        splits = pointwise_splits(problem, block_m, block_n, block_k, programs=programs)
+        return PointwiseConfig(block_m, block_n, block_k, num_warps, num_stages=3, splits=splits)
+    block_n, block_k = min(128, round_up_to_block(channels_n)), min(64, round_up_to_block(channels_k))
+    if problem.op == "dgrad" or affine:
+        block_m = 128 if block_n <= 64 and not affine else 64
+        return PointwiseConfig(block_m, block_n, block_k, num_warps=4, num_stages=3 - affine)
+    if channels_k > _RESIDENT:
+        return PointwiseConfig(256, block_n, block_k, num_warps=8, num_stages=3)
+    walkers = max(1, 2 * num_sms // math.ceil(channels_n / block_n))
+    return PointwiseConfig(64, block_n, block_k, num_warps=4, num_stages=3 if channels_k <= 128 else 2, walkers=walkers)
+
+
+def pointwise_splits(problem: ConvProblem, block_m: int, block_n: int, block_k: int, *, programs: int) -> int:
+    """Partial sums of a weight gradient for about so many programs in all, each with at least four steps."""
+    blocks = math.ceil(problem.in_channels / block_k) * math.ceil(problem.out_channels / block_n)
+    steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
+    return min(math.ceil(steps / 4), math.ceil(programs / blocks))
 
 
 def bottleneck_tail_config(problem: ConvProblem, out_channels: int, *, allow_tf32: bool = True) -> TapsConfig:

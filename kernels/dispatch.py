@@ -224,7 +224,9 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
         return _module(_MODULES[name])
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)
-        if name == "triton" and (forced or entry is not None or pointwise_by_triton(described)):
+        if name == "triton" and (
+            forced or entry is not None or pointwise_by_triton(described, affine=fusion == "affine")
+        ):
             return _module("pointwise_conv")
         # 16-bit types are left to libraries, which know the instructions that some processors have for them.
         if name == "cpu" and channels_last and (forced or dtype == torch.float32):

@@ -220,6 +220,9 @@ def affine_add_relu(
     return _C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), z.shape, channels_last)
 
 
+affine_add = reference.affine_add
+
+
 def affine_add_relu_bwd(
     dout: Tensor,
     out: Tensor | None,

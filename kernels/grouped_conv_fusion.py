@@ -12,6 +12,7 @@ Outside the image a source is zero whatever its prologue. A *target* is (ptrs, c
 where there is a side tensor; `finish_tile` stores by EPILOGUE, from an accumulator's v. Besides it, a program keeps a
 *state*, whose last tile turns NaN or infinite wherever a NaN or Inf may have leaked from one merged group to another:
 
+* "none": v. State: (trace,).
 * "affine": scale * v + shift + side, each part where there is one; "affine_relu": ReLU of that. State: (trace,).
 * "statistics": v, and the moments of what is stored. State: (count, mean, m2), see statistics.py.
 * "relu_backward": scale * t, where t is v where relu(scale * (side - center) + shift) passes a gradient, else 0. State:
@@ -147,6 +148,9 @@ def finish_tile(target, offset, acc, mask_pixel, mask_channel, EPILOGUE: tl.cons
         kept = tl.where(mask_pixel[:, None] & ~(activation <= 0.0), acc, 0.0)
         value = (scale[None, :] * kept).to(dtype)
         terms = (kept * (side.to(tl.float32) - center[None, :]), kept)
+    elif EPILOGUE == "none":
+        value = acc.to(dtype)
+        terms = (acc * 0.0,)
     else:
         wide = acc * scale[None, :] + constant[None, :]
         if len(target) == 5:

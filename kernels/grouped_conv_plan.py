@@ -93,6 +93,8 @@ def _prologue(fused: frozenset[str]) -> str:
 def _epilogue(fused: frozenset[str], relu: bool) -> str:
     if "partials_ptr" in fused:
         return "relu_backward" if "dst_side_ptr" in fused else "statistics"
+    if not relu and fused.isdisjoint({"dst_scale_ptr", "dst_shift_ptr", "dst_side_ptr"}):
+        return "none"
     return "affine_relu" if relu else "affine"
 
 
@@ -125,6 +127,7 @@ def _plan_conv(problem: ConvProblem, config: Config, taps_outside: bool) -> tupl
         sizes["band"] = config.band
         constants |= {"STRIP": config.strip, "TAPS_OUTSIDE": taps_outside}
         constants["SOURCE_IN_REGISTERS"] = config.source_in_registers and not interpreted()
+        constants["PLACED"] = config.num_warps == 1 and problem.dtype.itemsize == 2
         constants["BLOCK_K"] = round_up_to_block(config.merged * group_k)
         constants["BLOCK_N"] = round_up_to_block(config.merged * group_n)
         if transposed and problem.stride == (2, 2):
@@ -165,7 +168,7 @@ def _plan_wgrad(problem: ConvProblem, config: Config) -> tuple[Launch, list[int]
         blocks = triton.cdiv(strips, config.block_m) * triton.cdiv(problem.out_height, config.band)
         programs = tiles * config.splits
         sizes |= {"band": config.band, "splits": config.splits}
-        constants |= {"STRIDE": problem.stride[0], "STRIP": config.strip}
+        constants |= {"STRIDE": problem.stride[0], "STRIP": config.strip, "ASSEMBLY": not interpreted()}
         constants["BLOCK_K"] = round_up_to_block(config.merged * problem.group_in)
         constants["BLOCK_N"] = round_up_to_block(config.merged * problem.group_out)
         launch = Launch(grouped_conv_wgrad_strips_kernel, programs, sizes, constants, {})

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_fusion import load_columns, load_source, open_source
-from .grouped_conv_tiles import aligned, dot, zero_tiles
+from .grouped_conv_tiles import aligned, dot, in_registers, zero_tiles
 
 
 @triton.jit
@@ -87,6 +87,7 @@ def grouped_conv_wgrad_strips_kernel(
     BLOCK_N: tl.constexpr,
     GRAD_PROLOGUE: tl.constexpr,
     X_PROLOGUE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weight gradient of one tile over every splits-th strip-by-band block; x slides past the dy rows it meets."""
@@ -143,7 +144,7 @@ def grouped_conv_wgrad_strips_kernel(
                 accs = _accumulate_taps(accs, below, x, 0, 1, PRECISION)
                 accs = _accumulate_taps(accs, beside, x, 3, 1, PRECISION)
                 accs = _accumulate_taps(accs, above, x, 6, 1, PRECISION)
-                above = beside
+                above = in_registers(beside, ASSEMBLY)  # the compiler pipelines no loop that hands on what it was given
                 beside = below
         else:
             # dy row r meets x rows 2r - 1 (kernel row 0), 2r (1) and 2r + 1 (2), the last together with dy row r + 1.

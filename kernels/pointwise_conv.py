@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config, problem_of
-from .launch import Launch, Prepared, empty, nhwc, num_sms, options, precision, to_layout
+from .launch import Launch, Prepared, empty, interpreted, nhwc, num_sms, options, precision, shared_memory, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
@@ -86,9 +86,12 @@ def plan(
         programs = triton.cdiv(out_channels, config.block_n) * triton.cdiv(in_channels, config.block_k) * config.splits
     else:
         result_channels = in_channels if problem.op == "dgrad" else out_channels
-        programs = triton.cdiv(result_channels, config.block_n) * triton.cdiv(pixels, config.block_m)
+        programs = triton.cdiv(result_channels, config.block_n) * walkers(problem, config)
+        sizes["walkers"] = walkers(problem, config)
+        channels = out_channels if problem.op == "dgrad" else in_channels
+        constants["RESIDENT"] = 0 if config.walkers is None else triton.cdiv(channels, config.block_k)
     if problem.op == "fwd":
-        constants["RELU"] = relu
+        constants |= {"RELU": relu, "ASSEMBLY": not interpreted()}
     largest = max(programs, covered, problem.batch * problem.height * problem.width)
     if largest > _MAX_COUNT:
         raise ValueError(
@@ -98,6 +101,12 @@ def plan(
     blocks = _blocks(problem, config, fused) if config.tensor_descriptors else {}
     constants["DESCRIPTORS"] = config.tensor_descriptors
     return Launch(_KERNELS[problem.op], programs, sizes, constants, options(config), blocks)
+
+
+def walkers(problem: ConvProblem, config: PointwiseConfig) -> int:
+    """Programs of a forward pass or an input gradient per block of channels; each leaves a row of partials."""
+    blocks = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
+    return blocks if config.walkers is None else min(blocks, config.walkers)
 
 
 def _blocks(problem: ConvProblem, config: PointwiseConfig, fused: frozenset[str]) -> dict[str, tuple[int, int]]:
@@ -316,8 +325,7 @@ def _prepare(
     launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
     if problem.op == "wgrad":
         return Prepared(config, launch, (config.splits, problem.out_channels, problem.in_channels, 1, 1), 0)
-    rows = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
-    return Prepared(config, launch, problem.result_shape, rows)
+    return Prepared(config, launch, problem.result_shape, walkers(problem, config))
 
 
 def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool, affine: bool) -> PointwiseConfig:
@@ -325,4 +333,5 @@ def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool
     entry = lookup(problem, device, fusion=fusion, kernel_size=1, allow_tf32=allow_tf32)
     if entry is not None and entry.config is not None:
         return entry.config  # type: ignore[return-value]  # of a 1x1 convolution
-    return pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms(device))
+    machine = {"num_sms": num_sms(device), "shared_memory": shared_memory(device)}
+    return pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, **machine)

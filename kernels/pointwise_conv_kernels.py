@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .grouped_conv_fusion import affine, fold_center, load_vector, relu
 from .grouped_conv_tiles import aligned, dot
-from .statistics import store_moments
+from .statistics import add_to_moments, halves, merge_moments, rounded, store_moments
 
 
 @triton.jit
@@ -49,6 +49,63 @@ def load_gradient_affine(mean_ptr, dvar_ptr, dmean_ptr, pixels, channel, mask, D
 
 
 @triton.jit
+def load_activation(
+    x_pointers, first_m, source, mask_m, first_k, in_channels, DESCRIPTORS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Pixels [M] x channels [BLOCK_K] from `first_k` on, behind the prologue; pointers (x, center, scale, shift).
+
+    The pixels are `source`, or with DESCRIPTORS those from `first_m` on.
+    """
+    x_ptr, center_ptr, scale_ptr, shift_ptr = x_pointers
+    channel = first_k + tl.arange(0, BLOCK_K)
+    mask_k = channel < in_channels
+    if DESCRIPTORS:
+        a = x_ptr.load([first_m, first_k])
+    else:
+        ptrs = x_ptr + source.to(tl.int64)[:, None] * in_channels + channel[None, :]
+        a = tl.load(ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+    if scale_ptr is not None:
+        center, scale, constant = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_k, a.dtype)
+        a = relu(affine(a, center, scale, constant)).to(a.dtype)
+    return a
+
+
+@triton.jit
+def load_weight(
+    weight_ptr, first_n, channel_n, mask_n, first_k, in_channels, DESCRIPTORS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The weight's channels [BLOCK_K] from `first_k` on x `channel_n` [N], which begin with `first_n`."""
+    if DESCRIPTORS:
+        tile = weight_ptr.load([first_n, first_k]).T
+    else:
+        channel = first_k + tl.arange(0, BLOCK_K)
+        ptrs = weight_ptr + channel_n.to(tl.int64)[None, :] * in_channels + channel[:, None]
+        tile = tl.load(ptrs, mask=(channel < in_channels)[:, None] & mask_n[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def finish_pixels(
+    acc, y_pointers, pixel, mask_m, channel, mask_n, out_channels, RELU: tl.constexpr, ASSEMBLY: tl.constexpr
+):
+    """Store what becomes of `acc` [M, N] and return it; pointers (y, scale, shift, residual)."""
+    y_ptr, scale_ptr, shift_ptr, residual_ptr = y_pointers
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = pixel.to(tl.int64)[:, None] * out_channels + channel[None, :]
+    if scale_ptr is not None:
+        acc *= load_vector(scale_ptr, channel, mask_n, 1.0)[None, :]
+    if shift_ptr is not None:
+        acc += load_vector(shift_ptr, channel, mask_n, 0.0)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu(acc)
+    y = rounded(acc, y_ptr.dtype.element_ty, ASSEMBLY)
+    tl.store(y_ptr + offs, y, mask=mask)
+    return y
+
+
+@triton.jit
 def pointwise_conv_fwd_kernel(
     x_ptr,  # (batch, height, width, in_channels), or its descriptor
     x_center_ptr,  # (in_channels,) or None
@@ -59,7 +116,7 @@ def pointwise_conv_fwd_kernel(
     y_shift_ptr,  # (out_channels,) or None
     residual_ptr,  # like y, or None
     y_ptr,  # (batch, out_height, out_width, out_channels)
-    partials_ptr,  # (blocks of pixels, 3, out_channels): moments of y, or None
+    partials_ptr,  # (walkers, 3, out_channels): moments of y, or None
     pixels,
     height,
     width,
@@ -67,72 +124,193 @@ def pointwise_conv_fwd_kernel(
     out_height,
     out_width,
     out_channels,
+    walkers,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
     RELU: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M pixels x BLOCK_N output channels, and the moments of each channel's pixels."""
+    """BLOCK_N output channels of every walkers-th block of BLOCK_M pixels, and the moments of each channel's pixels.
+
+    RESIDENT blocks of BLOCK_K input channels, all there are, are kept of the weight; with 0, and as many walkers as
+    there are blocks of pixels, they are loaded one after the other.
+    """
     in_channels = aligned(in_channels, ALIGN)
     out_channels = aligned(out_channels, ALIGN)
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(out_channels, BLOCK_N)
-    pid_m = pid // blocks_n
-
-    pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = pixel < pixels
+    walker = pid // blocks_n
     first_n = pid % blocks_n * BLOCK_N
     channel_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = channel_n < out_channels
-    offs_k = tl.arange(0, BLOCK_K)
-    source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
-    if not DESCRIPTORS:
-        x_ptrs = x_ptr + source.to(tl.int64)[:, None] * in_channels + offs_k[None, :]
-        weight_ptrs = weight_ptr + channel_n.to(tl.int64)[None, :] * in_channels + offs_k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_k in range(0, in_channels, BLOCK_K):
-        mask_k = offs_k < in_channels - first_k
-        if DESCRIPTORS:
-            a = x_ptr.load([pid_m * BLOCK_M, first_k])
-        else:
-            a = tl.load(x_ptrs + first_k, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        if x_scale_ptr is not None:
-            center, scale, constant = load_affine(
-                x_center_ptr, x_scale_ptr, x_shift_ptr, first_k + offs_k, mask_k, a.dtype
+    x_pointers = (x_ptr, x_center_ptr, x_scale_ptr, x_shift_ptr)
+    y_pointers = (y_ptr, y_scale_ptr, y_shift_ptr, residual_ptr)
+    offs_m = tl.arange(0, BLOCK_M)
+    if RESIDENT == 0:
+        first_m = walker * BLOCK_M
+        pixel = first_m + offs_m
+        mask_m = pixel < pixels
+        source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for first_k in range(0, in_channels, BLOCK_K):
+            a = load_activation(x_pointers, first_m, source, mask_m, first_k, in_channels, DESCRIPTORS, BLOCK_K)
+            w = load_weight(weight_ptr, first_n, channel_n, mask_n, first_k, in_channels, DESCRIPTORS, BLOCK_K)
+            acc = dot(a, w, acc, PRECISION)
+        y = finish_pixels(acc, y_pointers, pixel, mask_m, channel_n, mask_n, out_channels, RELU, ASSEMBLY)
+        if partials_ptr is not None:
+            # What was stored comes back laid out like memory, a few whole columns in every thread: in the accumulator's
+            # own layout the sums over the rows would take several times the instructions and registers.
+            tl.debug_barrier()
+            mask = mask_m[:, None] & mask_n[None, :]
+            offs_y = pixel.to(tl.int64)[:, None] * out_channels + channel_n[None, :]
+            value = tl.load(y_ptr + offs_y, mask=mask, other=0.0).to(tl.float32)
+            count = tl.minimum(pixels - first_m, BLOCK_M).to(tl.float32)
+            mean = tl.sum(value, axis=0) / count
+            deviation = tl.where(mask_m[:, None], value - mean[None, :], 0.0)
+            m2 = tl.sum(deviation * deviation, axis=0)
+            store_moments(partials_ptr, walker, out_channels, channel_n, mask_n, count, mean, m2)
+    else:
+        weights = ()
+        for k in tl.static_range(RESIDENT):
+            weights += (
+                load_weight(weight_ptr, first_n, channel_n, mask_n, k * BLOCK_K, in_channels, DESCRIPTORS, BLOCK_K),
             )
-            a = relu(affine(a, center, scale, constant)).to(a.dtype)
-        if DESCRIPTORS:
-            weight = weight_ptr.load([first_n, first_k]).T
-        else:
-            weight = tl.load(weight_ptrs + first_k, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(a, weight, acc, PRECISION)
+        if partials_ptr is not None:
+            counts = tl.zeros((BLOCK_M // 2,), dtype=tl.float32)
+            means = tl.zeros((BLOCK_M // 2, BLOCK_N), dtype=tl.float32)
+            m2s = tl.zeros((BLOCK_M // 2, BLOCK_N), dtype=tl.float32)
+        for block in range(walker, tl.cdiv(pixels, BLOCK_M), walkers):
+            first_m = block * BLOCK_M
+            pixel = first_m + offs_m
+            mask_m = pixel < pixels
+            source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for k in tl.static_range(RESIDENT):
+                a = load_activation(x_pointers, first_m, source, mask_m, k * BLOCK_K, in_channels, DESCRIPTORS, BLOCK_K)
+                acc = dot(a, weights[k], acc, PRECISION)
+            y = finish_pixels(acc, y_pointers, pixel, mask_m, channel_n, mask_n, out_channels, RELU, ASSEMBLY)
+            if partials_ptr is not None:
+                # Two rows that one thread holds: they share a lane.
+                values, masks = halves(y.to(tl.float32)), halves(mask_m[:, None])
+                masks = (tl.reshape(masks[0], (BLOCK_M // 2,)), tl.reshape(masks[1], (BLOCK_M // 2,)))
+                counts, means, m2s = add_to_moments(counts, means, m2s, values, masks)
+        if partials_ptr is not None:
+            count, mean, m2 = merge_moments(counts[:, None], means, m2s)
+            store_moments(partials_ptr, walker, out_channels, channel_n, mask_n, count, mean, m2)
 
+
+@triton.jit
+def load_gradient(
+    grad_pointers,
+    first_m,
+    pixel,
+    mask_m,
+    first_k,
+    pixels,
+    out_channels,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Pixels [M], which begin with `first_m`, x output channels [BLOCK_K] from `first_k` on, behind the prologue.
+
+    Pointers (grad, z, z_center, z_scale, z_shift).
+    """
+    grad_ptr, z_ptr, center_ptr, scale_ptr, shift_ptr = grad_pointers
+    channel = first_k + tl.arange(0, BLOCK_K)
+    mask_k = channel < out_channels
+    offs = pixel.to(tl.int64)[:, None] * out_channels + channel[None, :]
+    mask = mask_m[:, None] & mask_k[None, :]
+    if DESCRIPTORS:
+        grad = grad_ptr.load([first_m, first_k])
+    else:
+        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+    if z_ptr is not None:
+        if DESCRIPTORS:
+            z = z_ptr.load([first_m, first_k])
+        else:
+            z = tl.load(z_ptr + offs, mask=mask, other=0.0)
+        center, scale, constant = load_gradient_affine(
+            center_ptr, scale_ptr, shift_ptr, pixels, channel, mask_k, z.dtype
+        )
+        grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
+    return grad
+
+
+@triton.jit
+def load_transposed_weight(
+    weight_ptr,
+    first_n,
+    channel_n,
+    mask_n,
+    first_k,
+    in_channels,
+    out_channels,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The weight's output channels [BLOCK_K] from `first_k` on x input channels `channel_n` [N], from `first_n` on."""
+    if DESCRIPTORS:
+        tile = weight_ptr.load([first_k, first_n])
+    else:
+        channel = first_k + tl.arange(0, BLOCK_K)
+        ptrs = weight_ptr + channel.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
+        tile = tl.load(ptrs, mask=(channel < out_channels)[:, None] & mask_n[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def relu_backward(acc, x_pointers, offs, mask_m, channel, mask_n):
+    """The gradient of x from that of its activation, `acc` [M, N], and terms of dscale and dshift.
+
+    Pointers (x, center, scale, shift).
+    """
+    x_ptr, center_ptr, scale_ptr, shift_ptr = x_pointers
+    x = tl.load(x_ptr + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+    center, scale, constant = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_n, x.dtype)
+    a = relu(affine(x, center, scale, constant)).to(x.dtype)
+    kept = tl.where((a <= 0.0) | (mask_m[:, None] == 0), 0.0, acc)
+    # Where there is no pixel, zero times a NaN or Inf of the center must not count either.
+    products = tl.where(mask_m[:, None], kept * (x.to(tl.float32) - center[None, :]), 0.0)
+    return kept * scale[None, :], products, kept
+
+
+@triton.jit
+def store_input_gradient(
+    dx_ptr,
+    dx,
+    pixel,
+    source,
+    mask_m,
+    channel,
+    mask_n,
+    height,
+    width,
+    in_channels,
+    out_height,
+    out_width,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+):
+    """Store dx [M, N] at the input pixels `source`, and zeros at those up to the next ones, which no output sees."""
     mask = mask_m[:, None] & mask_n[None, :]
-    offs_y = pixel.to(tl.int64)[:, None] * out_channels + channel_n[None, :]
-    if y_scale_ptr is not None:
-        acc *= load_vector(y_scale_ptr, channel_n, mask_n, 1.0)[None, :]
-    if y_shift_ptr is not None:
-        acc += load_vector(y_shift_ptr, channel_n, mask_n, 0.0)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        acc = relu(acc)
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    if partials_ptr is not None:
-        # What was stored comes back laid out like memory, a few whole columns in every thread: in the accumulator's
-        # own layout the sums over the rows would take several times the instructions and registers.
-        tl.debug_barrier()
-        value = tl.load(y_ptr + offs_y, mask=mask, other=0.0).to(tl.float32)
-        count = tl.minimum(pixels - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean = tl.sum(value, axis=0) / count
-        deviation = tl.where(mask_m[:, None], value - mean[None, :], 0.0)
-        m2 = tl.sum(deviation * deviation, axis=0)
-        store_moments(partials_ptr, pid_m, out_channels, channel_n, mask_n, count, mean, m2)
+    tl.store(dx_ptr + source.to(tl.int64)[:, None] * in_channels + channel[None, :], dx, mask=mask)
+    if STRIDE_H > 1 or STRIDE_W > 1:
+        row = pixel // out_width % out_height * STRIDE_H
+        column = pixel % out_width * STRIDE_W
+        for skipped in tl.static_range(1, STRIDE_H * STRIDE_W):
+            below = skipped // STRIDE_W
+            right = skipped % STRIDE_W
+            inside = mask_m & (row + below < height) & (column + right < width)
+            beside = (source + (below * width + right)).to(tl.int64)
+            ptrs = dx_ptr + beside[:, None] * in_channels + channel[None, :]
+            tl.store(ptrs, tl.zeros_like(dx), mask=inside[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -148,7 +326,7 @@ def pointwise_conv_dgrad_kernel(
     x_scale_ptr,  # (in_channels,) or None with x_ptr, like the next
     x_shift_ptr,
     dx_ptr,  # (batch, height, width, in_channels)
-    partials_ptr,  # (blocks of pixels, 2, in_channels): sums for dscale and dshift, or None with x_ptr
+    partials_ptr,  # (walkers, 2, in_channels): sums for dscale and dshift, or None with x_ptr
     pixels,
     height,
     width,
@@ -156,81 +334,88 @@ def pointwise_conv_dgrad_kernel(
     out_height,
     out_width,
     out_channels,
+    walkers,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    RESIDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_M output pixels, with the input pixels up to the next one's, x BLOCK_N input channels."""
+    """BLOCK_N input channels of every walkers-th block of BLOCK_M output pixels; RESIDENT as in the forward pass."""
     in_channels = aligned(in_channels, ALIGN)
     out_channels = aligned(out_channels, ALIGN)
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(in_channels, BLOCK_N)
-    pid_m = pid // blocks_n
-
-    pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = pixel < pixels
+    walker = pid // blocks_n
     first_n = pid % blocks_n * BLOCK_N
     channel_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = channel_n < in_channels
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_grad = pixel.to(tl.int64)[:, None] * out_channels + offs_k[None, :]
-    if not DESCRIPTORS:
-        weight_ptrs = weight_ptr + offs_k[:, None] * in_channels + channel_n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first_k in range(0, out_channels, BLOCK_K):
-        mask_k = offs_k < out_channels - first_k
-        mask = mask_m[:, None] & mask_k[None, :]
-        if DESCRIPTORS:
-            grad = grad_ptr.load([pid_m * BLOCK_M, first_k])
-        else:
-            grad = tl.load(grad_ptr + offs_grad + first_k, mask=mask, other=0.0)
-        if z_ptr is not None:
-            if DESCRIPTORS:
-                z = z_ptr.load([pid_m * BLOCK_M, first_k])
-            else:
-                z = tl.load(z_ptr + offs_grad + first_k, mask=mask, other=0.0)
-            center, scale, constant = load_gradient_affine(
-                z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, first_k + offs_k, mask_k, z.dtype
-            )
-            grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
-        if DESCRIPTORS:
-            weight = weight_ptr.load([first_k, first_n])
-        else:
-            weight = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-            weight_ptrs += BLOCK_K * in_channels
-        acc = dot(grad, weight, acc, PRECISION)
-
-    mask = mask_m[:, None] & mask_n[None, :]
-    source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
-    offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
+    grad_pointers = (grad_ptr, z_ptr, z_center_ptr, z_scale_ptr, z_shift_ptr)
+    x_pointers = (x_ptr, x_center_ptr, x_scale_ptr, x_shift_ptr)
+    offs_m = tl.arange(0, BLOCK_M)
+    partials_ptrs = partials_ptr
     if x_ptr is not None:
-        x = tl.load(x_ptr + offs_x, mask=mask, other=0.0)
-        center, scale, constant = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_n, mask_n, x.dtype)
-        a = relu(affine(x, center, scale, constant)).to(x.dtype)
-        acc = tl.where((a <= 0.0) | (mask_m[:, None] == 0), 0.0, acc)
-        # Where there is no pixel, zero times a NaN or Inf of the center must not count either.
-        products = tl.where(mask_m[:, None], acc * (x.to(tl.float32) - center[None, :]), 0.0)
-        partials_ptrs = partials_ptr + pid_m.to(tl.int64) * 2 * in_channels + channel_n
-        tl.store(partials_ptrs, tl.sum(products, axis=0), mask=mask_n)
-        tl.store(partials_ptrs + in_channels, tl.sum(acc, axis=0), mask=mask_n)
-        acc *= scale[None, :]
-    dx = acc.to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + offs_x, dx, mask=mask)
-    if STRIDE_H > 1 or STRIDE_W > 1:
-        row = pixel // out_width % out_height * STRIDE_H
-        column = pixel % out_width * STRIDE_W
-        for skipped in tl.static_range(1, STRIDE_H * STRIDE_W):  # input pixels that no output sees
-            below = skipped // STRIDE_W
-            right = skipped % STRIDE_W
-            inside = mask_m & (row + below < height) & (column + right < width)
-            beside = (source + (below * width + right)).to(tl.int64)
-            ptrs = dx_ptr + beside[:, None] * in_channels + channel_n[None, :]
-            tl.store(ptrs, tl.zeros_like(dx), mask=inside[:, None] & mask_n[None, :])
+        partials_ptrs += walker.to(tl.int64) * 2 * in_channels + channel_n
+    sizes = (height, width, in_channels, out_height, out_width)
+    if RESIDENT == 0:
+        first_m = walker * BLOCK_M
+        pixel = first_m + offs_m
+        mask_m = pixel < pixels
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for first_k in range(0, out_channels, BLOCK_K):
+            grad = load_gradient(
+                grad_pointers, first_m, pixel, mask_m, first_k, pixels, out_channels, DESCRIPTORS, BLOCK_K
+            )
+            w = load_transposed_weight(
+                weight_ptr, first_n, channel_n, mask_n, first_k, in_channels, out_channels, DESCRIPTORS, BLOCK_K
+            )
+            acc = dot(grad, w, acc, PRECISION)
+        source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
+        if x_ptr is not None:
+            offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
+            acc, products, kept = relu_backward(acc, x_pointers, offs_x, mask_m, channel_n, mask_n)
+            tl.store(partials_ptrs, tl.sum(products, axis=0), mask=mask_n)
+            tl.store(partials_ptrs + in_channels, tl.sum(kept, axis=0), mask=mask_n)
+        dx = acc.to(dx_ptr.dtype.element_ty)
+        store_input_gradient(dx_ptr, dx, pixel, source, mask_m, channel_n, mask_n, *sizes, STRIDE_H, STRIDE_W)
+    else:
+        weights = ()
+        for k in tl.static_range(RESIDENT):
+            weights += (
+                load_transposed_weight(
+                    weight_ptr, first_n, channel_n, mask_n, k * BLOCK_K, in_channels, out_channels, DESCRIPTORS, BLOCK_K
+                ),
+            )
+        if x_ptr is not None:
+            dscale = tl.zeros((BLOCK_M // 2, BLOCK_N), dtype=tl.float32)
+            dshift = tl.zeros((BLOCK_M // 2, BLOCK_N), dtype=tl.float32)
+        for block in range(walker, tl.cdiv(pixels, BLOCK_M), walkers):
+            first_m = block * BLOCK_M
+            pixel = first_m + offs_m
+            mask_m = pixel < pixels
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for k in tl.static_range(RESIDENT):
+                grad = load_gradient(
+                    grad_pointers, first_m, pixel, mask_m, k * BLOCK_K, pixels, out_channels, DESCRIPTORS, BLOCK_K
+                )
+                acc = dot(grad, weights[k], acc, PRECISION)
+            source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
+            if x_ptr is not None:
+                offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
+                acc, products, kept = relu_backward(acc, x_pointers, offs_x, mask_m, channel_n, mask_n)
+                first, second = halves(products)
+                dscale += first + second
+                first, second = halves(kept)
+                dshift += first + second
+            dx = acc.to(dx_ptr.dtype.element_ty)
+            store_input_gradient(dx_ptr, dx, pixel, source, mask_m, channel_n, mask_n, *sizes, STRIDE_H, STRIDE_W)
+        if x_ptr is not None:
+            tl.store(partials_ptrs, tl.sum(dscale, axis=0), mask=mask_n)
+            tl.store(partials_ptrs + in_channels, tl.sum(dshift, axis=0), mask=mask_n)
 
 
 @triton.jit

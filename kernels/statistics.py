@@ -22,6 +22,29 @@ from .launch import Launch
 
 
 @triton.jit
+def rounded(wide, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """`wide`, float32, as DTYPE. ASSEMBLY, not for the interpreter: in pairs, whatever the result is used for.
+
+    What goes both to memory, in pairs, and into sums, one by one, the compiler rounds one by one, at an eighth of the
+    rate.
+    """
+    if ASSEMBLY and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [wide], tl.bfloat16, True, 2)
+    if ASSEMBLY and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [wide], tl.float16, True, 2)
+    return wide.to(DTYPE)
+
+
+@triton.jit
+def halves(tile):
+    """The rows of a tile [M, N] in two halves [M/2, N], every other eight: matrix products leave both in one thread."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    first, second = tl.split(tl.permute(tl.reshape(tile, (M // 16, 2, 8, N)), (0, 2, 3, 1)))
+    return tl.reshape(first, (M // 2, N)), tl.reshape(second, (M // 2, N))
+
+
+@triton.jit
 def add_to_moments(count, mean, m2, values, masks):
     """Welford's update of every lane by a tuple of tiles [M, N], each in the rows of its mask [M]; the new moments.
 

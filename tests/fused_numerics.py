@@ -392,7 +392,7 @@ def check_affine_add_relu(
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
-    """Run ``affine_add_relu`` and its backward; ``residual``: "none", "plain" or "affine"."""
+    """Run ``affine_add_relu``, its backward and ``affine_add``; ``residual``: "none", "plain" or "affine"."""
     generator = torch.Generator().manual_seed(seed)
     options = {"channels_last": channels_last, "device": device}
     z = make(shape, dtype, generator, **options)
@@ -411,6 +411,9 @@ def check_affine_add_relu(
     slack = 8 * U * size
     bound = slack + u_d * (value.clamp(min=0) + slack) + smallest
     assert_within("out", out, value.clamp(min=0), torch.where(value > -slack, bound, 0.0))
+    without_relu = launchers.affine_add(z, affine, other, other_affine, channels_last)
+    assert_layout("without a ReLU", without_relu, channels_last)
+    assert_within("without a ReLU", without_relu, value, slack + u_d * (value.abs() + slack) + smallest)
 
     dout = make(shape, dtype, generator, **options)
     kept = other if other_affine is not None else None

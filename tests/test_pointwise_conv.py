@@ -122,6 +122,9 @@ VARIANTS = {
     "block_n-128-num_stages-1": {"block_n": 128, "num_stages": 1},
     "block_k-16-num_stages-3": {"block_k": 16, "num_stages": 3},
     "block_k-64": {"block_k": 64},
+    "walkers-1": {"walkers": 1},
+    "walkers-2-block_m-16": {"walkers": 2, "block_m": 16},
+    "walkers-more-than-work": {"walkers": 99, "block_k": 16},
     "splits-3": {"splits": 3, "block_m": 16},
     "splits-more-than-work": {"splits": 7},
 }
@@ -280,6 +283,7 @@ def test_settings_are_valid_for_every_size(op):
                     assert config.num_stages in (2, 3, 4)
                     assert config.splits >= 1
                     assert config.splits == 1 or op == "wgrad"
+                    assert config.walkers is None or (op != "wgrad" and config.walkers >= 1)
 
 
 def test_candidates_begin_with_the_heuristics_choice():
@@ -347,7 +351,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def compiled(problem: ConvProblem, fusion: str, arch: int, allow_tf32: bool = True) -> aot.Usage:
     affine = "affine" in fusion
-    config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32)
+    shared_memory = aot.SHARED_LIMITS[arch]
+    config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, shared_memory=shared_memory)
     fused = frozenset(FUSIONS[fusion].split())
     launch = pointwise_conv.plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=affine)
     return aot.usage(aot.compile_launch(launch, aot.pointers(launch, problem.dtype), arch))
@@ -361,7 +366,7 @@ def test_launch_compiles_within_the_machine(fusion, name, stride, arch):
     usage = compiled(problem, fusion, arch, allow_tf32)
     assert usage.spills == 0
     assert usage.registers <= 255
-    assert usage.shared <= aot.SHARED_LIMITS[80]  # the settings are the same for every architecture
+    assert usage.shared <= aot.SHARED_LIMITS[arch]
     if allow_tf32:
         assert usage.matrix_instruction.startswith({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch])
 
