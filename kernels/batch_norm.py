@@ -50,6 +50,7 @@ _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bn_affine": (bn_affine_kernel, {}),
     "bn_affine_bwd": (bn_affine_bwd_kernel, {}),
 }
+_BLOCKS = 4  # that `statistics` loads at once
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -213,25 +214,34 @@ def bn_affine_bwd(
 
 def _walk(name: str, z: Tensor, channels_last: bool) -> tuple[Launch, int]:
     """The launch of a kernel that walks over the pixels of ``z``, and the number of shares they are divided into."""
-    return _plan_walk(name, tuple(z.shape), channels_last, num_sms(z.device))
+    return _plan_walk(name, tuple(z.shape), z.itemsize, channels_last, num_sms(z.device))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_walk(name: str, shape: tuple[int, ...], channels_last: bool, num_sms: int) -> tuple[Launch, int]:
+def _plan_walk(
+    name: str, shape: tuple[int, ...], itemsize: int, channels_last: bool, num_sms: int
+) -> tuple[Launch, int]:
     batch, channels, height, width = shape
     images, pixels = batch, height * width
     if pixels == 1:
         channels_last = True  # the same bytes
     if channels_last:
         images, pixels = 1, batch * height * width
-    config = elementwise_config(images, pixels, channels, channels_last, num_sms=num_sms)
+    collects = name == "statistics"
+    # One 16-byte load per thread and block; as many programs as run at once, since each ends in a long reduction.
+    options = {"elements": 2048 // itemsize, "programs": 5} if collects else {}
+    config = elementwise_config(images, pixels, channels, channels_last, num_sms=num_sms, **options)
     image_blocks = triton.cdiv(pixels, config.block_m)
     blocks = images * image_blocks
     share = triton.cdiv(blocks, config.splits)
+    if collects and share > _BLOCKS:
+        share = triton.cdiv(share, _BLOCKS) * _BLOCKS
     shares = triton.cdiv(blocks, share)
     sizes = {"pixels": pixels, "image_blocks": image_blocks, "blocks": blocks, "share": share, "channels": channels}
     constants = {"CHANNELS_LAST": channels_last, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c}
     constants["ALIGN"] = math.gcd(channels if channels_last else pixels, 16)
+    if collects:
+        constants["BLOCKS"] = _BLOCKS
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     kernel, own = _KERNELS[name]
     return Launch(kernel, triton.cdiv(channels, config.block_c) * shares, sizes, constants | own, options), shares

@@ -28,9 +28,10 @@ def block_offsets(
     BLOCK_M: tl.constexpr,
 ):
     """Where a block lies in memory, int64 [BLOCK_M, BLOCK_C], and which of its pixels [BLOCK_M] there are."""
-    pixel = (block % image_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if CHANNELS_LAST:  # one image
+        pixel = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         return pixel[:, None] * aligned(channels, ALIGN) + channel[None, :], pixel < pixels
+    pixel = (block % image_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = aligned(pixels, ALIGN)
     plane = (block // image_blocks).to(tl.int64) * channels + channel
     return pixel[:, None] + plane[None, :] * pixels, pixel < pixels
@@ -54,6 +55,32 @@ def relu(value):
 
 
 @triton.jit
+def load_blocks(
+    z_ptr,
+    origin,
+    block,
+    place,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """BLOCKS blocks of z from `block` on, less `origin`, as tuples of tiles and, if MASKED, of their masks."""
+    pixels, image_blocks, last, channels, channel, mask_c = place
+    values, masks = (), ()
+    for i in tl.static_range(BLOCKS):
+        offs, mask_m = block_offsets(block + i, pixels, image_blocks, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
+        mask = mask_c[None, :]
+        if MASKED:
+            mask_m = mask_m & (block + i < last)
+            mask = mask & mask_m[:, None]
+            masks += (mask_m,)
+        values += (tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - origin,)
+    return values, masks
+
+
+@triton.jit
 def statistics_kernel(
     z_ptr,  # (N, channels, H, W) in either layout
     partials_ptr,  # (shares, 3, channels): moments of z less its first pixel
@@ -66,6 +93,7 @@ def statistics_kernel(
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Moments of one share. Less the first pixel: a mean far larger than the spread would round the spread away."""
     channel, mask_c, split = own_channels(channels, BLOCK_C)
@@ -74,10 +102,17 @@ def statistics_kernel(
     count = tl.zeros((BLOCK_M,), dtype=tl.float32)
     mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for block in range(split * share, tl.minimum(split * share + share, blocks)):
-        offs, mask_m = block_offsets(block, pixels, image_blocks, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
-        z = tl.load(z_ptr + offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        count, mean, m2 = add_to_moments(count, mean, m2, (z - origin,), (mask_m,))
+    first, last = split * share, tl.minimum(split * share + share, blocks)
+    place = (pixels, image_blocks, last, channels, channel, mask_c)
+    full = first  # up to which groups of blocks are whole
+    if CHANNELS_LAST:
+        full += tl.maximum(tl.minimum(last, pixels // BLOCK_M) - first, 0) // BLOCKS * BLOCKS
+    for block in tl.range(first, full, BLOCKS, num_stages=3):
+        values, _ = load_blocks(z_ptr, origin, block, place, CHANNELS_LAST, ALIGN, BLOCK_M, BLOCKS, False)
+        count, mean, m2 = add_to_moments(count, mean, m2, values, None)
+    for block in tl.range(full, last, BLOCKS, num_stages=3):
+        values, masks = load_blocks(z_ptr, origin, block, place, CHANNELS_LAST, ALIGN, BLOCK_M, BLOCKS, True)
+        count, mean, m2 = add_to_moments(count, mean, m2, values, masks)
     total, mean_c, m2_c = merge_moments(count[:, None], mean, m2)
     store_moments(partials_ptr, split, channels, channel, mask_c, total, mean_c, m2_c)
 

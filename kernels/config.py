@@ -290,12 +290,15 @@ class ElementwiseConfig:
     num_warps: int
 
 
-_ELEMENTS_PER_STEP = 2048  # 16 per thread: two 16-byte loads of 16-bit numbers, of every operand
-_PROGRAMS_PER_SM = 16  # two to three times what fits at once, so that a slow program does not hold up the rest
-
-
 def elementwise_config(
-    images: int, pixels: int, channels: int, channels_last: bool, *, num_sms: int = 132
+    images: int,
+    pixels: int,
+    channels: int,
+    channels_last: bool,
+    *,
+    num_sms: int = 132,
+    elements: int = 2048,
+    programs: int = 16,
 ) -> ElementwiseConfig:
     """Launch settings from sizes alone.
 
@@ -305,15 +308,18 @@ def elementwise_config(
         channels: C.
         channels_last: Whether neighbours in memory are channels of one pixel (else pixels of one channel).
         num_sms: Streaming multiprocessors of the device.
+        elements: Per step; 2048 are 16 per thread, two 16-byte loads of 16-bit numbers of every operand.
+        programs: Per multiprocessor; 16 are two to three times what fits at once, so that a slow program does not hold
+            up the rest.
     """
     if channels_last:
         block_c = min(64, _power_of_two(channels))
-        block_m = _ELEMENTS_PER_STEP // block_c
+        block_m = elements // block_c
     else:
         block_m = min(512, max(16, _power_of_two(pixels)))
-        block_c = min(_ELEMENTS_PER_STEP // block_m, _power_of_two(channels))
+        block_c = min(elements // block_m, _power_of_two(channels))
     blocks = images * math.ceil(pixels / block_m)
-    splits = math.ceil(num_sms * _PROGRAMS_PER_SM / math.ceil(channels / block_c))
+    splits = math.ceil(num_sms * programs / math.ceil(channels / block_c))
     return ElementwiseConfig(block_m, block_c, min(blocks, splits), num_warps=4)
 
 

@@ -215,9 +215,14 @@ def test_statistics_of_hard_data(form):
     assert not var[6].isfinite()
 
 
+LAUNCHES = pytest.mark.parametrize("longest", [2**13, 2**9], ids=["one-launch", "two-launches"])
+
+
 @here
-def test_merged_partials_are_the_statistics_of_the_whole():
+@LAUNCHES
+def test_merged_partials_are_the_statistics_of_the_whole(monkeypatch, longest):
     """More rows than a step of the kernel, of unequal counts, some of them empty."""
+    monkeypatch.setattr(statistics, "_LONGEST_WALK", longest)
     generator = torch.Generator().manual_seed(0)
     values = 1e3 + 1e-2 * torch.randn(2, 11, 700, 1, generator=generator)
     parts = values.transpose(0, 1).reshape(11, -1).split([1, 2, 0] * 466 + [2], dim=1)
@@ -229,3 +234,14 @@ def test_merged_partials_are_the_statistics_of_the_whole():
         rows.append(torch.stack([torch.full_like(mean, part.shape[1]), mean, m2]))
     mean, var = statistics.merge_partials(torch.stack(rows).float().to(DEVICE))
     assert_statistics(values, mean.cpu(), var.cpu())
+
+
+@here
+@LAUNCHES
+@pytest.mark.parametrize("count", [2, 3])
+def test_summed_partials(monkeypatch, longest, count):
+    """Integers: exact in any order."""
+    monkeypatch.setattr(statistics, "_LONGEST_WALK", longest)
+    partials = make((1100, count, 37), torch.float32, torch.Generator().manual_seed(0), integers=True, device=DEVICE)
+    for i, result in enumerate(statistics.sum_partials(partials)):
+        assert torch.equal(result, partials[:, i].sum(0))
