@@ -24,7 +24,7 @@ from resnext.kernels import dispatch, extension, grouped_conv, grouped_conv_plan
 from resnext.kernels.candidates import candidates, pointwise_candidates
 from resnext.kernels.composed import Composed
 from resnext.kernels.config import Config, ConvProblem, PointwiseConfig
-from resnext.kernels.launch import Launch, architecture, num_sms, shared_memory
+from resnext.kernels.launch import Launch, architecture, num_sms
 
 AnyConfig = Config | PointwiseConfig
 Results = dict[str, Tensor]
@@ -109,7 +109,6 @@ class Target:
         options: dict[str, Any] = {"allow_tf32": self.allow_tf32}
         options |= {"num_sms": num_sms(device), "arch": architecture(device)}
         if self.kernel_size == 1:
-            options["shared_memory"] = shared_memory(device)
             return [*pointwise_candidates(self.problem, affine=self.fusion == "affine", **options)]
         return [*candidates(self.problem, fusion=self.fusion, **options)]
 

@@ -34,7 +34,7 @@ from .config import (
 
 _WGMMA = 90  # The architecture that has it, and only that one.
 _TMA = 90  # The first architecture with tensor descriptors in hardware.
-_EPILOGUE = 7 * 1024  # Bytes of shared memory that epilogues take.
+_SHARED_MEMORY = 220 * 1024  # Of one program on an H100 or H200, less what epilogues take.
 
 
 def candidates(
@@ -114,7 +114,6 @@ def pointwise_candidates(
     allow_tf32: bool = True,
     num_sms: int = 132,
     arch: int = 90,
-    shared_memory: int = 227 * 1024,
 ) -> list[PointwiseConfig]:
     """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first.
 
@@ -124,14 +123,12 @@ def pointwise_candidates(
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
         arch: Ten times its compute capability.
-        shared_memory: Bytes of it that one program may have.
     """
     described = arch >= _TMA and fits_descriptors(problem)
-    machine = {"num_sms": num_sms, "shared_memory": shared_memory}
-    chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, **machine)
+    chosen = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, num_sms=num_sms, arch=arch)
     configs = [chosen]
     for config in _pointwise(problem, chosen, num_sms):
-        if _pointwise_memory(problem, config) <= shared_memory - _EPILOGUE:
+        if _pointwise_memory(problem, config) <= _SHARED_MEMORY:
             configs.append(config)
             rows = config.block_n if problem.op == "wgrad" else config.block_m
             if described and rows >= 64:  # less would leave the wide matrix instructions unused
@@ -160,14 +157,6 @@ def _pointwise(problem: ConvProblem, config: PointwiseConfig, num_sms: int) -> I
             blocks = {"block_m": block_m, "block_n": block_n, "block_k": 64}
             yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=walkers, **blocks)
         tiles = [(64, 128), (128, 128), (128, 256), (256, 128)]
-    else:
-        # Eight warps where what is computed on load and on store fills the registers of four.
-        for (block_m, block_n, num_warps), num_stages in itertools.product(
-            [(64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4)], (2, 3)
-        ):
-            walkers = max(1, num_sms * (8 // num_warps) // math.ceil(problem.in_channels / block_n))
-            blocks = {"block_m": block_m, "block_n": block_n, "block_k": 64}
-            yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=walkers, **blocks)
     block_ks = (64,) if problem.op == "fwd" else (32, 64)
     for (block_m, block_n), block_k, num_stages in itertools.product(tiles, block_ks, (2, 3, 4)):
         num_warps = 4 if block_m * block_n <= 8192 else 8
@@ -182,8 +171,6 @@ def _pointwise_memory(problem: ConvProblem, config: PointwiseConfig) -> int:
         elements = block_m * (2 * block_n + block_k) * config.num_stages
     elif problem.op == "dgrad":
         elements = (2 * block_m + block_n) * block_k * config.num_stages
-        if config.walkers is not None:
-            elements = (block_n + 2 * block_m * (config.num_stages - 1)) * problem.out_channels
     elif config.walkers is None:
         elements = (block_m + block_n) * block_k * config.num_stages
     else:

@@ -163,7 +163,7 @@ MATRIX_WIDTH = 16  # Channels that narrow groups are packed into: the least that
 WIDEST_STRIPS = 32  # Wider groups are limited by arithmetic, and their nine weight tiles fill the registers.
 MOST_REGISTERS = 255  # Of a thread, on every GPU.
 DESCRIPTOR_ALIGNMENT = 16  # Bytes, of the address and of the rows that a tensor descriptor describes.
-_WAVES = 4  # Programs per program that a device holds at once, from which a half-empty last wave stops mattering.
+_WAVES = 2  # Programs per program that a device holds at once; measured on an H200, bands of half an image do best.
 _STRIPS_PER_SM = 10  # Warps of the strips kernels that one multiprocessor holds at 168-200 registers a thread.
 
 
@@ -214,11 +214,13 @@ def strips_config(
     """The heuristic's settings for the strips kernels; arguments as in `choose_config`."""
     merged = _merged_groups(problem)
     block = round_up_to_block(merged * max(problem.group_in, problem.group_out))
-    # Accumulators and operands of a strip share 255 registers: wider tiles and wider types leave narrower strips.
+    # Accumulators and operands of a strip share 255 registers: what fills them leaves narrower strips.
     strip = 4 if problem.stride == (1, 1) and problem.op != "wgrad" else 2
-    if fused and problem.op != "wgrad":
-        strip = 2 if problem.op == "fwd" else 2 // problem.stride[0]
-    strip = max(1, strip * MATRIX_WIDTH // block * 2 // problem.dtype.itemsize)
+    if crowded or (fused and block > MATRIX_WIDTH):
+        strip = 2 if problem.op != "dgrad" else 2 // problem.stride[0]
+    if problem.op == "wgrad" or problem.dtype == torch.float32 or (crowded and problem.op == "dgrad"):
+        strip = strip * MATRIX_WIDTH // block
+    strip = max(1, strip * 2 // problem.dtype.itemsize)
     height, width = problem.out_height, problem.out_width
     while strip > 1 and math.ceil(width / strip) * strip * 7 > width * 8:  # at most an eighth of the columns idle
         strip //= 2
@@ -233,12 +235,9 @@ def strips_config(
     if problem.op == "wgrad":
         work = blocks_m * math.ceil(height / band)
         splits = min(work, math.ceil(wanted / _WAVES / tiles))
-    num_stages = 2
-    if problem.op == "dgrad" and problem.stride == (2, 2) and (fused or problem.dtype.itemsize == 2):
-        num_stages = 3  # with two, a few registers spill on sm_80
     limited = num_warps == 1 and (crowded or problem.dtype == torch.float32)
     max_registers = MOST_REGISTERS if limited else None
-    return StripsConfig(merged, strip, band, block_m, num_warps, num_stages, splits, max_registers)
+    return StripsConfig(merged, strip, band, block_m, num_warps, 3, splits, max_registers)
 
 
 def taps_config(
@@ -257,7 +256,7 @@ def taps_config(
         block_m = 32 if single or (fused and block_k < 64) else 64  # with 64, fused kernels spill
         blocks = 3 * math.ceil(problem.groups / merged) * math.ceil(tile_k / block_k) * math.ceil(tile_n / block_n)
         steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
-        splits = min(math.ceil(steps / 4), math.ceil(_WAVES * 2 * num_sms / blocks))
+        splits = min(math.ceil(steps / 4), math.ceil(8 * num_sms / blocks))
         return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=2, splits=splits)
     # Steps of 32 where 64 would multiply more zeros (groups of 72 or 96); narrower ones cost more than they save.
     block_m, block_k = 64, round_up_to_block(tile_k)
@@ -340,8 +339,8 @@ class PointwiseConfig:
         splits: Weight gradient only: partial sums per weight.
         max_registers: As in `StripsConfig`.
         tensor_descriptors: Whether operands are loaded by tensor descriptors (TMA); only where `fits_descriptors`.
-        walkers: Not in the weight gradient: programs per block of channels, each of which keeps its part of the weight
-            in shared memory and walks over its share of the pixels; None: a program has one block of pixels.
+        walkers: Forward pass only: programs per block of channels, each of which keeps its part of the weight in shared
+            memory and walks over its share of the pixels; None: a program has one block of pixels.
     """
 
     block_m: int
@@ -368,7 +367,7 @@ def fits_descriptors(problem: ConvProblem) -> bool:
 
 _RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
 _BACKWARD_RIDGE = 100  # Measured there, in bfloat16: from here on a library's kernels win in spite of passes more.
-_ROOMY = 200 * 1024  # Bytes of shared memory, as of H100, H200 and B200; the others have 99 or 163 KiB.
+_HOPPER = 90  # Its architecture; later ones spill with what is best there, earlier ones have less shared memory.
 _RESIDENT = 256  # Most input channels whose 128 output channels' weights leave room for the pixels in shared memory.
 
 
@@ -398,25 +397,23 @@ def pointwise_config(
     affine: bool = False,
     allow_tf32: bool = True,
     num_sms: int = 132,
-    shared_memory: int = 227 * 1024,
+    arch: int = 90,
 ) -> PointwiseConfig:
-    """Launch settings for one pass of a 1x1 convolution, from sizes alone.
-
-    In 16 bits, where there is the shared memory for them, what was fastest on an H200.
+    """Launch settings for one pass of a 1x1 convolution, from sizes alone; in 16 bits on Hopper what was fastest there.
 
     Args:
         problem: What to compute.
         affine: Whether the forward pass ends in an affine, with or without a residual.
         allow_tf32: Whether float32 products may be rounded to TF32.
         num_sms: Streaming multiprocessors of the device.
-        shared_memory: Bytes of it that one program may have.
+        arch: Ten times its compute capability.
     """
     channels_k, channels_n = problem.in_channels, problem.out_channels
     if problem.op == "dgrad":
         channels_k, channels_n = channels_n, channels_k
     single = problem.dtype == torch.float32
-    if not single and shared_memory >= _ROOMY:
-        return _pointwise_in_room(problem, channels_k, channels_n, affine=affine, num_sms=num_sms)
+    if not single and arch == _HOPPER:
+        return _pointwise_on_hopper(problem, channels_k, channels_n, affine=affine, num_sms=num_sms)
     if problem.op == "wgrad":
         block_m, widest, num_warps = (64, 128, 4) if not single else (32, 128, 8) if allow_tf32 else (32, 64, 8)
         block_n = min(64, round_up_to_block(channels_n))
@@ -435,7 +432,7 @@ def pointwise_config(
     return PointwiseConfig(128, block_n, block_k, num_warps=8, num_stages=num_stages)
 
 
-def _pointwise_in_room(
+def _pointwise_on_hopper(
     problem: ConvProblem, channels_k: int, channels_n: int, *, affine: bool, num_sms: int
 ) -> PointwiseConfig:
     if problem.op == "wgrad":
@@ -447,7 +444,7 @@ def _pointwise_in_room(
         return PointwiseConfig(block_m, block_n, block_k, num_warps, num_stages=3, splits=splits)
     block_n, block_k = min(128, round_up_to_block(channels_n)), min(64, round_up_to_block(channels_k))
     if problem.op == "dgrad" or affine:
-        block_m = 128 if block_n <= 64 and not affine else 64
+        block_m = 128 if block_n == 64 and not affine else 64
         return PointwiseConfig(block_m, block_n, block_k, num_warps=4, num_stages=3 - affine)
     if channels_k > _RESIDENT:
         return PointwiseConfig(256, block_n, block_k, num_warps=8, num_stages=3)

@@ -13,7 +13,7 @@ from .grouped_conv_fusion import (
     open_target,
     store_state,
 )
-from .grouped_conv_tiles import aligned, dot, exact_tile, in_registers, place, weight_tiles, zero_tiles
+from .grouped_conv_tiles import aligned, dot, exact_tile, in_registers, weight_tiles, zero_tiles
 
 
 @triton.jit
@@ -61,7 +61,6 @@ def grouped_conv_dgrad_strided_kernel(
     PROLOGUE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SOURCE_IN_REGISTERS: tl.constexpr,
-    PLACED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Input gradient at stride 2: a 2x2 block of dx per dy pixel, walking down the rows of dy."""
@@ -114,7 +113,6 @@ def grouped_conv_dgrad_strided_kernel(
         BLOCK_K,
         BLOCK_N,
     )
-    weights = place(weights, PLACED, PRECISION)
 
     # dy row r is the middle of dx row 2r, begins dx row 2r + 1 and ends dx row 2r - 1.
     odd_row = zero_tiles(2 * STRIP, BLOCK_M, BLOCK_N)
@@ -134,7 +132,7 @@ def grouped_conv_dgrad_strided_kernel(
         masks = columns_inside(mask_m & (i < rows), dst_column, dst_width, 2 * STRIP)
         state = finish_tiles(target, offset, dst_channels, done, masks, mask_n, state, EPILOGUE)
 
-    if (MERGED > 1 or PLACED) and may_have_leaked(state, EPILOGUE):
+    if MERGED > 1 and may_have_leaked(state, EPILOGUE):
         tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
         state = open_state(BLOCK_M, BLOCK_N, EPILOGUE)
         for i in range(0, 2 * rows):

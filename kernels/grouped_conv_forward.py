@@ -14,7 +14,7 @@ from .grouped_conv_fusion import (
     open_target,
     store_state,
 )
-from .grouped_conv_tiles import accumulate_row, aligned, dot, exact_tile, in_registers, place, weight_tiles, zero_tiles
+from .grouped_conv_tiles import accumulate_row, aligned, dot, exact_tile, in_registers, weight_tiles, zero_tiles
 
 
 @triton.jit
@@ -53,7 +53,6 @@ def grouped_conv_strips_kernel(
     PROLOGUE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SOURCE_IN_REGISTERS: tl.constexpr,
-    PLACED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Forward at stride 1 or 2, or (TRANSPOSED) the input gradient at stride 1: a strip-by-band block per program."""
@@ -106,7 +105,6 @@ def grouped_conv_strips_kernel(
         BLOCK_K,
         BLOCK_N,
     )
-    weights = place(weights, PLACED, PRECISION)
     columns: tl.constexpr = (STRIP - 1) * STRIDE + 3
 
     if STRIDE == 1:
@@ -145,7 +143,7 @@ def grouped_conv_strips_kernel(
             masks = columns_inside(mask_m & (i >= 1), column, dst_width, STRIP)
             state = finish_tiles(target, offset, dst_channels, done, masks, mask_n, state, EPILOGUE)
 
-    if (MERGED > 1 or PLACED) and may_have_leaked(state, EPILOGUE):
+    if MERGED > 1 and may_have_leaked(state, EPILOGUE):
         tl.debug_barrier()  # Overwrites what other threads of this program have just stored.
         state = open_state(BLOCK_M, BLOCK_N, EPILOGUE)
         group_in: tl.constexpr = GROUP_N if TRANSPOSED else GROUP_K

@@ -127,7 +127,6 @@ def _plan_conv(problem: ConvProblem, config: Config, taps_outside: bool) -> tupl
         sizes["band"] = config.band
         constants |= {"STRIP": config.strip, "TAPS_OUTSIDE": taps_outside}
         constants["SOURCE_IN_REGISTERS"] = config.source_in_registers and not interpreted()
-        constants["PLACED"] = config.num_warps == 1 and problem.dtype.itemsize == 2
         constants["BLOCK_K"] = round_up_to_block(config.merged * group_k)
         constants["BLOCK_N"] = round_up_to_block(config.merged * group_n)
         if transposed and problem.stride == (2, 2):

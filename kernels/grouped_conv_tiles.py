@@ -134,28 +134,6 @@ def weight_tiles(
 
 
 @triton.jit
-def place(weights, PLACED: tl.constexpr, PRECISION: tl.constexpr):
-    """The tuple of weight tiles [K, N], with PLACED in the registers that the matrix units of one warp take them from.
-
-    A load leaves a tile spread over the warp in another way, and the compiler moves it where it is used: in every
-    iteration, by shuffles, which then limit the kernel. A product leaves its result where the next one, transposed,
-    wants its second operand; that with the identity is exact, but for NaN and Inf, which spread over their row.
-    """
-    placed = ()
-    if PLACED:
-        size: tl.constexpr = weights[0].shape[0]
-        offs = tl.arange(0, size)
-        identity = tl.where(offs[:, None] == offs[None, :], 1.0, 0.0).to(weights[0].dtype)
-        for i in tl.static_range(len(weights)):
-            zeros = tl.zeros((weights[i].shape[1], size), dtype=tl.float32)
-            product = dot(tl.trans(weights[i]), identity, zeros, PRECISION)
-            placed += (tl.trans(product.to(weights[i].dtype)),)
-    else:
-        placed = weights
-    return placed
-
-
-@triton.jit
 def accumulate_row(accs, columns, weights, KH: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr):
     """One source row through the three taps of kernel row KH: acc[c] += sum over kw of column[c*STRIDE + kw] @ w."""
     sums = ()

@@ -146,13 +146,6 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; an H200's for the interpreter's CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return 227 * 1024
-
-
 def architecture(device: torch.device) -> int:
     """Ten times the compute capability; an H200's for the interpreter's CPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config, problem_of
-from .launch import Launch, Prepared, empty, interpreted, nhwc, num_sms, options, precision, shared_memory, to_layout
+from .launch import Launch, Prepared, architecture, empty, interpreted, nhwc, num_sms, options, precision, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
@@ -87,10 +87,9 @@ def plan(
     else:
         result_channels = in_channels if problem.op == "dgrad" else out_channels
         programs = triton.cdiv(result_channels, config.block_n) * walkers(problem, config)
-        sizes["walkers"] = walkers(problem, config)
-        channels = out_channels if problem.op == "dgrad" else in_channels
-        constants["RESIDENT"] = 0 if config.walkers is None else triton.cdiv(channels, config.block_k)
     if problem.op == "fwd":
+        sizes["walkers"] = walkers(problem, config)
+        constants["RESIDENT"] = 0 if config.walkers is None else triton.cdiv(in_channels, config.block_k)
         constants |= {"RELU": relu, "ASSEMBLY": not interpreted()}
     largest = max(programs, covered, problem.batch * problem.height * problem.width)
     if largest > _MAX_COUNT:
@@ -106,7 +105,7 @@ def plan(
 def walkers(problem: ConvProblem, config: PointwiseConfig) -> int:
     """Programs of a forward pass or an input gradient per block of channels; each leaves a row of partials."""
     blocks = triton.cdiv(problem.batch * problem.out_height * problem.out_width, config.block_m)
-    return blocks if config.walkers is None else min(blocks, config.walkers)
+    return blocks if config.walkers is None or problem.op != "fwd" else min(blocks, config.walkers)
 
 
 def _blocks(problem: ConvProblem, config: PointwiseConfig, fused: frozenset[str]) -> dict[str, tuple[int, int]]:
@@ -333,5 +332,5 @@ def _default_config(problem: ConvProblem, device: torch.device, allow_tf32: bool
     entry = lookup(problem, device, fusion=fusion, kernel_size=1, allow_tf32=allow_tf32)
     if entry is not None and entry.config is not None:
         return entry.config  # type: ignore[return-value]  # of a 1x1 convolution
-    machine = {"num_sms": num_sms(device), "shared_memory": shared_memory(device)}
+    machine = {"num_sms": num_sms(device), "arch": architecture(device)}
     return pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, **machine)

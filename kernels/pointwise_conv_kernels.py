@@ -207,113 +207,6 @@ def pointwise_conv_fwd_kernel(
 
 
 @triton.jit
-def load_gradient(
-    grad_pointers,
-    first_m,
-    pixel,
-    mask_m,
-    first_k,
-    pixels,
-    out_channels,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Pixels [M], which begin with `first_m`, x output channels [BLOCK_K] from `first_k` on, behind the prologue.
-
-    Pointers (grad, z, z_center, z_scale, z_shift).
-    """
-    grad_ptr, z_ptr, center_ptr, scale_ptr, shift_ptr = grad_pointers
-    channel = first_k + tl.arange(0, BLOCK_K)
-    mask_k = channel < out_channels
-    offs = pixel.to(tl.int64)[:, None] * out_channels + channel[None, :]
-    mask = mask_m[:, None] & mask_k[None, :]
-    if DESCRIPTORS:
-        grad = grad_ptr.load([first_m, first_k])
-    else:
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
-    if z_ptr is not None:
-        if DESCRIPTORS:
-            z = z_ptr.load([first_m, first_k])
-        else:
-            z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-        center, scale, constant = load_gradient_affine(
-            center_ptr, scale_ptr, shift_ptr, pixels, channel, mask_k, z.dtype
-        )
-        grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
-    return grad
-
-
-@triton.jit
-def load_transposed_weight(
-    weight_ptr,
-    first_n,
-    channel_n,
-    mask_n,
-    first_k,
-    in_channels,
-    out_channels,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The weight's output channels [BLOCK_K] from `first_k` on x input channels `channel_n` [N], from `first_n` on."""
-    if DESCRIPTORS:
-        tile = weight_ptr.load([first_k, first_n])
-    else:
-        channel = first_k + tl.arange(0, BLOCK_K)
-        ptrs = weight_ptr + channel.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
-        tile = tl.load(ptrs, mask=(channel < out_channels)[:, None] & mask_n[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def relu_backward(acc, x_pointers, offs, mask_m, channel, mask_n):
-    """The gradient of x from that of its activation, `acc` [M, N], and terms of dscale and dshift.
-
-    Pointers (x, center, scale, shift).
-    """
-    x_ptr, center_ptr, scale_ptr, shift_ptr = x_pointers
-    x = tl.load(x_ptr + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-    center, scale, constant = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_n, x.dtype)
-    a = relu(affine(x, center, scale, constant)).to(x.dtype)
-    kept = tl.where((a <= 0.0) | (mask_m[:, None] == 0), 0.0, acc)
-    # Where there is no pixel, zero times a NaN or Inf of the center must not count either.
-    products = tl.where(mask_m[:, None], kept * (x.to(tl.float32) - center[None, :]), 0.0)
-    return kept * scale[None, :], products, kept
-
-
-@triton.jit
-def store_input_gradient(
-    dx_ptr,
-    dx,
-    pixel,
-    source,
-    mask_m,
-    channel,
-    mask_n,
-    height,
-    width,
-    in_channels,
-    out_height,
-    out_width,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-):
-    """Store dx [M, N] at the input pixels `source`, and zeros at those up to the next ones, which no output sees."""
-    mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(dx_ptr + source.to(tl.int64)[:, None] * in_channels + channel[None, :], dx, mask=mask)
-    if STRIDE_H > 1 or STRIDE_W > 1:
-        row = pixel // out_width % out_height * STRIDE_H
-        column = pixel % out_width * STRIDE_W
-        for skipped in tl.static_range(1, STRIDE_H * STRIDE_W):
-            below = skipped // STRIDE_W
-            right = skipped % STRIDE_W
-            inside = mask_m & (row + below < height) & (column + right < width)
-            beside = (source + (below * width + right)).to(tl.int64)
-            ptrs = dx_ptr + beside[:, None] * in_channels + channel[None, :]
-            tl.store(ptrs, tl.zeros_like(dx), mask=inside[:, None] & mask_n[None, :])
-
-
-@triton.jit
 def pointwise_conv_dgrad_kernel(
     grad_ptr,  # (batch, out_height, out_width, out_channels), or its descriptor
     z_ptr,  # like grad, or None: no gradient prologue
@@ -326,7 +219,7 @@ def pointwise_conv_dgrad_kernel(
     x_scale_ptr,  # (in_channels,) or None with x_ptr, like the next
     x_shift_ptr,
     dx_ptr,  # (batch, height, width, in_channels)
-    partials_ptr,  # (walkers, 2, in_channels): sums for dscale and dshift, or None with x_ptr
+    partials_ptr,  # (blocks of pixels, 2, in_channels): sums for dscale and dshift, or None with x_ptr
     pixels,
     height,
     width,
@@ -334,88 +227,81 @@ def pointwise_conv_dgrad_kernel(
     out_height,
     out_width,
     out_channels,
-    walkers,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    RESIDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_N input channels of every walkers-th block of BLOCK_M output pixels; RESIDENT as in the forward pass."""
+    """BLOCK_M output pixels, with the input pixels up to the next one's, x BLOCK_N input channels."""
     in_channels = aligned(in_channels, ALIGN)
     out_channels = aligned(out_channels, ALIGN)
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(in_channels, BLOCK_N)
-    walker = pid // blocks_n
+    pid_m = pid // blocks_n
+
+    pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = pixel < pixels
     first_n = pid % blocks_n * BLOCK_N
     channel_n = first_n + tl.arange(0, BLOCK_N)
     mask_n = channel_n < in_channels
-    grad_pointers = (grad_ptr, z_ptr, z_center_ptr, z_scale_ptr, z_shift_ptr)
-    x_pointers = (x_ptr, x_center_ptr, x_scale_ptr, x_shift_ptr)
-    offs_m = tl.arange(0, BLOCK_M)
-    partials_ptrs = partials_ptr
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_grad = pixel.to(tl.int64)[:, None] * out_channels + offs_k[None, :]
+    if not DESCRIPTORS:
+        weight_ptrs = weight_ptr + offs_k[:, None] * in_channels + channel_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_k in range(0, out_channels, BLOCK_K):
+        mask_k = offs_k < out_channels - first_k
+        mask = mask_m[:, None] & mask_k[None, :]
+        if DESCRIPTORS:
+            grad = grad_ptr.load([pid_m * BLOCK_M, first_k])
+        else:
+            grad = tl.load(grad_ptr + offs_grad + first_k, mask=mask, other=0.0)
+        if z_ptr is not None:
+            if DESCRIPTORS:
+                z = z_ptr.load([pid_m * BLOCK_M, first_k])
+            else:
+                z = tl.load(z_ptr + offs_grad + first_k, mask=mask, other=0.0)
+            center, scale, constant = load_gradient_affine(
+                z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, first_k + offs_k, mask_k, z.dtype
+            )
+            grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
+        if DESCRIPTORS:
+            weight = weight_ptr.load([first_k, first_n])
+        else:
+            weight = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            weight_ptrs += BLOCK_K * in_channels
+        acc = dot(grad, weight, acc, PRECISION)
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
+    offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
     if x_ptr is not None:
-        partials_ptrs += walker.to(tl.int64) * 2 * in_channels + channel_n
-    sizes = (height, width, in_channels, out_height, out_width)
-    if RESIDENT == 0:
-        first_m = walker * BLOCK_M
-        pixel = first_m + offs_m
-        mask_m = pixel < pixels
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for first_k in range(0, out_channels, BLOCK_K):
-            grad = load_gradient(
-                grad_pointers, first_m, pixel, mask_m, first_k, pixels, out_channels, DESCRIPTORS, BLOCK_K
-            )
-            w = load_transposed_weight(
-                weight_ptr, first_n, channel_n, mask_n, first_k, in_channels, out_channels, DESCRIPTORS, BLOCK_K
-            )
-            acc = dot(grad, w, acc, PRECISION)
-        source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
-        if x_ptr is not None:
-            offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
-            acc, products, kept = relu_backward(acc, x_pointers, offs_x, mask_m, channel_n, mask_n)
-            tl.store(partials_ptrs, tl.sum(products, axis=0), mask=mask_n)
-            tl.store(partials_ptrs + in_channels, tl.sum(kept, axis=0), mask=mask_n)
-        dx = acc.to(dx_ptr.dtype.element_ty)
-        store_input_gradient(dx_ptr, dx, pixel, source, mask_m, channel_n, mask_n, *sizes, STRIDE_H, STRIDE_W)
-    else:
-        weights = ()
-        for k in tl.static_range(RESIDENT):
-            weights += (
-                load_transposed_weight(
-                    weight_ptr, first_n, channel_n, mask_n, k * BLOCK_K, in_channels, out_channels, DESCRIPTORS, BLOCK_K
-                ),
-            )
-        if x_ptr is not None:
-            dscale = tl.zeros((BLOCK_M // 2, BLOCK_N), dtype=tl.float32)
-            dshift = tl.zeros((BLOCK_M // 2, BLOCK_N), dtype=tl.float32)
-        for block in range(walker, tl.cdiv(pixels, BLOCK_M), walkers):
-            first_m = block * BLOCK_M
-            pixel = first_m + offs_m
-            mask_m = pixel < pixels
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for k in tl.static_range(RESIDENT):
-                grad = load_gradient(
-                    grad_pointers, first_m, pixel, mask_m, k * BLOCK_K, pixels, out_channels, DESCRIPTORS, BLOCK_K
-                )
-                acc = dot(grad, weights[k], acc, PRECISION)
-            source = input_pixel(pixel, height, width, out_height, out_width, STRIDE_H, STRIDE_W)
-            if x_ptr is not None:
-                offs_x = source.to(tl.int64)[:, None] * in_channels + channel_n[None, :]
-                acc, products, kept = relu_backward(acc, x_pointers, offs_x, mask_m, channel_n, mask_n)
-                first, second = halves(products)
-                dscale += first + second
-                first, second = halves(kept)
-                dshift += first + second
-            dx = acc.to(dx_ptr.dtype.element_ty)
-            store_input_gradient(dx_ptr, dx, pixel, source, mask_m, channel_n, mask_n, *sizes, STRIDE_H, STRIDE_W)
-        if x_ptr is not None:
-            tl.store(partials_ptrs, tl.sum(dscale, axis=0), mask=mask_n)
-            tl.store(partials_ptrs + in_channels, tl.sum(dshift, axis=0), mask=mask_n)
+        x = tl.load(x_ptr + offs_x, mask=mask, other=0.0)
+        center, scale, constant = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_n, mask_n, x.dtype)
+        a = relu(affine(x, center, scale, constant)).to(x.dtype)
+        acc = tl.where((a <= 0.0) | (mask_m[:, None] == 0), 0.0, acc)
+        # Where there is no pixel, zero times a NaN or Inf of the center must not count either.
+        products = tl.where(mask_m[:, None], acc * (x.to(tl.float32) - center[None, :]), 0.0)
+        partials_ptrs = partials_ptr + pid_m.to(tl.int64) * 2 * in_channels + channel_n
+        tl.store(partials_ptrs, tl.sum(products, axis=0), mask=mask_n)
+        tl.store(partials_ptrs + in_channels, tl.sum(acc, axis=0), mask=mask_n)
+        acc *= scale[None, :]
+    dx = acc.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + offs_x, dx, mask=mask)
+    if STRIDE_H > 1 or STRIDE_W > 1:
+        row = pixel // out_width % out_height * STRIDE_H
+        column = pixel % out_width * STRIDE_W
+        for skipped in tl.static_range(1, STRIDE_H * STRIDE_W):  # input pixels that no output sees
+            below = skipped // STRIDE_W
+            right = skipped % STRIDE_W
+            inside = mask_m & (row + below < height) & (column + right < width)
+            beside = (source + (below * width + right)).to(tl.int64)
+            ptrs = dx_ptr + beside[:, None] * in_channels + channel_n[None, :]
+            tl.store(ptrs, tl.zeros_like(dx), mask=inside[:, None] & mask_n[None, :])
 
 
 @triton.jit

@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     part, parts = map(int, shard.split("/"))
 
     def problem(item: pytest.Item) -> str:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        return case.id if case else item.nodeid
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return getattr(case, "id", item.nodeid)
 
     items[:] = [item for item in items if zlib.crc32(problem(item).encode()) % parts == part]
 

@@ -283,7 +283,7 @@ def test_settings_are_valid_for_every_size(op):
                     assert config.num_stages in (2, 3, 4)
                     assert config.splits >= 1
                     assert config.splits == 1 or op == "wgrad"
-                    assert config.walkers is None or (op != "wgrad" and config.walkers >= 1)
+                    assert config.walkers is None or (op == "fwd" and config.walkers >= 1)
 
 
 def test_candidates_begin_with_the_heuristics_choice():
@@ -301,9 +301,16 @@ def test_more_multiprocessors_never_get_fewer_programs():
 
 @pytest.mark.parametrize("op", OPS)
 def test_triton_serves_what_memory_limits(op):
-    """Of ResNeXt-50's stages the first two, not the last two."""
-    served = [pointwise_by_triton(make_problem(op, width, 2 * width)) for width in (128, 256, 512, 1024)]
+    """Of ResNeXt-50's stages the first two, not the last two; in 16 bits as measured."""
+    stages = (128, 256, 512, 1024)
+    served = [pointwise_by_triton(make_problem(op, width, 2 * width)) for width in stages]
+    assert served == [True, op == "fwd", op == "fwd", op == "fwd"]
+    served = [pointwise_by_triton(make_problem(op, width, 2 * width, dtype=torch.float32)) for width in stages]
     assert served == [True, True, False, False]
+    if op == "fwd":
+        served = [pointwise_by_triton(make_problem(op, width, 2 * width), affine=True) for width in stages]
+        assert served == [True, True, False, False]
+        assert not pointwise_by_triton(make_problem(op, 512, 512))
 
 
 def test_too_many_pixels_are_refused():
@@ -351,8 +358,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def compiled(problem: ConvProblem, fusion: str, arch: int, allow_tf32: bool = True) -> aot.Usage:
     affine = "affine" in fusion
-    shared_memory = aot.SHARED_LIMITS[arch]
-    config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, shared_memory=shared_memory)
+    config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, arch=arch)
     fused = frozenset(FUSIONS[fusion].split())
     launch = pointwise_conv.plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=affine)
     return aot.usage(aot.compile_launch(launch, aot.pointers(launch, problem.dtype), arch))
@@ -366,7 +372,7 @@ def test_launch_compiles_within_the_machine(fusion, name, stride, arch):
     usage = compiled(problem, fusion, arch, allow_tf32)
     assert usage.spills == 0
     assert usage.registers <= 255
-    assert usage.shared <= aot.SHARED_LIMITS[arch]
+    assert usage.shared <= aot.SHARED_LIMITS[90 if arch == 90 else 80]  # all but Hopper's have the same settings
     if allow_tf32:
         assert usage.matrix_instruction.startswith({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch])
 

@@ -327,7 +327,7 @@ def launchers(fusion, weight_shape, op="fwd", groups=1):
 
 def test_measurements_of_what_is_fused(gpu, monkeypatch):
     """1x1 convolutions where the heuristic says no, 3x3 where it says yes; both gradients together."""
-    monkeypatch.setattr(dispatch, "pointwise_by_triton", lambda problem: False)
+    monkeypatch.setattr(dispatch, "pointwise_by_triton", lambda problem, affine: False)
     served = []
     monkeypatch.setattr(dispatch, "_module", lambda name: served.append(name) or sys)
     pointwise = {"kernel_size": 1, "in_channels": 1024, "out_channels": 2048, "groups": 1}
