@@ -63,12 +63,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit this file belongs to, ``-dirty`` with uncommitted changes.
+    """The commit this file belongs to, ``-dirty`` with uncommitted changes; None outside a git checkout.
 
-    Outside a git checkout what RESNEXT_COMMIT says, for copies on machines that have none, or None.
+    What RESNEXT_COMMIT says comes first, for copies whose checkout is not what they are a copy of.
     """
+    if commit := os.environ.get("RESNEXT_COMMIT"):
+        return commit
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("RESNEXT_COMMIT")
+        return None

@@ -31,7 +31,7 @@ from sanitize import SKIPPED
 
 ROOT = environment.ROOT
 GRACE_SECONDS = 10.0
-BENCHMARKS = ("copy_rows", "grouped_conv_*", "block", "model_*", "memory", "nvidia_*")
+BENCHMARKS = ("copy_rows", "grouped_conv_*", "block", "model_*", "memory", "kernel_times", "nvidia_*")
 WRITTEN = ("summary.json", "round.log", "tests.log", *(f"{name}.json" for name in BENCHMARKS))
 
 
@@ -121,6 +121,7 @@ def networks(out: Path) -> list[Step]:
             *("--contenders", "ours,ours_recompute,nchw,channels_last"),
             file="block",
         ),
+        benchmark("kernel_times", 60, "--batch", "256", file="kernel_times"),
         benchmark("memory", 60, "--batch", "256", "--contenders", "ours,ours_recompute,channels_last", file="memory"),
         _tests("triton_fused", "pointwise_conv", "batch_norm", "fused_ops", "blocks"),
         benchmark(

@@ -17,6 +17,7 @@ import torch
 from .config import (
     MATRIX_WIDTH,
     MOST_REGISTERS,
+    WIDEST_STRIPS,
     Config,
     ConvProblem,
     PointwiseConfig,
@@ -57,7 +58,8 @@ def candidates(
     if strips:
         # A prologue leaves the source in registers anyway; with four columns it does not fit there.
         movable = arch == _WGMMA and problem.op != "wgrad" and fusion != "stats" and problem.dtype.itemsize == 2
-        for config in _strips(problem, strips_config(problem, fused=fused, crowded=crowded, num_sms=num_sms), crowded):
+        base = strips_config(problem, fused=fused, crowded=crowded, num_sms=num_sms)
+        for config in _strips(problem, base, crowded):
             configs.append(config)
             if movable and config.num_warps == 4 and config.strip <= 2:
                 configs.append(replace(config, source_in_registers=True))
@@ -65,19 +67,26 @@ def candidates(
     return list(dict.fromkeys(configs))
 
 
-def _strips(problem: ConvProblem, config: StripsConfig, crowded: bool) -> Iterator[StripsConfig]:
-    """Strips of 1 (rows that slide down), 2 and 4 columns."""
+def _strips(
+    problem: ConvProblem, config: StripsConfig, crowded: bool, *, widened: bool = False
+) -> Iterator[StripsConfig]:
+    """Strips of 1 (rows that slide down), 2 and 4 columns; ``widened``: of tiles twice as wide as they need be."""
     bands, splits, stages = [config.band, max(1, config.band // 2), problem.out_height], [config.splits], [2, 3, 4]
     if problem.op == "wgrad":
         # Partial sums are what costs there, not the border rows of bands.
         bands, splits, stages = [config.band], [config.splits, max(1, config.splits // 2)], [2, 3]
-    tiles = [(16, 1), (32, 1), (32, 2)]
-    if config.merged * max(problem.group_in, problem.group_out) > MATRIX_WIDTH:
+    strips, tiles = [1, 2, 4], [(16, 1), (32, 1), (32, 2)]
+    width = config.merged * max(problem.group_in, problem.group_out)
+    if width > MATRIX_WIDTH:
         # One warp holds no 32 rows of 32 channels; four and 64 rows use the wide matrix instructions (wgmma).
         tiles = [(16, 1), (16, 2), (32, 2), (64, 4)]
-    for strip, (block_m, num_warps), num_stages, band, split in itertools.product(
-        (1, 2, 4), tiles, stages, bands, splits
-    ):
+    if widened:
+        strips, tiles = [1, 2], [(16, 2), (32, 2)]
+    elif 2 * width <= WIDEST_STRIPS and problem.groups >= 2 * config.merged and problem.dtype.itemsize == 2:
+        # Rows of 64 bytes: twice the zeros are multiplied, but a copy by rows of 32 reaches 69% of one by whole lines.
+        wider = replace(config, merged=2 * config.merged, splits=2 * config.splits)
+        yield from _strips(problem, wider, crowded, widened=True)
+    for strip, (block_m, num_warps), num_stages, band, split in itertools.product(strips, tiles, stages, bands, splits):
         settings: dict[str, Any] = {
             "strip": strip,
             "block_m": block_m,

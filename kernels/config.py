@@ -366,7 +366,8 @@ def fits_descriptors(problem: ConvProblem) -> bool:
 
 
 _RIDGE = 184  # Operations per byte from which an H200 is limited by its 16-bit matrix units, not by its memory.
-_BACKWARD_RIDGE = 100  # Measured there, in bfloat16: from here on a library's kernels win in spite of passes more.
+# The same as measured there with what is fused, in bfloat16: libraries' kernels win earlier, in spite of passes more.
+_MEASURED_RIDGE = {"fwd": 150, "dgrad": 100, "wgrad": 100}
 _HOPPER = 90  # Its architecture; later ones spill with what is best there, earlier ones have less shared memory.
 _RESIDENT = 256  # Most input channels whose 128 output channels' weights leave room for the pixels in shared memory.
 
@@ -383,12 +384,8 @@ def pointwise_by_triton(problem: ConvProblem, *, affine: bool = False) -> bool:
         affine: Whether the forward pass ends in an affine.
     """
     channels = (problem.in_channels, problem.out_channels)
-    intensity = math.prod(channels) / sum(channels)
-    if problem.dtype.itemsize == 2 and not affine:
-        return (
-            intensity <= _BACKWARD_RIDGE if problem.op != "fwd" else channels[0] != channels[1] or intensity <= _RIDGE
-        )
-    return intensity <= _RIDGE
+    ridge = _RIDGE if affine or problem.dtype == torch.float32 else _MEASURED_RIDGE[problem.op]
+    return math.prod(channels) / sum(channels) <= ridge
 
 
 def pointwise_config(

@@ -294,6 +294,8 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuni
         return f"{fastest} was measured to be faster on this GPU: {entry.microseconds[entry.backend]:.1f} us{against}"
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
+    if name in ("triton", "cuda") and entry is None and not fused and _faster_in_cudnn(problem):
+        return "cuDNN was measured to be faster on an H200, in 16 bits and with 8 channels per group or more"
     if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
         return None
     width = min(problem.group_in, problem.group_out)
@@ -304,6 +306,14 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuni
     if strided and problem.out_width >= 14 and width >= _least_width_of_pytorch(problem, width):
         return "PyTorch was measured to be faster forward in float32 with stride 2 and this many channels per group"
     return None
+
+
+def _faster_in_cudnn(problem: ConvProblem) -> bool:
+    """Weight gradients, and forward passes with stride 2, of all but the narrowest groups; measured in ResNeXt-50."""
+    narrowest = min(problem.group_in, problem.group_out) < 8
+    if problem.groups == 1 or problem.dtype.itemsize != 2 or not problem.channels_last or narrowest:
+        return False
+    return problem.op == "wgrad" or (problem.op == "fwd" and problem.stride == (2, 2))
 
 
 def _least_width_of_pytorch(problem: ConvProblem, width: int) -> int:

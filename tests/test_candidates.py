@@ -63,6 +63,8 @@ def test_narrow_groups_have_every_form(layer, op):
     tiles = {(16, 1), (32, 2), (16, 2) if layer is STAGE4 else (32, 1)}
     assert {(config.block_m, config.num_warps) for config in strips} >= tiles
     assert ((64, 4) in {(config.block_m, config.num_warps) for config in strips}) == (layer is STAGE4)
+    widths = {config.merged * layer.group_width for config in strips}
+    assert widths == ({32} if layer is STAGE4 else {16, 32})  # channels: rows of 32 and of 64 bytes
     assert len({config.splits if op == "wgrad" else config.band for config in strips}) > 1
     assert sum(isinstance(config, TapsConfig) for config in configs) >= 5
 
@@ -128,6 +130,7 @@ def test_launches_that_share_a_kernel_are_told_from_others():
     of = target(STAGE1)
     kernels = {config: specialization(of.launch(config), of.dtype) for config in of.candidates(CPU)}
     heights = [config for config in kernels if isinstance(config, StripsConfig) and config.strip == 1]
+    heights = [config for config in heights if config.merged == 4]
     assert len(set(kernels.values())) < len(kernels)
     assert len({kernels[config] for config in heights}) == 9
 
@@ -141,9 +144,15 @@ COMPILED = {
     "two-warps": (target(STAGE1, "stats"), TWO_WARPS | {"max_registers": 255}, True, "HMMA"),
     "two-warps-unlimited": (target(STAGE1, "stats"), TWO_WARPS | {"max_registers": None}, False, "HMMA"),
     "taps": (target(STAGE1), {"block_m": 128, "block_k": 16, "num_warps": 4, "num_stages": 2}, True, "HGMMA"),
+    "wide-tile": (
+        target(STAGE1, "stats"),
+        {"merged": 8, "strip": 2, "block_m": 16, "max_registers": 255},
+        True,
+        "HMMA",
+    ),
     "wgmma": (target(STAGE4), {"strip": 1, "block_m": 64, "num_warps": 4, "num_stages": 2}, True, "HGMMA"),
     "dgrad-stride2": (target(STRIDED, "stats", "dgrad"), {"strip": 1, "num_warps": 1, "num_stages": 4}, True, "HMMA"),
-    "wgrad": (target(STAGE1, op="wgrad"), {"strip": 1, "block_m": 32, "num_warps": 2}, True, "HMMA"),
+    "wgrad": (target(STAGE1, op="wgrad"), {"merged": 4, "strip": 1, "block_m": 32, "num_warps": 2}, True, "HMMA"),
     "pointwise": (
         target(POINTWISE, "stats", kernel_size=1),
         {"block_m": 128, "block_n": 256, "num_warps": 8, "num_stages": 2},
@@ -239,7 +248,7 @@ def test_in_the_interpreter():
     [
         (Layer(16, 16, 5, 4, 1, 4), "plain", "fwd", {"strip": 1, "block_m": 32, "num_warps": 2, "num_stages": 3}),
         (Layer(16, 16, 5, 4, 2, 4), "stats", "dgrad", {"strip": 4, "block_m": 32, "num_warps": 2, "num_stages": 2}),
-        (Layer(16, 16, 5, 4, 1, 4), "plain", "wgrad", {"strip": 1, "block_m": 32, "splits": 2}),
+        (Layer(16, 16, 5, 4, 1, 4), "plain", "wgrad", {"strip": 1, "block_m": 32, "num_stages": 2}),
         (Layer(64, 64, 3, 4, 1, 2), "stats", "fwd", {"strip": 1, "block_m": 64, "num_warps": 4, "num_stages": 2}),
         (Layer(64, 64, 3, 4, 1, 2), "affine", "fwd", {"block_m": 128, "block_k": 32, "num_warps": 8}),
     ],
@@ -256,6 +265,19 @@ def test_candidates_compute_right(layer, fusion, op, settings):
     assert gate.mismatch(result) is None
     name = next(iter(result))
     assert gate.mismatch(result | {name: result[name] * 1.5}) is not None
+
+
+@here
+@pytest.mark.parametrize(("fusion", "op"), [("stats", "fwd"), ("plain", "dgrad"), ("plain", "wgrad")])
+def test_wider_tiles_compute_right(fusion, op):
+    """Twice the groups that one tile needs."""
+    of = target(Layer(64, 64, 5, 4, 1, 16), fusion, op, dtype=torch.float32, batch=2, device=DEVICE)
+    device = torch.device(DEVICE)
+    tensors = of.operands(device)
+    narrow = next(config for config in of.candidates(device) if isinstance(config, StripsConfig))
+    config = dataclasses.replace(narrow, merged=2 * narrow.merged, num_warps=2)
+    result = of.run(of.triton(), tensors, **of.settings(config))
+    assert Gate(of, tensors).mismatch(result) is None
 
 
 @here

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +100,26 @@ def test_where_pytorch_was_measured_faster_it_serves():
     for batch, reason in ((8, True), (2, False)):
         wider["input_shape"] = (batch, 144, 28, 28)
         assert (dispatch.not_chosen("cpu", problem(**wider)) is not None) is reason
+
+
+def test_where_cudnn_was_measured_faster_it_serves():
+    """Weight gradients and strided forward passes, in 16 bits and channels_last, alone, unless measured otherwise."""
+
+    def on_cuda(**changes):
+        return dataclasses.replace(problem(**changes), device_type="cuda")
+
+    sizes = {"input_shape": (2, 256, 28, 28), "weight_shape": (256, 8, 3, 3), "groups": 32}
+    served = sizes | {"dtype": torch.bfloat16, "channels_last": True, "op": "wgrad"}
+    strided = served | {"op": "fwd", "stride": (2, 2)}
+    for name in ("triton", "cuda"):
+        for each in (served, strided):
+            assert "cuDNN" in dispatch.not_chosen(name, on_cuda(**each))
+            assert dispatch.not_chosen(name, on_cuda(**each), fused=True) is None
+        narrow = {"input_shape": (2, 128, 28, 28), "weight_shape": (128, 4, 3, 3)}
+        for other in ({"dtype": torch.float32}, {"channels_last": False}, {"op": "dgrad"}, {"op": "fwd"}, narrow):
+            assert dispatch.not_chosen(name, on_cuda(**(served | other))) is None
+    entry = SimpleNamespace(backend="triton", microseconds={"triton": 1.0})
+    assert dispatch.not_chosen("triton", on_cuda(**served), entry=entry) is None
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):

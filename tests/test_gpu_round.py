@@ -21,6 +21,7 @@ import model  # noqa: E402
 
 pytest.importorskip("triton")  # which tune.py needs
 
+import kernel_times  # noqa: E402
 import sanitize  # noqa: E402
 import tune  # noqa: E402
 
@@ -87,7 +88,7 @@ def test_writes_eight_files_at_most(steps, tmp_path):
 def test_gives_the_benchmarks_arguments_they_take(steps, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    programs = {module.__name__: module for module in (block, grouped_conv, memory, model, tune)}
+    programs = {module.__name__: module for module in (block, grouped_conv, kernel_times, memory, model, tune)}
     parsed = 0
     for step in steps(tmp_path):
         if program := programs.get(Path(step.arguments[0]).stem):
