@@ -73,6 +73,11 @@ def _build() -> Step:
     return Step("build", ["setup.py", "build_ext", "--inplace"], 180)
 
 
+def _compile() -> Step:
+    """The kernels of convolutions, side by side, that benchmarks would compile one after the other."""
+    return Step("compile", ["benchmarks/compile_ahead.py", "--batch", "8,64,256"], 60)
+
+
 def _tests(*names: str) -> Step:
     """What a GPU changes; compiling kernels takes most of the time, on one core per process."""
     shards = max(1, (os.cpu_count() or 1) * 3 // 4)
@@ -100,7 +105,7 @@ def convolutions(out: Path) -> list[Step]:
             (64, "cuda", "nchw,channels_last", 60),
         )
     ]
-    return [_build(), copy, _tests("gpu", "triton_numerics", "ops", "models"), *benchmarks]
+    return [_build(), _compile(), copy, _tests("gpu", "triton_numerics", "ops", "models"), *benchmarks]
 
 
 def networks(out: Path) -> list[Step]:
@@ -114,7 +119,7 @@ def networks(out: Path) -> list[Step]:
 
     return [
         _build(),
-        # The first that runs compiles most kernels for all.
+        _compile(),
         benchmark("model", 240, "--batch", "256", "--seconds", "8", "--contenders", graphed, file="model_256"),
         benchmark(
             *("block", 150, "--blocks", "resnext50_32x4d", "--batch", "256"),

@@ -247,6 +247,19 @@ def test_both_gradients_have_the_settings_of_each(monkeypatch):
         assert both.key.op == "bwd"
 
 
+def test_compile_ahead(tmp_path):
+    """All fusions and passes of a layer; the second time from the cache that they went to."""
+    for _ in range(2):
+        command = [sys.executable, "benchmarks/compile_ahead.py", "--layers", "1024x7x7_s1_gw32", "--jobs", "1"]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith("7 of 7 kernels compiled")
+        compiled = sorted(path.name for path in tmp_path.rglob("*.cubin"))
+        assert len(compiled) >= 7
+    assert compiled == sorted(path.name for path in tmp_path.rglob("*.cubin"))
+
+
 def test_the_1x1_convolutions_of_a_network():
     layers = pointwise_layers(["resnext50_32x4d", "128x56x56_s1_gw4"])
     names = [Target(layer, 1, "stats", "fwd", 1, torch.float32, "cpu").layer_name for layer in layers]
