@@ -30,7 +30,7 @@ from .config import (
     fits_strips,
 )
 
-FORMAT = 1  # Of the files; a file of another format is not used.
+FORMAT = 2  # Of the files; a file of another format is not used.
 OPS = ("fwd", "dgrad", "wgrad", "bwd")  # "bwd": both gradients of `conv_stats` in one call
 FUSIONS = ("plain", "stats", "affine")  # The launchers fwd, dgrad and wgrad; conv_stats_*; conv_affine.
 BACKENDS = ("triton", "cuda", "torch")
