@@ -113,7 +113,10 @@ def configure(**changes):
 
 
 WRONG = {
-    "newer": (lambda c: c.update(format=2), r"expected format 1, got 2; measure again, or update resnext"),
+    "newer": (
+        lambda c: c.update(format=99),
+        rf"expected format {tuning.FORMAT}, got 99; measure again, or update resnext",
+    ),
     "format-missing": (lambda c: c.pop("format"), "expected an object with a format"),
     "other-gpu": (
         lambda c: c.update(device="NVIDIA A100"),
