@@ -5,8 +5,11 @@
 Everything is NHWC inside: activations are matrices of pixels by channels. With strides the rows of x are gathered, and
 the input gradient writes zeros between its rows. A program of the forward pass or the input gradient makes BLOCK_M
 pixels x BLOCK_N channels in one walk over the channels it sums over. Programs of the same pixels are neighbours, so
-that these are read from memory once; the weight stays in the L2 cache. The weight gradient splits the pixels among
-programs, which leave float32 partial sums that are added in order.
+that these are read from memory once; the weight stays in the L2 cache, from which it comes as often as there are blocks
+of pixels. Where few channels are summed over, that and the start and end of a program cost more than the product: then
+a program of the forward pass keeps its part of the weight in shared memory, walks over many blocks of pixels, and keeps
+their moments in registers (`PointwiseConfig.walkers`). The weight gradient splits the pixels among programs, which
+leave float32 partial sums that are added in order.
 
 Bytes moved, each once: x and z forward (the residual too in inference); dz, z, x and dx in the input gradient; dz, z
 and x in the weight gradient; partial sums of a few percent of that. Kernels: pointwise_conv_kernels.py.
