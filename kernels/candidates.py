@@ -84,7 +84,9 @@ def _strips(
         strips, tiles = [1, 2], [(16, 2), (32, 2)]
     elif 2 * width <= WIDEST_STRIPS and problem.groups >= 2 * config.merged and problem.dtype.itemsize == 2:
         # Rows of 64 bytes: twice the zeros are multiplied, but a copy by rows of 32 reaches 69% of one by whole lines.
-        wider = replace(config, merged=2 * config.merged, splits=2 * config.splits)
+        wider = replace(config, merged=2 * config.merged)
+        if problem.op == "wgrad":  # as many programs for half as many tiles
+            wider = replace(wider, splits=2 * config.splits)
         yield from _strips(problem, wider, crowded, widened=True)
     for strip, (block_m, num_warps), num_stages, band, split in itertools.product(strips, tiles, stages, bands, splits):
         settings: dict[str, Any] = {
