@@ -122,6 +122,19 @@ def progress(items: Iterable[Item], total: int, unit: str) -> Iterator[Item]:
         yield item
 
 
+def add_jobs_option(parser: Parser) -> None:
+    """Add the option that says how many processes compile."""
+    parser.add_argument("--jobs", type=int, help="processes that compile; default: three quarters of the cores")
+
+
+def jobs(parser: Parser, number: int | None) -> int:
+    """How many processes compile. A bad number ends the program with code 2."""
+    number = number or max(1, (os.cpu_count() or 1) * 3 // 4)
+    if number < 1:
+        parser.error(f"--jobs: expected at least 1, got {number}")
+    return number
+
+
 def prepare(device: torch.device) -> None:
     """Set the process up as those who care for speed do."""
     if device.type == "cuda":

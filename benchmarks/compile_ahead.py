@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", help="networks and layers, as grouped_conv.py --list names them")
     parser.add_argument("--batch", help="numbers of images; default: 256")
     parser.add_argument("--dtype", choices=command_line.DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--jobs", type=int, help="processes; default: three quarters of the cores")
+    command_line.add_jobs_option(parser)
     args = parser.parse_args(argv)
     names = command_line.names(args.layers) or ["resnext50_32x4d"]
     try:
@@ -50,9 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.pointwise = pointwise_layers(names)
     args.batch = command_line.batches(parser, args.batch or "256")
     args.dtype = command_line.DTYPES[args.dtype]
-    args.jobs = args.jobs or max(1, (os.cpu_count() or 1) * 3 // 4)
-    if args.jobs < 1:
-        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
+    args.jobs = command_line.jobs(parser, args.jobs)
     return args
 
 

@@ -168,6 +168,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.device.type != "cuda":
         parser.error("--device: kernels are timed on a CUDA GPU only, and PyTorch sees none")
     model.check_model_options(parser, args, batch="256")
+    command_line.check_output(parser, "json", args.json)
     if len(args.model) > 1 or len(args.batch) > 1:
         parser.error("--model and --batch: expected one each")
     args.mode = command_line.chosen(parser, "--mode", args.mode, model.MODES) or list(model.MODES)

@@ -65,7 +65,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", help="numbers of images; default: 256 (--quick: 2)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after so long")
     parser.add_argument("--candidates", type=int, metavar="N", help="at most N of each pass, evenly from the list")
-    parser.add_argument("--jobs", type=int, help="processes that compile; default: three quarters of the cores")
+    command_line.add_jobs_option(parser)
     parser.add_argument("--again", action="store_true", help="measure what the file has already, too")
     parser.add_argument("--quick", action="store_true", help="tiny layers, four candidates each, few repetitions")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the user's, which resnext reads")
@@ -92,10 +92,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.fusions = command_line.chosen(parser, "--fusions", args.fusions, tuning.FUSIONS) or list(tuning.FUSIONS)
     args.batch = command_line.batches(parser, args.batch or ("2" if args.quick else "256"))
     args.candidates = args.candidates or (4 if args.quick else None)
-    args.jobs = args.jobs or max(1, (os.cpu_count() or 1) * 3 // 4)
-    for option in ("candidates", "jobs"):
-        if (number := getattr(args, option)) is not None and number < 1:
-            parser.error(f"--{option}: expected at least 1, got {number}")
+    if args.candidates is not None and args.candidates < 1:
+        parser.error(f"--candidates: expected at least 1, got {args.candidates}")
+    args.jobs = command_line.jobs(parser, args.jobs)
     if args.device.type == "cpu" and not triton.knobs.runtime.interpret:
         parser.error("--device cpu: the kernels run there in Triton's interpreter only; set TRITON_INTERPRET=1")
     if args.device.type == "cpu" and args.out is None:

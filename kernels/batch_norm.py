@@ -40,9 +40,10 @@ from .config import Affine, elementwise_config
 from .launch import Launch, empty, num_sms
 from .statistics import merge_partials, sum_partials
 
+_BLOCKS = 4  # that `statistics` loads at once
 # By name, since a kernel's hash would be computed from its source, with compile-time values of its own.
 _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "statistics": (statistics_kernel, {}),
+    "statistics": (statistics_kernel, {"BLOCKS": _BLOCKS}),
     "statistics_bwd": (statistics_bwd_kernel, {}),
     "affine_add": (affine_add_relu_kernel, {"RELU": False}),
     "affine_add_relu": (affine_add_relu_kernel, {"RELU": True}),
@@ -50,7 +51,6 @@ _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bn_affine": (bn_affine_kernel, {}),
     "bn_affine_bwd": (bn_affine_bwd_kernel, {}),
 }
-_BLOCKS = 4  # that `statistics` loads at once
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -229,8 +229,8 @@ def _plan_walk(
         images, pixels = 1, batch * height * width
     collects = name == "statistics"
     # One 16-byte load per thread and block; as many programs as run at once, since each ends in a long reduction.
-    options = {"elements": 2048 // itemsize, "programs": 5} if collects else {}
-    config = elementwise_config(images, pixels, channels, channels_last, num_sms=num_sms, **options)
+    walk = {"elements": 2048 // itemsize, "programs": 5} if collects else {}
+    config = elementwise_config(images, pixels, channels, channels_last, num_sms=num_sms, **walk)
     image_blocks = triton.cdiv(pixels, config.block_m)
     blocks = images * image_blocks
     share = triton.cdiv(blocks, config.splits)
@@ -240,8 +240,6 @@ def _plan_walk(
     sizes = {"pixels": pixels, "image_blocks": image_blocks, "blocks": blocks, "share": share, "channels": channels}
     constants = {"CHANNELS_LAST": channels_last, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c}
     constants["ALIGN"] = math.gcd(channels if channels_last else pixels, 16)
-    if collects:
-        constants["BLOCKS"] = _BLOCKS
     options = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     kernel, own = _KERNELS[name]
     return Launch(kernel, triton.cdiv(channels, config.block_c) * shares, sizes, constants | own, options), shares

@@ -28,6 +28,7 @@ from .config import (
     fits_strips,
     pointwise_config,
     pointwise_splits,
+    pointwise_warps,
     round_up_to_block,
     strips_config,
     taps_config,
@@ -58,8 +59,7 @@ def candidates(
     if strips:
         # A prologue leaves the source in registers anyway; with four columns it does not fit there.
         movable = arch == _WGMMA and problem.op != "wgrad" and fusion != "stats" and problem.dtype.itemsize == 2
-        base = strips_config(problem, fused=fused, crowded=crowded, num_sms=num_sms)
-        for config in _strips(problem, base, crowded):
+        for config in _strips(problem, strips_config(problem, fused=fused, crowded=crowded, num_sms=num_sms), crowded):
             configs.append(config)
             if movable and config.num_warps == 4 and config.strip <= 2:
                 configs.append(replace(config, source_in_registers=True))
@@ -119,12 +119,7 @@ def _taps(problem: ConvProblem, config: TapsConfig, *, few: bool) -> Iterator[Ta
 
 
 def pointwise_candidates(
-    problem: ConvProblem,
-    *,
-    affine: bool = False,
-    allow_tf32: bool = True,
-    num_sms: int = 132,
-    arch: int = 90,
+    problem: ConvProblem, *, affine: bool = False, allow_tf32: bool = True, num_sms: int = 132, arch: int = 90
 ) -> list[PointwiseConfig]:
     """Settings worth measuring for one pass of a 1x1 convolution, the heuristic's choice first.
 
@@ -148,31 +143,31 @@ def pointwise_candidates(
 
 
 def _pointwise(problem: ConvProblem, config: PointwiseConfig, num_sms: int) -> Iterator[PointwiseConfig]:
-    """Tiles, four warps for those of 64 x 128 and less."""
+    """Tiles, with the warps that hold their accumulators."""
+    tile = replace(config, walkers=None)
     if problem.op == "wgrad":
         tiles = [(64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)]
         for (block_n, block_k), block_m, num_stages in itertools.product(tiles, (32, 64, 128), (2, 3)):
-            num_warps = 4 if block_n * block_k <= 8192 else 8
-            programs = num_sms * (12 // num_warps)
-            splits = pointwise_splits(problem, block_m, block_n, block_k, programs=programs)
-            blocks: dict[str, Any] = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-            yield replace(config, num_warps=num_warps, num_stages=num_stages, splits=splits, **blocks)
+            num_warps = pointwise_warps(block_n, block_k)
+            splits = pointwise_splits(problem, block_m, block_n, block_k, programs=num_sms * (12 // num_warps))
+            tile = replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+            yield replace(tile, num_stages=num_stages, splits=splits)
         return
     tiles = [(64, 64), (64, 128), (128, 64), (64, 256), (128, 128)]
     if problem.op == "fwd":
         for (block_m, block_n), num_stages in itertools.product(tiles, (2, 3)):
-            num_warps = 4 if block_m * block_n <= 8192 else 8
+            num_warps = pointwise_warps(block_m, block_n)
             # As many programs as a multiprocessor holds at once; only the smallest leave registers for a third.
             programs = num_sms * (3 if block_m * block_n <= 4096 else 8 // num_warps)
             walkers = max(1, programs // math.ceil(problem.out_channels / block_n))
-            blocks = {"block_m": block_m, "block_n": block_n, "block_k": 64}
-            yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=walkers, **blocks)
+            tile = replace(tile, block_m=block_m, block_n=block_n, block_k=64, num_warps=num_warps)
+            yield replace(tile, num_stages=num_stages, walkers=walkers)
         tiles = [(64, 128), (128, 128), (128, 256), (256, 128)]
     block_ks = (64,) if problem.op == "fwd" else (32, 64)
     for (block_m, block_n), block_k, num_stages in itertools.product(tiles, block_ks, (2, 3, 4)):
-        num_warps = 4 if block_m * block_n <= 8192 else 8
-        blocks = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-        yield replace(config, num_warps=num_warps, num_stages=num_stages, walkers=None, **blocks)
+        num_warps = pointwise_warps(block_m, block_n)
+        tile = replace(tile, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+        yield replace(tile, num_stages=num_stages)
 
 
 def _pointwise_memory(problem: ConvProblem, config: PointwiseConfig) -> int:

@@ -255,8 +255,7 @@ def taps_config(
         block_k = min(32 if single else 64, round_up_to_block(tile_k))
         block_m = 32 if single or (fused and block_k < 64) else 64  # with 64, fused kernels spill
         blocks = 3 * math.ceil(problem.groups / merged) * math.ceil(tile_k / block_k) * math.ceil(tile_n / block_n)
-        steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
-        splits = min(math.ceil(steps / 4), math.ceil(8 * num_sms / blocks))
+        splits = _splits(problem, block_m, blocks, programs=8 * num_sms)
         return TapsConfig(merged, block_m, block_n, block_k, num_warps=4, num_stages=2, splits=splits)
     # Steps of 32 where 64 would multiply more zeros (groups of 72 or 96); narrower ones cost more than they save.
     block_m, block_k = 64, round_up_to_block(tile_k)
@@ -435,8 +434,8 @@ def _pointwise_on_hopper(
     if problem.op == "wgrad":
         block_k = min(256, round_up_to_block(channels_k))
         block_n = min(256 if block_k == 128 else 128, round_up_to_block(channels_n))
-        block_m, num_warps = (32, 8) if block_n * block_k > 8192 else (64, 4)
-        programs = num_sms if num_warps == 8 else 3 * num_sms
+        num_warps = pointwise_warps(block_n, block_k)
+        block_m, programs = (64, 3 * num_sms) if num_warps == 4 else (32, num_sms)
         splits = pointwise_splits(problem, block_m, block_n, block_k, programs=programs)
         return PointwiseConfig(block_m, block_n, block_k, num_warps, num_stages=3, splits=splits)
     block_n, block_k = min(128, round_up_to_block(channels_n)), min(64, round_up_to_block(channels_k))
@@ -452,8 +451,18 @@ def _pointwise_on_hopper(
 def pointwise_splits(problem: ConvProblem, block_m: int, block_n: int, block_k: int, *, programs: int) -> int:
     """Partial sums of a weight gradient for about so many programs in all, each with at least four steps."""
     blocks = math.ceil(problem.in_channels / block_k) * math.ceil(problem.out_channels / block_n)
+    return _splits(problem, block_m, blocks, programs=programs)
+
+
+def _splits(problem: ConvProblem, block_m: int, blocks: int, *, programs: int) -> int:
+    """The same, of a weight gradient whose result is ``blocks`` blocks, by steps of ``block_m`` pixels."""
     steps = math.ceil(problem.batch * problem.out_height * problem.out_width / block_m)
     return min(math.ceil(steps / 4), math.ceil(programs / blocks))
+
+
+def pointwise_warps(rows: int, columns: int) -> int:
+    """Warps of a program of a 1x1 convolution with so large an accumulator: four up to 64 x 128."""
+    return 4 if rows * columns <= 8192 else 8
 
 
 def bottleneck_tail_config(problem: ConvProblem, out_channels: int, *, allow_tf32: bool = True) -> TapsConfig:

@@ -17,6 +17,7 @@ _PROLOGUE = ("src_z_ptr", "src_center_ptr", "src_scale_ptr", "src_shift_ptr")
 _EPILOGUE = ("dst_side_ptr", "dst_center_ptr", "dst_scale_ptr", "dst_shift_ptr", "partials_ptr")
 _GRAD_PROLOGUE = ("grad_z_ptr", "grad_center_ptr", "grad_scale_ptr", "grad_shift_ptr")
 _X_PROLOGUE = ("x_center_ptr", "x_scale_ptr", "x_shift_ptr")
+_AFFINE = {"dst_scale_ptr", "dst_shift_ptr", "dst_side_ptr"}  # what an affine at the end reads
 _MAX_COUNT = 2**31 - 2**16  # What an int32 index may reach, less the last block's overhang.
 
 
@@ -72,7 +73,7 @@ def fusion_of(fused: frozenset[str]) -> str:
     """What is fused, as `tuning.FUSIONS` names it; a bias is nothing that would need settings of its own."""
     if fused <= {"dst_shift_ptr"}:
         return "plain"
-    return "affine" if fused <= {"dst_scale_ptr", "dst_shift_ptr", "dst_side_ptr"} else "stats"
+    return "affine" if fused <= _AFFINE else "stats"
 
 
 def is_crowded(fused: frozenset[str]) -> bool:
@@ -93,7 +94,7 @@ def _prologue(fused: frozenset[str]) -> str:
 def _epilogue(fused: frozenset[str], relu: bool) -> str:
     if "partials_ptr" in fused:
         return "relu_backward" if "dst_side_ptr" in fused else "statistics"
-    if not relu and fused.isdisjoint({"dst_scale_ptr", "dst_shift_ptr", "dst_side_ptr"}):
+    if not relu and fused.isdisjoint(_AFFINE):
         return "none"
     return "affine_relu" if relu else "affine"
 

@@ -89,9 +89,10 @@ def plan(
         programs = triton.cdiv(out_channels, config.block_n) * triton.cdiv(in_channels, config.block_k) * config.splits
     else:
         result_channels = in_channels if problem.op == "dgrad" else out_channels
-        programs = triton.cdiv(result_channels, config.block_n) * walkers(problem, config)
+        rows = walkers(problem, config)
+        programs = triton.cdiv(result_channels, config.block_n) * rows
     if problem.op == "fwd":
-        sizes["walkers"] = walkers(problem, config)
+        sizes["walkers"] = rows
         constants["RESIDENT"] = 0 if config.walkers is None else triton.cdiv(in_channels, config.block_k)
         constants |= {"RELU": relu, "ASSEMBLY": not interpreted()}
     largest = max(programs, covered, problem.batch * problem.height * problem.width)
