@@ -18,7 +18,13 @@ from resnext.kernels.config import Config, PointwiseConfig, StripsConfig, TapsCo
 from resnext.kernels.launch import Launch
 
 VECTORS = ("center_ptr", "scale_ptr", "shift_ptr", "partials_ptr")  # float32 whatever the activations are
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
 # Shared memory of one program. The code for 8.0 also runs on 8.6 and 8.9, which have the least.
 SHARED_LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 

@@ -11,6 +11,8 @@ if __name__ != "resnext.kernels":
     )
 
 from . import flops  # noqa: F401  registers what FLOP counters count
+from .block import AddRelu, BlockStep, ConvNorm, MaxPool, run_block
+from .config import Running
 from .dispatch import BackendError, use_backend
 from .fused import (
     affine_add_relu,
@@ -28,7 +30,12 @@ from .ops import grouped_conv2d, grouped_conv2d_dgrad, grouped_conv2d_wgrad
 from .reasons import explain, serving_backend
 
 __all__ = [
+    "AddRelu",
     "BackendError",
+    "BlockStep",
+    "ConvNorm",
+    "MaxPool",
+    "Running",
     "affine_add_relu",
     "affine_relu_max_pool",
     "bn_affine",
@@ -42,6 +49,7 @@ __all__ = [
     "keep_packed",
     "laid_out",
     "prefers_channels_last",
+    "run_block",
     "serving_backend",
     "use_backend",
     "why_not_conv_stats",

@@ -36,10 +36,11 @@ from .batch_norm_kernels import (
     statistics_bwd_kernel,
     statistics_kernel,
 )
-from .config import Affine, elementwise_config
+from .config import Affine, Norm, elementwise_config
 from .launch import Launch, empty, num_sms
-from .statistics import merge_partials, sum_partials
+from .statistics import PartialSums, merge_partials, sum_partials, walk_down
 
+merges = True  # Gradients of an affine come as partial sums if asked to, and statistics with a batch norm's vectors.
 _BLOCKS = 4  # that `statistics` loads at once
 # By name, since a kernel's hash would be computed from its source, with compile-time values of its own.
 _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -48,19 +49,15 @@ _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "affine_add": (affine_add_relu_kernel, {"RELU": False}),
     "affine_add_relu": (affine_add_relu_kernel, {"RELU": True}),
     "affine_add_relu_bwd": (affine_add_relu_bwd_kernel, {}),
-    "bn_affine": (bn_affine_kernel, {}),
-    "bn_affine_bwd": (bn_affine_bwd_kernel, {}),
 }
 
 
-def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of ``z``, each (C,) in float32."""
+def statistics(z: Tensor, channels_last: bool, norm: Norm | None = None) -> tuple[Tensor, ...]:
+    """Mean and biased variance of each channel of ``z``, each (C,) in float32; ``norm``: as of `merge_partials`."""
     launch, shares = _walk("statistics", z, channels_last)
     partials = torch.empty(shares, 3, z.shape[1], dtype=torch.float32, device=z.device)
     launch(z_ptr=z, partials_ptr=partials)
-    mean, var = merge_partials(partials)
-    mean += z[0, :, 0, 0]  # the kernel's origin
-    return mean, var
+    return merge_partials(partials, norm, origin=z[0, :, 0, 0])
 
 
 def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
@@ -128,7 +125,9 @@ def affine_add_relu_bwd(
     residual_affine: Affine | None,
     channels_last: bool,
     wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    *,
+    deferred: bool = False,
+) -> tuple[Any, ...]:
     """Gradients of `affine_add_relu`.
 
     Args:
@@ -140,10 +139,11 @@ def affine_add_relu_bwd(
         residual_affine: As in `affine_add_relu`.
         channels_last: The layout.
         wanted: Whether the gradients of z, of the residual, and of the vectors are.
+        deferred: Whether those of the vectors may still be partial sums.
 
     Returns:
         dz, dresidual, dscale, dshift (also that of the residual's shift) and the residual's dscale; None what is not
-        wanted.
+        wanted. If ``deferred`` the fourth is None, and the third and fifth are `PartialSums` of either affine.
     """
     dz = empty(z, z.shape, channels_last) if wanted[0] else None
     dresidual = empty(z, z.shape, channels_last) if wanted[1] else None
@@ -170,6 +170,9 @@ def affine_add_relu_bwd(
     )
     if partials is None:
         return dz, dresidual, None, None, None
+    if deferred:
+        both = PartialSums.of(partials, scale=1, shift=0)
+        return dz, dresidual, both, None, None if residual is None else both._replace(scale=2)
     dshift, dscale, *dresidual_scale = sum_partials(partials)
     return dz, dresidual, dscale, dshift, dresidual_scale[0] if dresidual_scale else None
 
@@ -187,19 +190,24 @@ def bn_affine(
         eps: Added to the variance.
     """
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
-    launch = _over_vectors("bn_affine", len(mean), eps)
-    launch(var_ptr=var, gamma_ptr=gamma, beta_ptr=beta, scale_ptr=scale, shift_ptr=shift)
+    _bn_affine(len(mean), eps)(var_ptr=var, gamma_ptr=gamma, beta_ptr=beta, scale_ptr=scale, shift_ptr=shift)
     return scale, shift
 
 
 def bn_affine_bwd(
-    dscale: Tensor, dshift: Tensor, var: Tensor, gamma: Tensor | None, eps: float
+    dscale: Tensor | PartialSums, dshift: Tensor | None, var: Tensor, gamma: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of mean, var, gamma and beta (of gamma's dtype; None without gamma) of `bn_affine`."""
+    """Gradients of mean, var, gamma and beta (of gamma's dtype; None without gamma) of `bn_affine`.
+
+    ``dscale`` may be the partial sums of both gradients, ``dshift`` is None then.
+    """
     dmean, dvar = torch.empty_like(var), torch.empty_like(var)
     dgamma, dbeta = (None, None) if gamma is None else (torch.empty_like(gamma), torch.empty_like(gamma))
-    launch = _over_vectors("bn_affine_bwd", len(var), eps)
-    launch(
+    rows, sums, places = 1, 1, (0, 0)
+    if isinstance(dscale, PartialSums):
+        (rows, sums, _), places = dscale.partials.shape, dscale[1:]
+        dscale = dshift = dscale.partials
+    _bn_affine_bwd(rows, sums, places, len(var), eps)(
         dscale_ptr=dscale,
         dshift_ptr=dshift,
         var_ptr=var,
@@ -246,10 +254,16 @@ def _plan_walk(
 
 
 @functools.lru_cache(maxsize=4096)
-def _over_vectors(name: str, channels: int, eps: float) -> Launch:
-    """The launch of a kernel over vectors alone."""
+def _bn_affine(channels: int, eps: float) -> Launch:
     block = 256
     options = {"num_warps": 1, "enable_fp_fusion": True}
-    kernel, own = _KERNELS[name]
     sizes = {"channels": channels, "eps": eps}
-    return Launch(kernel, triton.cdiv(channels, block), sizes, {"BLOCK_C": block, **own}, options)
+    return Launch(bn_affine_kernel, triton.cdiv(channels, block), sizes, {"BLOCK_C": block}, options)
+
+
+@functools.lru_cache(maxsize=4096)
+def _bn_affine_bwd(rows: int, sums: int, places: tuple[int, int], channels: int, eps: float) -> Launch:
+    constants, options = walk_down(rows)
+    sizes = {"rows": rows, "sums": sums, "scale_at": places[0], "shift_at": places[1], "eps": eps, "channels": channels}
+    programs = 2 * triton.cdiv(channels, constants["BLOCK_C"])  # one half for each gradient
+    return Launch(bn_affine_bwd_kernel, programs, sizes, constants, options)

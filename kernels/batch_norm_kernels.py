@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_tiles import aligned
-from .statistics import add_to_moments, merge_moments, store_moments
+from .statistics import add_to_moments, column_sums, inverse_deviation, merge_moments, store_moments
 
 
 @triton.jit
@@ -274,7 +274,7 @@ def bn_affine_kernel(
     """The vectors of the affine that is a batch norm."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = channel < channels
-    scale = rstd(var_ptr, eps, channel, mask)
+    scale = inverse_deviation(tl.load(var_ptr + channel, mask=mask, other=1.0), eps)
     shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
     if gamma_ptr is not None:
         scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
@@ -285,35 +285,39 @@ def bn_affine_kernel(
 
 
 @triton.jit
-def rstd(var_ptr, eps, channel, mask):
-    """1 / sqrt(var + eps), each step rounded to nearest."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.load(var_ptr + channel, mask=mask, other=1.0) + eps))
-
-
-@triton.jit
 def bn_affine_bwd_kernel(
-    dscale_ptr,
-    dshift_ptr,
+    dscale_ptr,  # (rows, sums, channels): the gradient is the sum of the vectors `scale_at` of all rows
+    dshift_ptr,  # alike, `shift_at`
     var_ptr,
     gamma_ptr,  # any dtype, or None
     dmean_ptr,
     dvar_ptr,
     dgamma_ptr,  # gamma's dtype, or None
     dbeta_ptr,  # gamma's dtype, or None
+    rows,
+    sums,
+    scale_at,
+    shift_at,
     eps,
     channels,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Gradients through the vectors. The affine is centred at the mean: the mean's gradient flows through the shift."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tiles = tl.cdiv(channels, BLOCK_C)
+    channel = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = channel < channels
-    dscale = tl.load(dscale_ptr + channel, mask=mask, other=0.0)
-    dshift = tl.load(dshift_ptr + channel, mask=mask, other=0.0)
-    inverse = rstd(var_ptr, eps, channel, mask)
+    inverse = inverse_deviation(tl.load(var_ptr + channel, mask=mask, other=1.0), eps)
     scale = inverse
     if gamma_ptr is not None:
         scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dgamma_ptr + channel, (dscale * inverse).to(dgamma_ptr.dtype.element_ty), mask=mask)
-        tl.store(dbeta_ptr + channel, dshift.to(dbeta_ptr.dtype.element_ty), mask=mask)
-    tl.store(dmean_ptr + channel, -scale * dshift, mask=mask)
-    tl.store(dvar_ptr + channel, -0.5 * dscale * scale * inverse * inverse, mask=mask)
+    if tl.program_id(0) < tiles:
+        dscale = column_sums(dscale_ptr, scale_at, rows, sums, channels, channel, mask, BLOCK_R)
+        tl.store(dvar_ptr + channel, -0.5 * dscale * scale * inverse * inverse, mask=mask)
+        if gamma_ptr is not None:
+            tl.store(dgamma_ptr + channel, (dscale * inverse).to(dgamma_ptr.dtype.element_ty), mask=mask)
+    else:
+        dshift = column_sums(dshift_ptr, shift_at, rows, sums, channels, channel, mask, BLOCK_R)
+        tl.store(dmean_ptr + channel, -scale * dshift, mask=mask)
+        if gamma_ptr is not None:
+            tl.store(dbeta_ptr + channel, dshift.to(dbeta_ptr.dtype.element_ty), mask=mask)

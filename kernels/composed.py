@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from . import reference
-from .config import Affine
+from .config import Affine, Norm
 from .reference import Stride
 
 
@@ -41,6 +42,25 @@ class Composed:
         z = reference.fwd(a, weight, None, stride, groups, channels_last)
         return z, *(self.elementwise.statistics(z, channels_last) if stats else (None, None))
 
+    @property
+    def merges(self) -> bool:
+        """As of `batch_norm`."""
+        return getattr(self.elementwise, "merges", False)
+
+    def conv_norm_fwd(
+        self,
+        x: Tensor,
+        prologue: Affine | None,
+        weight: Tensor,
+        stride: Stride,
+        groups: int,
+        channels_last: bool,
+        norm: Norm,
+    ) -> tuple[Tensor, ...]:
+        """`conv_stats_fwd`, and scale and shift of a batch norm with these statistics; if `merges`."""
+        z, _, _ = self.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, False)
+        return z, *self.elementwise.statistics(z, channels_last, norm)
+
     def conv_stats_bwd(
         self,
         dz: Tensor,
@@ -52,16 +72,21 @@ class Composed:
         groups: int,
         channels_last: bool,
         wanted: tuple[bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
+        deferred: bool = False,
+    ) -> tuple[Any, ...]:
+        """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight.
+
+        ``deferred``: as of `batch_norm.affine_add_relu_bwd`, if `merges`.
+        """
         dscale = dshift = None
         g = dz if grad_prologue is None else self.elementwise.statistics_bwd(dz, *grad_prologue, channels_last)
         a = self._activation(x, prologue, channels_last) if wanted[1] else x  # else only its shape matters
         dx, dw = reference.bwd(g, a, weight, stride, groups, channels_last, wanted)
         del g, a
         if dx is not None and prologue is not None:
+            also = {"deferred": True} if deferred else {}
             dx, _, dscale, dshift, _ = self.elementwise.affine_add_relu_bwd(
-                dx, None, x, prologue, None, None, channels_last, (True, False, True)
+                dx, None, x, prologue, None, None, channels_last, (True, False, True), **also
             )
         return dx, dscale, dshift, dw
 

@@ -8,13 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 # (center or None, scale, shift), one value per channel each: the map v -> scale * (v - center) + shift.
 Affine = tuple[Tensor | None, Tensor, Tensor]
+
+
+class Running(NamedTuple):
+    """Running statistics of a batch norm, which one step of training moves.
+
+    Attributes:
+        mean: (C,), float32, contiguous.
+        var: Of the unbiased variance, like ``mean``.
+        batches: How many batches there were, an int64 tensor of one number.
+        momentum: What of the new statistics counts.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+    momentum: float
+
+
+class Norm(NamedTuple):
+    """A batch norm: gamma and beta (C,), of any dtype, contiguous, or None for 1 and 0; what is added to a variance."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    running: Running | None = None  # what else is to be updated
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import checks, composed, dispatch, reference
+from .config import Norm
 from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, compute_bn_affine, vector_like
 from .operators import DIMS, Operator, if_wanted, or_empty, through_formula
 from .ops import dense, dense_weight, empty
@@ -34,16 +35,16 @@ _FORMULA = composed.Composed(reference)
 # --- what runs ---
 
 
-def _served(pass_, x, center, scale, shift, weight, stride, groups, channels_last):
+def _served(pass_, x, affine, weight, stride, groups, channels_last):
     """What serves a convolution with statistics, and the arguments that its passes share."""
     stride = tuple(stride)
     launchers = dispatch.fused_launchers(pass_, x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
-    operands = dense(x, channels_last), affine_of(center, scale, shift), dense_weight(weight)
+    operands = dense(x, channels_last), affine_of(*affine), dense_weight(weight)
     return launchers, (*operands, stride, groups, channels_last)
 
 
 def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, stats):
-    launchers, arguments = _served("fwd", x, center, scale, shift, weight, stride, groups, channels_last)
+    launchers, arguments = _served("fwd", x, (center, scale, shift), weight, stride, groups, channels_last)
     z, mean, var = launchers.conv_stats_fwd(*arguments, stats)
     if stats:
         return z, mean, var
@@ -52,17 +53,40 @@ def _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, 
 
 
 def _conv_norm(x, center, scale, shift, weight, gamma, beta, eps, stride, groups, channels_last):
-    z, mean, var = _conv_stats(x, center, scale, shift, weight, stride, groups, channels_last, True)
-    return z, mean, var, *compute_bn_affine(mean, var, gamma, beta, eps)
+    results, _ = compute_conv_norm(
+        x, (center, scale, shift), weight, Norm(gamma, beta, eps), stride, groups, channels_last
+    )
+    return results
+
+
+def compute_conv_norm(x, affine, weight, norm, stride, groups, channels_last):
+    """What `CONV_NORM` returns; and whether the running statistics of ``norm`` have been updated."""
+    launchers, arguments = _served("fwd", x, affine, weight, stride, groups, channels_last)
+    if getattr(launchers, "merges", False):
+        gamma, beta = (None if vector is None else vector.contiguous() for vector in norm[:2])
+        return launchers.conv_norm_fwd(*arguments, norm._replace(gamma=gamma, beta=beta)), norm.running is not None
+    z, mean, var = launchers.conv_stats_fwd(*arguments, True)
+    return (z, mean, var, *compute_bn_affine(mean, var, *norm[:3])), False
 
 
 def _conv_stats_bwd(dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted):
-    launchers, arguments = _served("dgrad", x, center, scale, shift, weight, stride, groups, channels_last)
-    grad_prologue = None
-    if z is not None:
-        grad_prologue = (dense(z, channels_last), mean.contiguous(), dmean.contiguous(), dvar.contiguous())
-    results = launchers.conv_stats_bwd(dense(dz, channels_last), grad_prologue, *arguments, tuple(wanted))
-    return or_empty(x, *results)
+    source = None if z is None else (z, mean, dmean, dvar)
+    dims = stride, groups, channels_last
+    return or_empty(x, *conv_stats_gradients(dz, source, x, (center, scale, shift), weight, *dims, wanted, False))
+
+
+def conv_stats_gradients(dz, source, x, affine, weight, stride, groups, channels_last, wanted, deferred):
+    """What `CONV_STATS_BWD` returns; ``source``: z, its mean, dmean and dvar, or None.
+
+    ``deferred``: whether dscale may come as partial sums of dscale and dshift, which `fused_ops.bn_affine_bwd` takes,
+    with dshift None, and the weight's gradient as float32.
+    """
+    launchers, arguments = _served("dgrad", x, affine, weight, stride, groups, channels_last)
+    if source is not None:
+        z, *vectors = source
+        source = (dense(z, channels_last), *(vector.contiguous() for vector in vectors))
+    also = {"deferred": True} if deferred and getattr(launchers, "merges", False) else {}
+    return launchers.conv_stats_bwd(dense(dz, channels_last), source, *arguments, tuple(wanted), **also)
 
 
 def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):

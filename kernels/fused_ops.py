@@ -58,11 +58,16 @@ def compute_bn_affine(mean, var, gamma, beta, eps):
 
 
 def _bn_affine_bwd(dscale, dshift, var, gamma, eps):
+    return or_empty(var, *compute_bn_affine_bwd(dscale.contiguous(), dshift.contiguous(), var.contiguous(), gamma, eps))
+
+
+def compute_bn_affine_bwd(dscale, dshift, var, gamma, eps):
+    """Gradients of mean, var, gamma and beta, the last two None without gamma.
+
+    ``dscale``: also the partial sums that came with a gradient of an affine; ``dshift`` is None then.
+    """
     gamma = None if gamma is None else gamma.contiguous()
-    results = dispatch.vectors(var.dtype, var.device).bn_affine_bwd(
-        dscale.contiguous(), dshift.contiguous(), var.contiguous(), gamma, eps
-    )
-    return or_empty(var, *results)
+    return dispatch.vectors(var.dtype, var.device).bn_affine_bwd(dscale, dshift, var, gamma, eps)
 
 
 def _affine_add_relu(
@@ -89,15 +94,24 @@ def _affine_add_relu(
 def _affine_add_relu_bwd(
     dout, out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last, wanted
 ):
+    affines = (center, scale, shift), (residual_center, residual_scale, residual_shift)
+    return or_empty(z, *affine_add_relu_gradients(dout, out, z, residual, *affines, channels_last, wanted, False))
+
+
+def affine_add_relu_gradients(dout, out, z, residual, affine, residual_affine, channels_last, wanted, deferred):
+    """What `AFFINE_ADD_RELU_BWD` returns, None for what is not wanted.
+
+    ``deferred``: whether both scales' gradients may come as partial sums, as of `fused_conv_ops.conv_stats_gradients`.
+    """
     launchers = dispatch.elementwise(z.dtype, z.device)
-    z, affine = dense(z, channels_last), affine_of(center, scale, shift)
+    z, affine, residual_affine = dense(z, channels_last), affine_of(*affine), affine_of(*residual_affine)
     residual = None if residual is None else dense(residual, channels_last)
-    residual_affine = affine_of(residual_center, residual_scale, residual_shift)
     if out is not None:
         out = dense(out, channels_last)
     elif residual is not None:
         out = launchers.affine_add_relu(z, affine, residual, residual_affine, channels_last)
-    results = launchers.affine_add_relu_bwd(
+    also = {"deferred": True} if deferred and getattr(launchers, "merges", False) else {}
+    return launchers.affine_add_relu_bwd(
         dense(dout, channels_last),
         out,
         z,
@@ -106,8 +120,8 @@ def _affine_add_relu_bwd(
         residual_affine,
         channels_last,
         tuple(wanted),
+        **also,
     )
-    return or_empty(z, *results)
 
 
 def _affine_relu_max_pool(z, center, scale, shift, channels_last, taps):

@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Affine, Config, ConvProblem, TapsConfig, choose_config, problem_of
+from .config import Affine, Config, ConvProblem, Norm, TapsConfig, choose_config, problem_of
 from .grouped_conv_plan import fusion_of, is_crowded, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
 from .launch import Prepared, empty, nhwc, num_sms, to_layout
-from .statistics import merge_partials, sum_partials
+from .statistics import PartialSums, merge_partials, sum_partials
 from .tuning import lookup, tf32_allowed
+
+merges = True  # As of batch_norm.py.
 
 
 def probe(device: torch.device) -> None:
@@ -130,7 +132,7 @@ def wgrad(
     """
     shape = (grad.shape[1], x.shape[1] // groups, 3, 3)
     place = ("wgrad", x.shape, shape, stride, groups, x.dtype, x.device, channels_last)
-    return _correlate(place, grad, x, {}, config, allow_tf32)
+    return _rounded(_correlate(place, grad, x, {}, config, allow_tf32), x.dtype, channels_last)
 
 
 def conv_stats_fwd(
@@ -161,11 +163,26 @@ def conv_stats_fwd(
     Returns:
         z as of `fwd`; the mean and the biased variance of its channels as stored, each (C_out,), float32, or None.
     """
-    center, scale, shift = prologue or (None, None, None)
-    vectors = {"src_center_ptr": center, "src_scale_ptr": scale, "src_shift_ptr": shift}
+    vectors = _prefixed("src", _vectors(prologue))
     place = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     z, partials = _convolve(place, x, weight, vectors, config, allow_tf32, sums=3 if stats else 0)
-    return z, *((None, None) if partials is None else merge_partials(partials))
+    mean, var = (None, None) if partials is None else merge_partials(partials)
+    return z, mean, var
+
+
+def conv_norm_fwd(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    norm: Norm,
+) -> tuple[Tensor, ...]:
+    """`conv_stats_fwd`, and what a batch norm makes of the statistics: z, mean, variance, scale and shift."""
+    place = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    z, partials = _convolve(place, x, weight, _prefixed("src", _vectors(prologue)), None, None, sums=3)
+    return z, *merge_partials(partials, norm)  # type: ignore[arg-type]  # there are partials of three sums
 
 
 def conv_stats_bwd(
@@ -182,7 +199,8 @@ def conv_stats_bwd(
     config: Config | None = None,
     wgrad_config: Config | None = None,
     allow_tf32: bool | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    deferred: bool = False,
+) -> tuple[Any, ...]:
     """Gradients of `conv_stats_fwd`.
 
     Args:
@@ -199,17 +217,18 @@ def conv_stats_bwd(
         config: Launch settings of the input gradient, by default as in `fwd`.
         wgrad_config: Launch settings of the weight gradient, likewise.
         allow_tf32: As in `fwd`.
+        deferred: As in `pointwise_conv.conv_stats_bwd`.
 
     Returns:
         dx like ``x``; dscale and dshift (C_in,), float32; dw as of `wgrad`. None for what is not wanted or, without a
-        prologue, not there.
+        prologue, not there. If ``deferred`` `PartialSums` and None instead of dscale and dshift, and dw is float32.
     """
-    dx = dscale = dshift = dw = None
+    dx = dw = None
+    dvectors: tuple[Any, ...] = (None, None)
     dz, x = nhwc(dz), nhwc(x)
     z, mean, dmean, dvar = grad_prologue or (None, None, None, None)
     grad_vectors = {"z_ptr": None if z is None else nhwc(z), "center_ptr": mean, "scale_ptr": dvar, "shift_ptr": dmean}
-    center, scale, shift = prologue or (None, None, None)
-    vectors = {"center_ptr": center, "scale_ptr": scale, "shift_ptr": shift}
+    vectors = _vectors(prologue)
     place = (x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
     if wanted[0]:
         optional = _prefixed("src", grad_vectors) | _prefixed("dst", vectors)
@@ -219,11 +238,13 @@ def conv_stats_bwd(
             sums = 2
         dx, partials = _convolve(("dgrad", *place), dz, weight, optional, config, allow_tf32, sums=sums)
         if partials is not None:
-            dscale, dshift = sum_partials(partials)
+            dvectors = (PartialSums.of(partials, 0, 1), None) if deferred else sum_partials(partials)
     if wanted[1]:
         optional = _prefixed("grad", grad_vectors) | _prefixed("x", vectors)
         dw = _correlate(("wgrad", *place), dz, x, optional, wgrad_config, allow_tf32)
-    return dx, dscale, dshift, dw
+        if not deferred:
+            dw = _rounded(dw, x.dtype, channels_last)
+    return dx, *dvectors, dw
 
 
 def conv_affine(
@@ -264,6 +285,11 @@ def conv_affine(
     return _convolve(place, x, weight, optional, config, allow_tf32, relu=relu)[0]
 
 
+def _vectors(affine: Affine | None) -> dict[str, Tensor | None]:
+    center, scale, shift = affine or (None, None, None)
+    return {"center_ptr": center, "scale_ptr": scale, "shift_ptr": shift}
+
+
 def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {f"{prefix}_{name}": tensor for name, tensor in tensors.items()}
 
@@ -302,15 +328,18 @@ def _correlate(
     config: Config | None,
     allow_tf32: bool | None,
 ) -> Tensor:
-    """A weight gradient."""
+    """A weight gradient, float32."""
     tensors = {name: tensor for name, tensor in optional.items() if tensor is not None}
     if allow_tf32 is None:
         allow_tf32 = tf32_allowed(x.dtype)
     prepared = _prepare(tuple(tensors), config, allow_tf32, False, False, *place)
     partials = torch.empty(prepared.shape, dtype=torch.float32, device=x.device)
     prepared.launch(grad_ptr=nhwc(grad), x_ptr=nhwc(x), partials_ptr=partials, **tensors)
-    layout = torch.channels_last if place[-1] else torch.contiguous_format
-    return partials.sum(0).to(x.dtype, memory_format=layout)
+    return partials.sum(0)
+
+
+def _rounded(dw: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    return dw.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=4096)

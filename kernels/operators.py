@@ -31,6 +31,7 @@ class Operator:
 
     Attributes:
         overload: What PyTorch knows.
+        kernel: What runs on CPU and CUDA tensors, past PyTorch's dispatcher.
     """
 
     def __init__(self, name: str, schema: str) -> None:
@@ -48,7 +49,7 @@ class Operator:
         The forward of ``function`` calls `below_autograd`.
         """
         name = self.overload._opname
-        self._kernel = kernel
+        self.kernel = kernel
         self._function = self._recorded = None
         if function is not None:
             self._function = _bound_to_backend(function, direct=False)
@@ -64,7 +65,7 @@ class Operator:
         attention = calls.attention(args)
         if attention is calls.Attention.NONE:
             with torch._C._AutoDispatchBelowAutograd():
-                return self._kernel(*args)
+                return self.kernel(*args)
         if attention is calls.Attention.GRADIENT and self._recorded is not None:
             # Past `Function.apply`, which looks after torch.func's transforms: there are none.
             return super(torch.autograd.Function, self._recorded).apply(*args)  # type: ignore[misc]
@@ -73,7 +74,7 @@ class Operator:
     def below_autograd(self, ctx: Any, *args: Any) -> Any:
         """The results, in the forward of the operator's function: nothing is recorded."""
         with torch._C._AutoDispatchBelowAutograd():
-            return self._kernel(*args) if ctx.direct else self.overload(*args)
+            return self.kernel(*args) if ctx.direct else self.overload(*args)
 
     def _autograd(self, *args: Any) -> Any:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:

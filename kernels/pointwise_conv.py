@@ -26,18 +26,19 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import Affine, ConvProblem, PointwiseConfig, fits_descriptors, pointwise_config, problem_of
+from .config import Affine, ConvProblem, Norm, PointwiseConfig, fits_descriptors, pointwise_config, problem_of
 from .launch import Launch, Prepared, architecture, empty, interpreted, nhwc, num_sms, options, precision, to_layout
 from .pointwise_conv_kernels import (
     pointwise_conv_dgrad_kernel,
     pointwise_conv_fwd_kernel,
     pointwise_conv_wgrad_kernel,
 )
-from .statistics import merge_partials, sum_partials
+from .statistics import PartialSums, merge_partials, sum_partials
 from .tuning import lookup, tf32_allowed
 
 GradPrologue = tuple[Tensor, Tensor, Tensor, Tensor]
 
+merges = True  # As of batch_norm.py.
 _KERNELS = {
     "fwd": pointwise_conv_fwd_kernel,
     "dgrad": pointwise_conv_dgrad_kernel,
@@ -154,11 +155,38 @@ def conv_stats_fwd(
         z (N, C_out, Ho, Wo) with Ho = (H - 1) // stride_h + 1, Wo alike; mean and biased variance (C_out,) of z as it
         is stored, float32, the same bits for the same call, or None.
     """
-    tensors = {"x_ptr": nhwc(x), "weight_ptr": weight, **_vectors("x", prologue)}
     settings = (config, allow_tf32)
-    z, partials = _launch("fwd", x, weight, stride, channels_last, settings, tensors, "y_ptr", 3 if stats else 0)
+    z, partials = _convolve(x, prologue, weight, stride, channels_last, settings, 3 if stats else 0)
     mean, var = (None, None) if partials is None else merge_partials(partials)
-    return to_layout(z, channels_last), mean, var
+    return z, mean, var
+
+
+def conv_norm_fwd(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    groups: int,
+    channels_last: bool,
+    norm: Norm,
+) -> tuple[Tensor, ...]:
+    """`conv_stats_fwd`, and what a batch norm makes of the statistics: z, mean, variance, scale and shift."""
+    z, partials = _convolve(x, prologue, weight, stride, channels_last, (None, None), 3)
+    return z, *merge_partials(partials, norm)  # type: ignore[arg-type]  # there are partials of three sums
+
+
+def _convolve(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    channels_last: bool,
+    settings: tuple[PointwiseConfig | None, bool | None],
+    sums: int,
+) -> tuple[Tensor, Tensor | None]:
+    tensors = {"x_ptr": nhwc(x), "weight_ptr": weight, **_vectors("x", prologue)}
+    z, partials = _launch("fwd", x, weight, stride, channels_last, settings, tensors, "y_ptr", sums)
+    return to_layout(z, channels_last), partials
 
 
 def conv_stats_bwd(
@@ -175,7 +203,8 @@ def conv_stats_bwd(
     dgrad_config: PointwiseConfig | None = None,
     wgrad_config: PointwiseConfig | None = None,
     allow_tf32: bool | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    deferred: bool = False,
+) -> tuple[Any, ...]:
     """Gradients of `conv_stats_fwd`.
 
     Args:
@@ -192,10 +221,12 @@ def conv_stats_bwd(
         dgrad_config: Launch settings of the input gradient; the heuristic's choice by default.
         wgrad_config: Launch settings of the weight gradient; the heuristic's choice by default.
         allow_tf32: As in `conv_stats_fwd`.
+        deferred: Whether the gradients of the vectors may still be partial sums, and that of the weight unrounded.
 
     Returns:
         dx like ``x``; dscale and dshift (C_in,), float32, None without a prologue; dw (C_out, C_in, 1, 1), laid out by
-        ``channels_last``, dtype of ``x``. What is not wanted is None. The same bits for the same call.
+        ``channels_last``, dtype of ``x``. What is not wanted is None. The same bits for the same call. If ``deferred``
+        `PartialSums` and None instead of dscale and dshift, and dw is float32.
     """
     x = nhwc(x)
     source = {"grad_ptr": nhwc(dz)}
@@ -203,7 +234,8 @@ def conv_stats_bwd(
         z, mean, dmean, dvar = grad_prologue
         source |= {"z_ptr": nhwc(z), **_vectors("z", (mean, dvar, dmean))}
     vectors = _vectors("x", prologue)
-    dx = dscale = dshift = dw = None
+    dx = dw = None
+    dvectors: tuple[Any, ...] = (None, None)
     place = (x, weight, stride, channels_last)
     if wanted[0]:
         tensors = {**source, "weight_ptr": weight}
@@ -212,13 +244,15 @@ def conv_stats_bwd(
         settings = (dgrad_config, allow_tf32)
         dx, partials = _launch("dgrad", *place, settings, tensors, "dx_ptr", 0 if prologue is None else 2)
         if partials is not None:
-            dscale, dshift = sum_partials(partials)
+            dvectors = (PartialSums.of(partials, 0, 1), None) if deferred else sum_partials(partials)
         dx = to_layout(dx, channels_last)
     if wanted[1]:
         tensors = {**source, "x_ptr": x, **vectors}
         dw, _ = _launch("wgrad", *place, (wgrad_config, allow_tf32), tensors, "partials_ptr")
-        dw = empty(x, weight.shape, channels_last).copy_(dw.sum(0))
-    return dx, dscale, dshift, dw
+        dw = dw.sum(0)
+        if not deferred:
+            dw = empty(x, weight.shape, channels_last).copy_(dw)
+    return dx, *dvectors, dw
 
 
 def conv_affine(

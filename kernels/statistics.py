@@ -12,12 +12,14 @@ variances" (1979).
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import Norm
 from .launch import Launch
 
 
@@ -101,13 +103,24 @@ def merge_partials_kernel(
     merged_ptr,  # (shares, 3, channels), or None: there is one share, whose results are
     mean_ptr,  # (channels,), or None
     var_ptr,  # (channels,), or None
+    origin_ptr,  # a pixel, `origin_step` between its channels, that the partials are less by; or None
+    gamma_ptr,  # any dtype, or None
+    beta_ptr,  # any dtype, or None
+    scale_ptr,  # of the batch norm with these statistics, (channels,), like its shift; or None
+    shift_ptr,
+    running_mean_ptr,  # (channels,), like the next; or None
+    running_var_ptr,
+    batches_ptr,
     rows,
     share,
     channels,
+    origin_step,
+    eps,
+    momentum,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Moments of one share of the rows, or their mean and biased variance: lanes walk down the rows, then merge."""
+    """Moments of one share of the rows, or what they come to: lanes walk down the rows, then merge."""
     tiles = tl.cdiv(channels, BLOCK_C)
     split = tl.program_id(0) // tiles
     channel = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -132,30 +145,80 @@ def merge_partials_kernel(
     if merged_ptr is not None:
         store_moments(merged_ptr, split, channels, channel, mask_c, total, mean_c, m2_c)
     else:
+        if origin_ptr is not None:
+            mean_c += tl.load(origin_ptr + channel.to(tl.int64) * origin_step, mask=mask_c, other=0.0).to(tl.float32)
+        var_c = m2_c / tl.maximum(total, 1.0)
         tl.store(mean_ptr + channel, mean_c, mask=mask_c)
-        tl.store(var_ptr + channel, m2_c / tl.maximum(total, 1.0), mask=mask_c)
+        tl.store(var_ptr + channel, var_c, mask=mask_c)
+        if scale_ptr is not None:
+            scale = inverse_deviation(var_c, eps)
+            shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
+            if gamma_ptr is not None:
+                scale *= tl.load(gamma_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+            if beta_ptr is not None:
+                shift = tl.load(beta_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+            tl.store(scale_ptr + channel, scale, mask=mask_c)
+            tl.store(shift_ptr + channel, shift, mask=mask_c)
+        if running_mean_ptr is not None:
+            running_mean = tl.load(running_mean_ptr + channel, mask=mask_c, other=0.0)
+            running_var = tl.load(running_var_ptr + channel, mask=mask_c, other=0.0)
+            unbiased = m2_c / (total - 1.0)
+            tl.store(running_mean_ptr + channel, (1.0 - momentum) * running_mean + momentum * mean_c, mask=mask_c)
+            tl.store(running_var_ptr + channel, (1.0 - momentum) * running_var + momentum * unbiased, mask=mask_c)
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
 
 
-def merge_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
+@triton.jit
+def inverse_deviation(var, eps):
+    """1 / sqrt(var + eps), each step rounded to nearest."""
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+
+def merge_partials(partials: Tensor, norm: Norm | None = None, origin: Tensor | None = None) -> tuple[Tensor, ...]:
     """Statistics from the moments that programs have stored.
 
     Args:
         partials: (rows, 3, C), float32, contiguous: count, mean and m2 of disjoint parts of the data; the counts are
             the same for all channels.
+        norm: A batch norm with these statistics; its running ones are updated if it has them.
+        origin: (C,), any stride: what the data are less by than those that the statistics are wanted of; None for 0.
 
     Returns:
-        mean (C,) and biased variance (C,), float32; the same bits for the same partials.
+        mean (C,) and biased variance (C,), float32; with a ``norm`` also its scale and shift, as of
+        `batch_norm.bn_affine`. The same bits for the same partials.
     """
     rows, _, channels = partials.shape
     if 3 * rows > _LONGEST_WALK:
         launch, shares = _over_rows("merge", rows, channels)
         merged = partials.new_empty(shares, 3, channels)
-        launch(partials_ptr=partials, merged_ptr=merged, mean_ptr=None, var_ptr=None)
+        launch(partials_ptr=partials, merged_ptr=merged)
         rows, partials = shares, merged
-    mean, var = (torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(2))
-    launch = _over_channels("merge", rows, channels, 1)
-    launch(partials_ptr=partials, merged_ptr=None, mean_ptr=mean, var_ptr=var)
-    return mean, var
+    count = 2 if norm is None else 4
+    made = tuple(torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(count))
+    tensors = {"partials_ptr": partials, "mean_ptr": made[0], "var_ptr": made[1]}
+    sizes = {} if origin is None else {"origin_step": origin.stride(0)}
+    if origin is not None:
+        tensors["origin_ptr"] = origin
+    if norm is not None:
+        tensors |= {"gamma_ptr": norm.gamma, "beta_ptr": norm.beta, "scale_ptr": made[2], "shift_ptr": made[3]}
+        sizes["eps"] = norm.eps
+        if (running := norm.running) is not None:
+            tensors |= {"running_mean_ptr": running.mean, "running_var_ptr": running.var}
+            tensors["batches_ptr"] = running.batches
+            sizes["momentum"] = running.momentum
+    _over_channels("merge", rows, channels, 1, tuple(tensors), **sizes)(**tensors)
+    return made
+
+
+@triton.jit
+def column_sums(partials_ptr, at, rows, sums, channels, channel, mask, BLOCK_R: tl.constexpr):
+    """Sums [N] of `channel` [N] over the vectors `at` of the rows of partials (rows, sums, channels), in order."""
+    total = tl.zeros((BLOCK_R, channel.shape[0]), dtype=tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        ptrs = partials_ptr + ((row.to(tl.int64) * sums + at) * channels)[:, None] + channel[None, :]
+        total += tl.load(ptrs, mask=(row < rows)[:, None] & mask[None, :], other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -177,14 +240,10 @@ def sum_partials_kernel(
     split = tl.program_id(0) // (tiles * results)
     channel = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = channel < channels
-    sums = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    last = tl.minimum(split * share + share, rows)
-    for start in range(split * share, last, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
-        mask = (row < last)[:, None] & mask_c[None, :]
-        ptrs = partials_ptr + ((row.to(tl.int64) * results + result) * channels)[:, None] + channel[None, :]
-        sums += tl.load(ptrs, mask=mask, other=0.0)
-    total = tl.sum(sums, axis=0)
+    first = split * share
+    count = tl.minimum(share, rows - first)
+    ptr = partials_ptr + tl.cast(first, tl.int64) * results * channels
+    total = column_sums(ptr, result, count, results, channels, channel, mask_c, BLOCK_R)
     offs = split * channels + channel
     tl.store(first_ptr + offs, total, mask=mask_c & (result == 0))
     if second_ptr is not None:
@@ -202,17 +261,46 @@ def sum_partials(partials: Tensor) -> tuple[Tensor, ...]:
     Returns:
         K tensors (C,), float32, each with memory of its own; the same bits for the same partials.
     """
+    partials = _shortened(partials)
     rows, count, channels = partials.shape
-    if rows > _LONGEST_WALK:
-        launch, shares = _over_rows("sum", rows, count * channels)
-        added = partials.new_empty(shares, count, channels)
-        launch(partials_ptr=partials, first_ptr=added, second_ptr=None, third_ptr=None)
-        rows, partials = shares, added
     sums = tuple(torch.empty(channels, dtype=torch.float32, device=partials.device) for _ in range(count))
-    first, second, third = sums if count == 3 else (*sums, None)
-    launch = _over_channels("sum", rows, channels, count)
-    launch(partials_ptr=partials, first_ptr=first, second_ptr=second, third_ptr=third)
+    tensors = {"partials_ptr": partials, **dict(zip(_SUMS, sums, strict=False))}
+    _over_channels("sum", rows, channels, count, tuple(tensors))(**tensors)
     return sums
+
+
+class PartialSums(NamedTuple):
+    """Gradients of the scale and the shift of an affine that are still to be summed over rows.
+
+    Attributes:
+        partials: (rows, K, C), float32, contiguous.
+        scale: Which of the K vectors of each row is of the scale's gradient.
+        shift: Which is of the shift's.
+    """
+
+    partials: Tensor
+    scale: int
+    shift: int
+
+    @classmethod
+    def of(cls, partials: Tensor, scale: int, shift: int) -> PartialSums:
+        """With few enough rows for the kernel that makes use of them to sum them up by the way."""
+        return cls(_shortened(partials), scale, shift)
+
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """The gradients, (C,) each."""
+        sums = sum_partials(self.partials)
+        return sums[self.scale], sums[self.shift]
+
+
+def _shortened(partials: Tensor) -> Tensor:
+    rows, count, channels = partials.shape
+    if rows <= _LONGEST_WALK:
+        return partials
+    launch, shares = _over_rows("sum", rows, count * channels)
+    added = partials.new_empty(shares, count, channels)
+    launch(partials_ptr=partials, first_ptr=added)
+    return added
 
 
 # Pieces of 32 bytes that a program reads, one at a time as the memory pipe of a multiprocessor does. Beyond, a launch
@@ -220,6 +308,10 @@ def sum_partials(partials: Tensor) -> tuple[Tensor, ...]:
 _LONGEST_WALK = 6144
 _MOST_SHARES = 128  # rows that the first launch leaves for the second
 _KERNELS = {"merge": merge_partials_kernel, "sum": sum_partials_kernel}
+_SUMS = ("first_ptr", "second_ptr", "third_ptr")
+# Arguments that may be None, and numbers that only go with some of those.
+_OPTIONAL = {"merge": merge_partials_kernel.arg_names[1:12], "sum": _SUMS}
+_NUMBERS = {"merge": {"origin_step": 0, "eps": 0.0, "momentum": 0.0}, "sum": {}}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -228,19 +320,36 @@ def _over_rows(name: str, rows: int, channels: int) -> tuple[Launch, int]:
     block_r = 64
     share = triton.cdiv(triton.cdiv(rows, block_r), _MOST_SHARES) * block_r
     shares = triton.cdiv(rows, share)
-    return _launch(name, rows, share, channels, shares, block_r, 32), shares
+    names = ("merged_ptr",) if name == "merge" else _SUMS[:1]
+    sizes = {"rows": rows, "share": share, "channels": channels}
+    blocks, options = {"BLOCK_R": block_r, "BLOCK_C": 32}, {"num_warps": 4, "enable_fp_fusion": True}
+    return _launch(name, names, sizes, shares, blocks, options), shares
 
 
 @functools.lru_cache(maxsize=4096)
-def _over_channels(name: str, rows: int, channels: int, results: int) -> Launch:
-    """The launch that gives every program a few channels and all rows."""
+def _over_channels(
+    name: str, rows: int, channels: int, results: int, names: tuple[str, ...], **numbers: float
+) -> Launch:
+    """The launch that gives every program a few channels and all rows; ``names``: the tensors that there are."""
+    sizes = {"rows": rows, "share": rows, "channels": channels, **numbers}
+    return _launch(name, names, sizes, results, *walk_down(rows))
+
+
+def walk_down(rows: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """BLOCK_R and BLOCK_C, and launch options, of programs that each have a few channels of all rows."""
     # Every step waits for memory once: thousands of rows want few, large steps.
     block_r = min(1024, max(16, triton.next_power_of_2(rows)))
-    return _launch(name, rows, rows, channels, results, block_r, 8)
+    return {"BLOCK_R": block_r, "BLOCK_C": 8}, {"num_warps": max(4, block_r // 64), "enable_fp_fusion": True}
 
 
-def _launch(name: str, rows: int, share: int, channels: int, repeats: int, block_r: int, block_c: int) -> Launch:
-    constants = {"BLOCK_R": block_r, "BLOCK_C": block_c}
-    options = {"num_warps": max(4, block_r // 64), "enable_fp_fusion": True}
-    sizes = {"rows": rows, "share": share, "channels": channels}
-    return Launch(_KERNELS[name], triton.cdiv(channels, block_c) * repeats, sizes, constants, options)
+def _launch(
+    name: str,
+    names: tuple[str, ...],
+    sizes: dict[str, float],
+    repeats: int,
+    blocks: dict[str, int],
+    options: dict[str, Any],
+) -> Launch:
+    absent = dict.fromkeys(set(_OPTIONAL[name]) - set(names))
+    programs = triton.cdiv(int(sizes["channels"]), blocks["BLOCK_C"]) * repeats
+    return Launch(_KERNELS[name], programs, _NUMBERS[name] | sizes, blocks | absent, options)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from resnext.kernels import bn_affine
+from resnext.kernels import Running, bn_affine
 from resnext.layers import held
 
 BatchNorm = Any
@@ -112,6 +112,19 @@ def affine(bn: BatchNorm, statistics: Statistics | None, dtype: torch.dtype) -> 
     else:
         mean, var, _ = statistics
     return bn_affine(mean, var, held(bn, "weight"), held(bn, "bias"), bn.eps)  # type: ignore[return-value]  # this center is not None
+
+
+def running(bn: BatchNorm, device: torch.device) -> Running | None:
+    """What a step of training on ``device`` does to the buffers of ``bn``, if it is nothing unusual; else None."""
+    if not (bn.training and bn.track_running_stats) or type(bn.momentum) is not float:
+        return None
+    mean, var, batches = (held(bn, name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+    if mean is None or var is None or batches is None or mean is var:
+        return None
+    vectors = mean.dtype == var.dtype == torch.float32 and mean.is_contiguous() and var.is_contiguous()
+    if not vectors or batches.dtype != torch.int64 or not mean.device == var.device == batches.device == device:
+        return None
+    return Running(mean, var, batches, bn.momentum)
 
 
 Update = tuple[BatchNorm, Statistics | None]

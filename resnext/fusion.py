@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils.checkpoint import checkpoint
 
-from resnext import batch_norm
+from resnext import batch_norm, recorded
 from resnext.batch_norm import BatchNorm, Statistics
 from resnext.graph import Node, Shell, changed_attribute, replaced
 from resnext.kernels import (
@@ -30,7 +30,7 @@ from resnext.kernels import (
     prefers_channels_last,
     why_not_conv_stats,
 )
-from resnext.layers import held, is_plain_conv, original_class
+from resnext.layers import child, held, is_plain_conv, original_class
 from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
 
 Affine = tuple[Tensor, Tensor, Tensor]
@@ -48,17 +48,6 @@ _USUAL_GEOMETRY = frozenset(
     for kernel, padding in ((1, 0), (3, 1))
     for stride in ((1, 1), (2, 2))
 )
-
-
-def child(module: nn.Module, name: str) -> Any:
-    """The submodule of that dotted name, or None."""
-    if "." not in name:
-        return module._modules.get(name)
-    for part in name.split("."):
-        module = module._modules.get(part)  # type: ignore[assignment]
-        if module is None:
-            return None
-    return module
 
 
 # --- reasons ---
@@ -215,8 +204,11 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     infers = _infers(unit, plan, arguments)
     folded = _folded(unit, plan.folds, arguments[0]) if infers else {}
     program = plan.infer if infers else plan.train
+    steps: Sequence[Any] = program.steps
+    if not infers and not recompute:
+        steps = _after_head(unit, plan, values, keeps_result=not turned)
     updates: list[batch_norm.Update] = []
-    for step, free in program.steps:
+    for step, free in steps:
         if updates and not isinstance(step, ConvStats | BlockEnd):
             _update(updates)
         if isinstance(step, ConvStats):
@@ -252,6 +244,19 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     if not turned:
         return replaced(program.output, lambda ref: values[ref.index])
     return replaced(program.output, lambda ref: _in_nchw(values[ref.index]))
+
+
+def _after_head(unit: nn.Module, plan: Plan, values: list[Any], keeps_result: bool) -> Sequence[Any]:
+    """Run the head of a plan in training as one node, if possible; returns the steps that are left."""
+    steps = plan.train.steps
+    out = recorded.run(unit, plan, values, keeps_result)
+    if out is None:
+        return steps
+    for _, free in steps[: plan.head]:
+        for slot in free:
+            values[slot] = None
+    values[steps[plan.head - 1][0].out] = out
+    return steps[plan.head :]
 
 
 def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:

@@ -108,6 +108,17 @@ def held(module: nn.Module, name: str) -> Any:
     return getattr(module, name)
 
 
+def child(module: nn.Module, name: str) -> Any:
+    """The submodule of that dotted name, or None."""
+    if "." not in name:
+        return module._modules.get(name)
+    for part in name.split("."):
+        module = module._modules.get(part)  # type: ignore[assignment]
+        if module is None:
+            return None
+    return module
+
+
 def is_plain_conv(module: nn.Module) -> bool:
     """Whether ``module`` computes what ``torch.nn.Conv2d`` computes, and is no subclass that computes more."""
     return original_class(module) in (nn.Conv2d, GroupedConv2d)

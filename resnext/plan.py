@@ -128,6 +128,8 @@ class Plan:
         shells: The modules whose forwards the steps replace.
         pointwise: How many of the convolutions have 1x1 kernels and one group.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
+        head: How many of the first steps of ``train`` are fused ones with norms whose last result is the only value
+            of theirs that others need: all of a residual block, a network's stem.
     """
 
     kind: str
@@ -142,6 +144,7 @@ class Plan:
     shells: tuple[Shell, ...]
     pointwise: int
     writes: bool
+    head: int
 
     @property
     def every_conv(self) -> tuple[str, ...]:
@@ -174,7 +177,23 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         shells=recording.shells,
         pointwise=sum(_is_pointwise(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
+        head=_head(train_program),
     )
+
+
+def _head(program: Program) -> int:
+    """`Plan.head`."""
+    steps = [step for step, _ in program.steps]
+    needed = set(Node("output", "", (program.output,)).refs)
+    found = 0
+    for count, step in enumerate(steps, 1):
+        if isinstance(step, Call | ConvAffine) or (isinstance(step, ConvStats) and not step.norm):
+            break
+        own = {slot for each in steps[: count - 1] for slot in _writes(each)}
+        others = needed.union(*map(_reads, steps[count:]))
+        if isinstance(step, BlockEnd | Activation | Pool) and not own & others:
+            found = count
+    return found
 
 
 @dataclass
@@ -468,6 +487,10 @@ def is_stem_pool(pool: nn.MaxPool2d) -> bool:
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     usual = sizes in ((3, 2, 1, 1), ((3, 3), (2, 2), (1, 1), (1, 1)))
     return usual and not pool.ceil_mode and not pool.return_indices
+
+
+def _writes(step: Step) -> tuple[int, ...]:
+    return (step.out, step.affine) if isinstance(step, ConvStats) else (step.out,)
 
 
 def _reads(step: Step) -> list[int]:

@@ -15,7 +15,7 @@ from resnext import fusion
 from resnext.convert import Converted, FusedModule, forced, plan_of, why_not_fused
 from resnext.effects import modes_kept
 from resnext.kernels import serving_backend
-from resnext.layers import GroupedConv2d
+from resnext.layers import GroupedConv2d, child
 from resnext.plan import Plan
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _random(model: nn.Module, input_size: Sequence[Any]) -> list[Tensor]:
 
 def _convolutions(unit: Any) -> list[nn.Module]:
     """The convolutions that the plan of a `FusedModule` stands for."""
-    return [fusion.child(unit, name) for name in cast(Plan, plan_of(unit)).every_conv]
+    return [child(unit, name) for name in cast(Plan, plan_of(unit)).every_conv]
 
 
 def _of_unit(unit: Any, served: Mapping[nn.Module, str]) -> str:

@@ -31,8 +31,8 @@ from .interpreter import DEVICE, arithmetic, compiles, here, not_here, run_tests
 
 triton = pytest.importorskip("triton")
 
-from resnext.kernels import batch_norm, max_pool  # noqa: E402
-from resnext.kernels.config import elementwise_config  # noqa: E402
+from resnext.kernels import batch_norm, max_pool, statistics  # noqa: E402
+from resnext.kernels.config import Norm, Running, elementwise_config  # noqa: E402
 from resnext.kernels.launch import Launch  # noqa: E402
 
 U = 2.0**-24
@@ -207,6 +207,47 @@ def test_batch_norms_vectors(channels, dtype):
 
 @here
 @both_layouts
+@pytest.mark.parametrize("with_parameters", [True, False])
+def test_statistics_with_a_batch_norm(channels_last, with_parameters):
+    """In the launch that merges them: vectors as of `bn_affine`, running statistics as PyTorch's."""
+    z = random((4, 6, 23, 17), channels_last=channels_last)
+    gamma, beta, running_mean, running_var = vectors(6, 4)
+    running_var = running_var.square()
+    plain = torch.nn.BatchNorm2d(6, momentum=0.3).double()
+    plain.running_mean.copy_(running_mean)
+    plain.running_var.copy_(running_var)
+    plain(double(z))
+    batches = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    parameters = (gamma.half(), beta.half()) if with_parameters else (None, None)
+    norm = Norm(*parameters, 1e-5, Running(running_mean, running_var, batches, 0.3))
+    mean, var, scale, shift = batch_norm.statistics(z, channels_last, norm)
+    for got, expected in zip((mean, var), batch_norm.statistics(z, channels_last), strict=True):
+        assert torch.equal(got, expected)
+    for got, expected in zip((scale, shift), batch_norm.bn_affine(mean, var, *parameters, 1e-5), strict=True):
+        assert torch.equal(got, expected)
+    assert batches.item() == 1
+    for got, expected in ((running_mean, plain.running_mean), (running_var, plain.running_var)):
+        torch.testing.assert_close(double(got), expected, rtol=1e-5, atol=1e-6)
+
+
+@here
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("rows", [1, 40, 1100])
+def test_gradients_of_vectors_from_partial_sums(monkeypatch, rows, count):
+    """The same bits as of sums."""
+    monkeypatch.setattr(statistics, "_LONGEST_WALK", 600)
+    partials = torch.randn(rows, count, 37, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    var, gamma = vectors(37, 2)
+    var = var.square()
+    sums = statistics.PartialSums.of(partials, scale=count - 1, shift=0)
+    assert sums.partials.shape[0] <= 600
+    expected = batch_norm.bn_affine_bwd(*sums.summed(), var, gamma, 1e-5)
+    for got, wanted in zip(batch_norm.bn_affine_bwd(sums, None, var, gamma, 1e-5), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@here
+@both_layouts
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1), (2, 1), (1, 6)], ids=str)
 def test_the_pools_choice_is_pytorchs(size, channels_last):
     """Among equals the first, among NaN the last; gradients then go where PyTorch sends them."""
@@ -269,13 +310,15 @@ def launches(dtype: torch.dtype, channels_last: bool) -> list[tuple[Launch, dict
     affine = (vector, vector, vector)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__call__", lambda self, **tensors: seen.append((self, tensors)))
-        batch_norm.statistics(z, channels_last)
+        running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"), 0.1)
+        batch_norm.statistics(z, channels_last, Norm(vector, vector, 1e-5, running))
         batch_norm.statistics_bwd(z, z, vector, vector, vector, channels_last)
         batch_norm.affine_add_relu(z, affine, z, affine, channels_last)
         batch_norm.affine_add_relu_bwd(z, z, z, affine, z, affine, channels_last, (True, True, True))
         batch_norm.affine_add_relu_bwd(z, None, z, affine, None, None, channels_last, (True, False, True))
         batch_norm.bn_affine(vector, vector, vector, vector, 1e-5)
-        batch_norm.bn_affine_bwd(vector, vector, vector, vector, 1e-5)
+        sums = statistics.PartialSums(torch.empty(523, 3, 64, device="meta"), 2, 0)
+        batch_norm.bn_affine_bwd(sums, None, vector, vector, 1e-5)
         _, taps = max_pool.affine_relu_max_pool(z, affine, channels_last, True)
         max_pool.affine_relu_max_pool_bwd(pooled, taps, z, affine, channels_last, (True, True))
     return seen

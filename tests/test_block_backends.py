@@ -20,6 +20,7 @@ from .block_cases import (
     assert_same_results,
     buffers,
     forward_and_gradients,
+    prefixed,
     train_and_evaluate,
 )
 from .interpreter import DEVICE, INTERPRETED, here, not_here, run_tests
@@ -53,9 +54,12 @@ def test_triton(case):
 
     def protocol(block: nn.Module, x: Tensor) -> Results:
         with use_backend("triton" if block is ours else "auto"):
-            results = {**forward_and_gradients(block, x), **buffers(block)}
-            with torch.no_grad():
-                return {**results, "inference": block.eval()(x)}
+            results = {}
+            for name in ("first", "second"):  # whose running statistics are others
+                results |= prefixed(name, {**forward_and_gradients(block.train(), x), **buffers(block)})
+                with torch.no_grad():
+                    results |= prefixed(name, {"inference": block.eval()(x)})
+            return results
 
     images = case.images(2, 5, 4).to(DEVICE)
     assert_same_results(ours, plain, images, torch.float32, torch.channels_last, protocol)

@@ -25,8 +25,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from resnext.kernels import batch_norm, grouped_conv, max_pool, pointwise_conv  # noqa: E402
-from resnext.kernels.config import pointwise_config, problem_of  # noqa: E402
+from resnext.kernels import batch_norm, grouped_conv, max_pool, pointwise_conv, statistics  # noqa: E402
+from resnext.kernels.config import Norm, Running, pointwise_config, problem_of  # noqa: E402
 from resnext.kernels.launch import Launch  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -194,6 +194,9 @@ def elementwise() -> None:
     batch_norm.affine_add_relu_bwd(z, z, z, affine, None, None, True, (True, True, True))
     batch_norm.bn_affine(*vectors(32, 4), 1e-5)
     batch_norm.bn_affine_bwd(*vectors(32, 3), None, 1e-5)
+    running = Running(*vectors(32, 2), torch.zeros((), dtype=torch.int64), 0.1)
+    batch_norm.statistics(z, True, Norm(*vectors(32, 2), 1e-5, running))
+    batch_norm.bn_affine_bwd(statistics.PartialSums(torch.zeros(5, 2, 32), 0, 1), None, *vectors(32, 2), 1e-5)
     _, taps = max_pool.affine_relu_max_pool(z, affine, True, True)
     max_pool.affine_relu_max_pool_bwd(activation(32, size=4), taps, z, affine, True, (True, True))
 

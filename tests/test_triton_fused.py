@@ -245,3 +245,6 @@ def test_summed_partials(monkeypatch, longest, count):
     partials = make((1100, count, 37), torch.float32, torch.Generator().manual_seed(0), integers=True, device=DEVICE)
     for i, result in enumerate(statistics.sum_partials(partials)):
         assert torch.equal(result, partials[:, i].sum(0))
+    places = (0, 1) if count == 2 else (2, 0)
+    for got, place in zip(statistics.PartialSums.of(partials, *places).summed(), places, strict=True):
+        assert torch.equal(got, partials[:, place].sum(0))

@@ -1,0 +1,289 @@
+"""Fused operators in a row as one node of autograd's graph: what a block in training is.
+
+Recorded one by one (fused_conv_ops.py, fused_ops.py), each operator costs Python and autograd about as much as starting
+its kernels. Here one `torch.autograd.Function` runs them all, and its backward runs theirs from the last to the first.
+What differentiates a backward pass again goes through the operators.
+
+Values live in a list; steps know them by their places in it. A tensor's value is the tensor, a batch norm's is
+`Normalised`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import calls, checks, dispatch
+from .config import Norm, Running
+from .fused import affine_add_relu, affine_relu_max_pool, conv_norm
+from .fused_checks import check_conv
+from .fused_conv_ops import compute_conv_norm, conv_stats_gradients
+from .fused_ops import AFFINE_ADD_RELU, POOL, POOL_BWD, affine_add_relu_gradients, compute_bn_affine_bwd
+from .operators import through_formula
+
+Values = list[Any]
+Saved = Sequence[Any]  # tensors or None
+
+
+class Normalised(NamedTuple):
+    """A batch norm as an affine, the biased variance that it was made from, and what became of its running statistics.
+
+    ``updated``: whether they have been, of those that a step asks for.
+    """
+
+    center: Any
+    scale: Tensor
+    shift: Tensor
+    var: Tensor
+    updated: bool
+
+
+class ConvNorm(NamedTuple):
+    """z, norm = `resnext.kernels.conv_norm` of x; ``prologue``, ``gamma`` and ``beta`` may be None.
+
+    ``running``: statistics to update, if that costs no launch more.
+    """
+
+    x: int
+    prologue: int | None
+    weight: int
+    gamma: int | None
+    beta: int | None
+    eps: float
+    running: Running | None
+    stride: tuple[int, int]
+    groups: int
+    z: int
+    norm: int
+
+    def forward(self, values: Values) -> Saved:
+        """Run the step on ``values``; returns what `backward` needs of them."""
+        x, parameter, gamma, beta = values[self.x], values[self.weight], _at(values, self.gamma), _at(values, self.beta)
+        weight = parameter.to(x.dtype)
+        prologue = _affine_at(values, self.prologue)
+        dims = check_conv("conv_norm", x, weight, self.stride, self.groups)
+        norm = Norm(gamma, beta, self.eps, self.running)
+        (z, mean, var, scale, shift), updated = compute_conv_norm(x, prologue, weight, norm, *dims)
+        values[self.z], values[self.norm] = z, Normalised(mean, scale, shift, var, updated)
+        return x, *prologue, weight, gamma, z, mean, var
+
+    def backward(self, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+        """From the gradients of what the step made to those of what it was given."""
+        x, *prologue, weight, gamma, z, mean, var = saved
+        dz, (dscale, dshift) = gradients[self.z], gradients[self.norm]
+        gradients[self.z] = None  # the last reference but ours
+        if self.beta is not None and gamma is None:
+            dscale, dshift = _summed(dscale, dshift)
+        dmean, dvar, dgamma, dbeta = compute_bn_affine_bwd(dscale, dshift, var, gamma, self.eps)
+        dims = self.stride, self.groups, checks.output_channels_last(x, weight)
+        wants = wanted[self.x] or self.prologue is not None, wanted[self.weight]
+        dx, *dvectors, dw = conv_stats_gradients(dz, (z, mean, dmean, dvar), x, prologue, weight, *dims, wants, True)
+        if wants[0]:
+            _add(gradients, self.x, dx)
+        if self.prologue is not None:
+            _add_norm(gradients, self.prologue, *dvectors)
+        gradients[self.weight] = dw
+        if self.gamma is not None:
+            gradients[self.gamma] = dgamma
+        if self.beta is not None:
+            gradients[self.beta] = dshift if gamma is None else dbeta
+
+    def again(self, values: Values) -> None:
+        """Run the step by an operator that can be differentiated any number of times."""
+        x = values[self.x]
+        z, _, var, affine = conv_norm(
+            x,
+            values[self.weight].to(x.dtype),
+            _at(values, self.gamma),
+            _at(values, self.beta),
+            self.eps,
+            None if self.prologue is None else values[self.prologue][:3],
+            self.stride,
+            self.groups,
+        )
+        values[self.z], values[self.norm] = z, Normalised(*affine, var, False)
+
+
+class AddRelu(NamedTuple):
+    """out = `resnext.kernels.affine_add_relu` of z; ``residual``, like z, and ``residual_norm`` may be None."""
+
+    z: int
+    norm: int
+    residual: int | None
+    residual_norm: int | None
+    keeps_result: bool
+    out: int
+
+    def forward(self, values: Values) -> Saved:
+        """As of `ConvNorm`."""
+        z, residual = values[self.z], _at(values, self.residual)
+        affine, residual_affine = _affine_at(values, self.norm), _affine_at(values, self.residual_norm)
+        channels_last = checks.is_channels_last(z)
+        out = AFFINE_ADD_RELU.kernel(z, *affine, residual, *residual_affine, channels_last, self.keeps_result)
+        values[self.out] = out
+        kept = residual if self.residual_norm is not None or not self.keeps_result else None
+        return out if self.keeps_result else None, z, *affine, kept, *residual_affine
+
+    def backward(self, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+        """As of `ConvNorm`."""
+        out, z, *vectors = saved
+        affine, kept, residual_affine = vectors[:3], vectors[3], vectors[4:]
+        wants = (True, self.residual is not None and wanted[self.residual], True)
+        dz, dresidual, dscale, dshift, dresidual_scale = affine_add_relu_gradients(
+            gradients[self.out], out, z, kept, affine, residual_affine, checks.is_channels_last(z), wants, True
+        )
+        gradients[self.out] = None
+        _add(gradients, self.z, dz)
+        _add_norm(gradients, self.norm, dscale, dshift)
+        if self.residual is not None and wants[1]:
+            _add(gradients, self.residual, dresidual)
+        if self.residual_norm is not None:
+            _add_norm(gradients, self.residual_norm, dresidual_scale, dshift)
+
+    def again(self, values: Values) -> None:
+        """As of `ConvNorm`."""
+        residual_affine = None if self.residual_norm is None else values[self.residual_norm][:3]
+        affine, residual = values[self.norm][:3], _at(values, self.residual)
+        values[self.out] = affine_add_relu(values[self.z], affine, residual, residual_affine)
+
+
+class MaxPool(NamedTuple):
+    """out = `resnext.kernels.affine_relu_max_pool` of z."""
+
+    z: int
+    norm: int
+    out: int
+
+    def forward(self, values: Values) -> Saved:
+        """As of `ConvNorm`."""
+        z, affine = values[self.z], _affine_at(values, self.norm)
+        values[self.out], taps = POOL.kernel(z, *affine, checks.is_channels_last(z), True)
+        return taps, z, *affine
+
+    def backward(self, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+        """As of `ConvNorm`."""
+        channels_last = checks.is_channels_last(saved[1])
+        dz, dscale, dshift = POOL_BWD.kernel(gradients[self.out], *saved, channels_last, (True, True))
+        gradients[self.out] = None
+        _add(gradients, self.z, dz)
+        _add_norm(gradients, self.norm, dscale, dshift)
+
+    def again(self, values: Values) -> None:
+        """As of `ConvNorm`."""
+        values[self.out] = affine_relu_max_pool(values[self.z], values[self.norm][:3])
+
+
+BlockStep = ConvNorm | AddRelu | MaxPool
+
+
+def _at(values: Values, place: int | None) -> Any:
+    return None if place is None else values[place]
+
+
+def _affine_at(values: Values, place: int | None) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if place is None else values[place][:3]
+
+
+def _add(gradients: Values, place: int, gradient: Tensor) -> None:
+    held = gradients[place]
+    gradients[place] = gradient if held is None else held.add_(gradient)
+
+
+def _add_norm(gradients: Values, place: int, dscale: Any, dshift: Tensor | None) -> None:
+    """Add the gradients of an affine: of its scale and its shift, or partial sums of both and None."""
+    held = gradients[place]
+    if held is not None:
+        pairs = zip(_summed(*held), _summed(dscale, dshift), strict=True)
+        dscale, dshift = (first + second for first, second in pairs)
+    gradients[place] = dscale, dshift
+
+
+def _summed(dscale: Any, dshift: Tensor | None) -> tuple[Tensor, Tensor]:
+    return dscale.summed() if dshift is None else (dscale, dshift)
+
+
+def run_block(
+    steps: Sequence[BlockStep], values: Values, result: int, finish: Callable[[Values], None]
+) -> Tensor | None:
+    """Run steps whose result depends on parameters that all need gradients.
+
+    Args:
+        steps: What to run, in order.
+        values: Tensors at the places of what is given, None elsewhere; filled.
+        result: The place of what to return.
+        finish: Called with ``values`` when all of it is there, before anything is recorded.
+
+    Returns:
+        The result; None, with nothing having happened, for calls in which more than autograd has a part: modes,
+        transforms, tracers, profilers.
+    """
+    given = [place for place, value in enumerate(values) if value is not None]
+    tensors = [values[place] for place in given]
+    if calls.attention(tuple(tensors)) is not calls.Attention.GRADIENT:
+        return None
+    # Past `Function.apply`, as operators do.
+    return super(torch.autograd.Function, _Block).apply(steps, values, given, result, finish, *tensors)  # type: ignore[misc]
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, steps, values, given, result, finish, *tensors):
+        kept = list(tensors)
+        places = {id(tensor): place for place, tensor in enumerate(kept)}
+        ctx.places = []
+        with torch._C._AutoDispatchBelowAutograd():
+            for step in steps:
+                of_step: list[int | None] = []
+                for tensor in step.forward(values):
+                    if tensor is None:
+                        of_step.append(None)
+                        continue
+                    place = places.setdefault(id(tensor), len(kept))
+                    if place == len(kept):
+                        kept.append(tensor)
+                    of_step.append(place)
+                ctx.places.append(of_step)
+        finish(values)
+        ctx.save_for_backward(*kept)
+        ctx.steps, ctx.given, ctx.result, ctx.size = steps, given, result, len(values)
+        ctx.backend = dispatch.forced_backend()
+        return values[result]
+
+    @staticmethod
+    def backward(ctx, dout):
+        if ctx.backend is None or dispatch.forced_backend() is not None:
+            return *(None,) * 5, *_gradients(ctx, dout)
+        with dispatch.use_backend(ctx.backend):
+            return *(None,) * 5, *_gradients(ctx, dout)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> list[Tensor | None]:
+    """Of the tensors that the block was given."""
+    tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[5:]
+    if torch.is_grad_enabled():
+
+        def again(*tensors: Tensor) -> Tensor:
+            values = [None] * ctx.size
+            for place, tensor in zip(ctx.given, tensors, strict=True):
+                values[place] = tensor
+            for step in ctx.steps:
+                step.again(values)
+            return values[ctx.result]
+
+        return through_formula(again, tensors[: len(needed)], (dout,), needed)
+    gradients: Values = [None] * ctx.size
+    wanted = [True] * ctx.size
+    for place, wants in zip(ctx.given, needed, strict=True):
+        wanted[place] = wants
+    gradients[ctx.result] = dout
+    with torch._C._AutoDispatchBelowAutograd():
+        for step, places in zip(reversed(ctx.steps), reversed(ctx.places), strict=True):
+            step.backward([None if place is None else tensors[place] for place in places], gradients, wanted)
+        found = []
+        for place, wants, tensor in zip(ctx.given, needed, tensors, strict=False):
+            found.append(gradients[place].to(tensor.dtype) if wants else None)
+    return found

@@ -1,0 +1,272 @@
+"""Training of a block as one node of autograd's graph: when, and that it is what its operators compute one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from resnext import ResNet50Fused, fuse_, recorded, use_backend
+from resnext.kernels import dispatch
+
+from .block_cases import CASES, IDENTITY, LAYOUTS, PROJECTION, BlockCase, Results, buffers, forward_and_gradients
+
+
+def is_one_node(out: Tensor) -> bool:
+    """Whether a block made ``out`` as one node; a layout may have been changed after it."""
+    node = out.grad_fn
+    if type(node).__name__ == "_LaidOutBackward":
+        ((node, _),) = node.next_functions
+    return type(node).__name__ == "_BlockBackward"
+
+
+def pair(case: BlockCase, **arguments) -> tuple[nn.Module, nn.Module]:
+    block, _ = case.pair(**arguments)
+    return block, copy.deepcopy(block)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch) -> Callable[..., object]:
+    """Calls a function with operators recorded one by one."""
+
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(recorded, "run", lambda *args, **kwargs: None)
+            return function(*args)
+
+    return call
+
+
+def assert_equal(got: Results, expected: Results) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+        assert got[name].stride() == value.stride(), name
+
+
+def step(block: nn.Module, x: Tensor) -> Results:
+    return {**forward_and_gradients(block, x), **buffers(block)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_same_bits_as_one_by_one(case, layout, one_by_one):
+    block, other = pair(case)
+    x = case.images().contiguous(memory_format=layout)
+    assert_equal(step(block, x), one_by_one(step, other, x))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_same_bits_in_autocast(case, one_by_one):
+    block, other = pair(case)
+
+    def cast(block: nn.Module, x: Tensor) -> Results:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(block, x.bfloat16())
+
+    assert_equal(cast(block, case.images()), one_by_one(cast, other, case.images()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_stem_and_blocks_of_a_network_are_nodes(autocast):
+    """Its stem too, whose input needs no gradient, and is of another dtype in autocast."""
+    model = ResNet50Fused(num_classes=3)
+    counts = {"_BlockBackward": 0}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(torch.randn(2, 3, 32, 32))
+    seen, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = type(node).__name__
+        counts[name] = counts.get(name, 0) + 1
+        waiting += [each for each, _ in node.next_functions]
+    assert counts["_BlockBackward"] == 17
+    assert not [name for name in counts if "ConvNorm" in name or "AffineAddRelu" in name]
+
+
+@pytest.mark.parametrize("wanted", ["x", "conv1.weight", "conv2.weight", "bn3.bias", "downsample.1.weight"])
+def test_some_gradients_only(wanted, one_by_one):
+    block, other = pair(PROJECTION)
+
+    def gradient(block: nn.Module) -> Tensor:
+        x = PROJECTION.images().requires_grad_()
+        out = block(x)
+        of = x if wanted == "x" else block.get_parameter(wanted)
+        return torch.autograd.grad(out.square().sum(), of)[0]
+
+    assert torch.equal(gradient(block), one_by_one(gradient, other))
+
+
+def test_an_input_without_gradient(one_by_one):
+    block, other = pair(PROJECTION)
+
+    def gradients(block: nn.Module) -> Results:
+        block(PROJECTION.images()).square().sum().backward()
+        return {name: parameter.grad for name, parameter in block.named_parameters()}
+
+    assert_equal(gradients(block), one_by_one(gradients, other))
+
+
+@pytest.mark.parametrize("case", [IDENTITY, PROJECTION], ids=lambda case: case.id)
+def test_gradients_of_gradients(case, one_by_one):
+    block, other = (each.double() for each in pair(case))
+    before = buffers(block)
+
+    def penalty(block: nn.Module) -> Results:
+        x = case.images().double().requires_grad_()
+        out = block(x)
+        assert is_one_node(out) == (block is not other)
+        (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        after = buffers(block)
+        dx.square().sum().backward()
+        assert_equal(buffers(block), after)  # computing again is no step of training
+        return {"x": x.grad, **{name: parameter.grad for name, parameter in block.named_parameters()}}
+
+    got, expected = penalty(block), one_by_one(penalty, other)
+    assert not torch.equal(before["bn1.running_mean"], block.bn1.running_mean)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed(reentrant, one_by_one):
+    block, other = pair(PROJECTION)
+
+    def checkpointed(block: nn.Module) -> Results:
+        x = PROJECTION.images().requires_grad_()
+        checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
+        return {"x": x.grad, **gradients, **buffers(block)}
+
+    assert_equal(checkpointed(block), one_by_one(checkpointed, other))
+
+
+def test_a_parameter_changed_before_backward_is_an_error():
+    block, _ = IDENTITY.pair()
+    out = block(IDENTITY.images())
+    with torch.no_grad():
+        block.conv2.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_backward_twice_needs_the_graph_kept():
+    block, _ = IDENTITY.pair()
+    loss = block(IDENTITY.images()).sum()
+    loss.backward(retain_graph=True)
+    first = block.conv1.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(block.conv1.weight.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_backward_uses_the_backend_of_forward(monkeypatch):
+    block, _ = IDENTITY.pair()
+    with use_backend("torch"):
+        out = block(IDENTITY.images())
+    forced = []
+    original = dispatch.fused_launchers
+    monkeypatch.setattr(
+        dispatch, "fused_launchers", lambda *args: forced.append(dispatch.forced_backend()) or original(*args)
+    )
+    out.sum().backward()
+    assert forced == ["torch"] * 3
+
+
+# --- when not ---
+
+
+def frozen(block: nn.Module) -> None:
+    block.conv2.weight.requires_grad_(False)
+
+
+def frozen_norm(block: nn.Module) -> None:
+    block.bn2.eval()
+
+
+def with_bias(block: nn.Module) -> None:
+    block.conv2.bias = nn.Parameter(torch.ones(block.conv2.out_channels))
+
+
+def recomputed(block: nn.Module) -> None:
+    block.recompute = True
+
+
+def cumulative(block: nn.Module) -> None:
+    block.bn1.momentum = None
+
+
+@pytest.mark.parametrize("change", [frozen, frozen_norm, with_bias, recomputed])
+def test_otherwise_one_by_one(change):
+    block, _ = IDENTITY.pair()
+    assert is_one_node(block(IDENTITY.images()))
+    change(block)
+    out = block(IDENTITY.images())
+    assert out.requires_grad
+    assert not is_one_node(out)
+
+
+def test_other_calls_are_recorded_one_by_one():
+    block, _ = IDENTITY.pair()
+    x = IDENTITY.images()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_one_node(block(x))  # the sum is of bfloat16 and float32
+        assert is_one_node(block(x.bfloat16()))
+    assert not is_one_node(block(x[:0]))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert not is_one_node(block(x))
+    with torch.no_grad():
+        assert block(x).grad_fn is None
+
+
+def test_one_value_per_channel_is_an_error():
+    block, _ = IDENTITY.pair()
+    before = buffers(block)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        block(IDENTITY.images(1, 1, 1))
+    assert_equal(buffers(block), before)
+
+
+def test_cumulative_averages_are_updated_as_one_by_one(one_by_one):
+    block, other = pair(IDENTITY)
+    cumulative(block)
+    cumulative(other)
+    assert is_one_node(block(IDENTITY.images()))
+    one_by_one(other, IDENTITY.images())
+    assert_equal(buffers(block), buffers(other))
+
+
+class Broadcast(nn.Module):
+    """A shortcut of one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(8)
+        fuse_(self)
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)) + shortcut)
+
+
+def test_shortcuts_of_other_shapes(one_by_one):
+    block = Broadcast()
+    other = copy.deepcopy(block)
+    x = torch.randn(2, 8, 5, 5)
+
+    def gradients(block: nn.Module, shape: tuple[int, ...]) -> Results:
+        shortcut = torch.ones(shape).requires_grad_()
+        out = block(x, shortcut)
+        assert is_one_node(out) == (shape == x.shape and block is not other)
+        out.square().sum().backward()
+        return {"shortcut": shortcut.grad, **buffers(block)}
+
+    for shape in [(2, 8, 5, 5), (2, 8, 1, 1), (1, 8, 5, 5)]:
+        assert_equal(gradients(block, shape), one_by_one(gradients, other, shape))
