@@ -201,13 +201,14 @@ def bn_affine_bwd(
 
     ``dscale`` may be the partial sums of both gradients, ``dshift`` is None then.
     """
+    channels = var.shape[0]
     dmean, dvar = torch.empty_like(var), torch.empty_like(var)
     dgamma, dbeta = (None, None) if gamma is None else (torch.empty_like(gamma), torch.empty_like(gamma))
     rows, sums, places = 1, 1, (0, 0)
     if isinstance(dscale, PartialSums):
         (rows, sums, _), places = dscale.partials.shape, dscale[1:]
         dscale = dshift = dscale.partials
-    _bn_affine_bwd(rows, sums, places, len(var), eps)(
+    _bn_affine_bwd(rows, sums, places, channels, eps)(
         dscale_ptr=dscale,
         dshift_ptr=dshift,
         var_ptr=var,

@@ -59,8 +59,8 @@ class ConvNorm(NamedTuple):
     z: int
     norm: int
 
-    def forward(self, values: Values) -> Saved:
-        """Run the step on ``values``; returns what `backward` needs of them."""
+    def forward(self, values: Values) -> tuple[bool, Saved]:
+        """Run the step on ``values``; returns whether results are channels_last, and what `backward` needs of them."""
         x, parameter, gamma, beta = values[self.x], values[self.weight], _at(values, self.gamma), _at(values, self.beta)
         weight = parameter.to(x.dtype)
         prologue = _affine_at(values, self.prologue)
@@ -68,9 +68,9 @@ class ConvNorm(NamedTuple):
         norm = Norm(gamma, beta, self.eps, self.running)
         (z, mean, var, scale, shift), updated = compute_conv_norm(x, prologue, weight, norm, *dims)
         values[self.z], values[self.norm] = z, Normalised(mean, scale, shift, var, updated)
-        return x, *prologue, weight, gamma, z, mean, var
+        return dims[-1], (x, *prologue, weight, gamma, z, mean, var)
 
-    def backward(self, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+    def backward(self, channels_last: bool, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
         """From the gradients of what the step made to those of what it was given."""
         x, *prologue, weight, gamma, z, mean, var = saved
         dz, (dscale, dshift) = gradients[self.z], gradients[self.norm]
@@ -78,7 +78,7 @@ class ConvNorm(NamedTuple):
         if self.beta is not None and gamma is None:
             dscale, dshift = _summed(dscale, dshift)
         dmean, dvar, dgamma, dbeta = compute_bn_affine_bwd(dscale, dshift, var, gamma, self.eps)
-        dims = self.stride, self.groups, checks.output_channels_last(x, weight)
+        dims = self.stride, self.groups, channels_last
         wants = wanted[self.x] or self.prologue is not None, wanted[self.weight]
         dx, *dvectors, dw = conv_stats_gradients(dz, (z, mean, dmean, dvar), x, prologue, weight, *dims, wants, True)
         if wants[0]:
@@ -117,7 +117,7 @@ class AddRelu(NamedTuple):
     keeps_result: bool
     out: int
 
-    def forward(self, values: Values) -> Saved:
+    def forward(self, values: Values) -> tuple[bool, Saved]:
         """As of `ConvNorm`."""
         z, residual = values[self.z], _at(values, self.residual)
         affine, residual_affine = _affine_at(values, self.norm), _affine_at(values, self.residual_norm)
@@ -125,15 +125,15 @@ class AddRelu(NamedTuple):
         out = AFFINE_ADD_RELU.kernel(z, *affine, residual, *residual_affine, channels_last, self.keeps_result)
         values[self.out] = out
         kept = residual if self.residual_norm is not None or not self.keeps_result else None
-        return out if self.keeps_result else None, z, *affine, kept, *residual_affine
+        return channels_last, (out if self.keeps_result else None, z, *affine, kept, *residual_affine)
 
-    def backward(self, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+    def backward(self, channels_last: bool, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
         """As of `ConvNorm`."""
         out, z, *vectors = saved
         affine, kept, residual_affine = vectors[:3], vectors[3], vectors[4:]
         wants = (True, self.residual is not None and wanted[self.residual], True)
         dz, dresidual, dscale, dshift, dresidual_scale = affine_add_relu_gradients(
-            gradients[self.out], out, z, kept, affine, residual_affine, checks.is_channels_last(z), wants, True
+            gradients[self.out], out, z, kept, affine, residual_affine, channels_last, wants, True
         )
         gradients[self.out] = None
         _add(gradients, self.z, dz)
@@ -157,15 +157,15 @@ class MaxPool(NamedTuple):
     norm: int
     out: int
 
-    def forward(self, values: Values) -> Saved:
+    def forward(self, values: Values) -> tuple[bool, Saved]:
         """As of `ConvNorm`."""
         z, affine = values[self.z], _affine_at(values, self.norm)
-        values[self.out], taps = POOL.kernel(z, *affine, checks.is_channels_last(z), True)
-        return taps, z, *affine
+        channels_last = checks.is_channels_last(z)
+        values[self.out], taps = POOL.kernel(z, *affine, channels_last, True)
+        return channels_last, (taps, z, *affine)
 
-    def backward(self, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+    def backward(self, channels_last: bool, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
         """As of `ConvNorm`."""
-        channels_last = checks.is_channels_last(saved[1])
         dz, dscale, dshift = POOL_BWD.kernel(gradients[self.out], *saved, channels_last, (True, True))
         gradients[self.out] = None
         _add(gradients, self.z, dz)
@@ -233,11 +233,12 @@ class _Block(torch.autograd.Function):
     def forward(ctx, steps, values, given, result, finish, *tensors):
         kept = list(tensors)
         places = {id(tensor): place for place, tensor in enumerate(kept)}
-        ctx.places = []
+        ctx.made = []
         with torch._C._AutoDispatchBelowAutograd():
             for step in steps:
+                channels_last, saved = step.forward(values)
                 of_step: list[int | None] = []
-                for tensor in step.forward(values):
+                for tensor in saved:
                     if tensor is None:
                         of_step.append(None)
                         continue
@@ -245,10 +246,10 @@ class _Block(torch.autograd.Function):
                     if place == len(kept):
                         kept.append(tensor)
                     of_step.append(place)
-                ctx.places.append(of_step)
+                ctx.made.append((step, channels_last, of_step))
         finish(values)
         ctx.save_for_backward(*kept)
-        ctx.steps, ctx.given, ctx.result, ctx.size = steps, given, result, len(values)
+        ctx.given, ctx.result, ctx.size = given, result, len(values)
         ctx.backend = dispatch.forced_backend()
         return values[result]
 
@@ -270,7 +271,7 @@ def _gradients(ctx: Any, dout: Tensor) -> list[Tensor | None]:
             values = [None] * ctx.size
             for place, tensor in zip(ctx.given, tensors, strict=True):
                 values[place] = tensor
-            for step in ctx.steps:
+            for step, *_ in ctx.made:
                 step.again(values)
             return values[ctx.result]
 
@@ -281,8 +282,9 @@ def _gradients(ctx: Any, dout: Tensor) -> list[Tensor | None]:
         wanted[place] = wants
     gradients[ctx.result] = dout
     with torch._C._AutoDispatchBelowAutograd():
-        for step, places in zip(reversed(ctx.steps), reversed(ctx.places), strict=True):
-            step.backward([None if place is None else tensors[place] for place in places], gradients, wanted)
+        for step, channels_last, places in reversed(ctx.made):
+            saved = [None if place is None else tensors[place] for place in places]
+            step.backward(channels_last, saved, gradients, wanted)
         found = []
         for place, wants, tensor in zip(ctx.given, needed, tensors, strict=False):
             found.append(gradients[place].to(tensor.dtype) if wants else None)

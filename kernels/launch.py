@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,43 +51,49 @@ class Launch:
     def __call__(self, **tensors: Tensor | None) -> None:
         """Launch on the tensors, given by argument name; they are NHWC or, if weights, (C_out, C_in, 1, 1).
 
-        The first tensor is not None, and tells the device.
+        The first tensor is not None, and tells the device. Names and their order are the same in every call.
         """
         given = tensors.values()
-        first: Tensor = next(iter(given))  # type: ignore[assignment]
-        key: list[Any] = [first.get_device(), *tensors]
-        addresses: list[int | None] = []
-        bits = 0
-        for tensor in given:
-            address = None if tensor is None else tensor.data_ptr()
-            addresses.append(address)
-            key.append(None if tensor is None else tensor.dtype)
-            bits |= address or 0
-        aligned = bits % _ALIGNMENT == 0
-        known = tuple(key)
-        run = self._compiled.get(known)
-        with torch.cuda.device_of(first):
-            if aligned and run is not None:
-                run(addresses, tensors)
-                return
-            arguments = {name: self._argument(name, tensor) for name, tensor in tensors.items()}
-            compiled = self.kernel[(self.programs,)](**arguments, **self.sizes, **self.constants, **self.options)
-            if aligned and isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
-                self._compiled[known] = self._straight_to(compiled, tensors)
+        device = next(iter(given)).get_device()  # type: ignore[union-attr]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        known = (device, *[None if tensor is None else tensor.dtype for tensor in given])
+        aligned = functools.reduce(operator.or_, addresses) % _ALIGNMENT == 0
+        run = self._compiled.get(known) if aligned else None
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(run, known if aligned else None, addresses, tensors)
+        else:
+            self._run(run, known if aligned else None, addresses, tensors)
+
+    def _run(
+        self,
+        run: Callable[..., None] | None,
+        known: Hashable | None,
+        addresses: Sequence[int],
+        tensors: Mapping[str, Tensor | None],
+    ) -> None:
+        """By ``run``, or by way of Triton, from then on by what that compiled if the tensors are ``known``."""
+        if run is not None:
+            run(addresses, tensors)
+            return
+        arguments = {name: self._argument(name, tensor) for name, tensor in tensors.items()}
+        compiled = self.kernel[(self.programs,)](**arguments, **self.sizes, **self.constants, **self.options)
+        if known is not None and isinstance(compiled, CompiledKernel):  # the interpreter returns nothing
+            self._compiled[known] = self._straight_to(compiled, tensors)
 
     def _straight_to(self, compiled: CompiledKernel, tensors: Mapping[str, Tensor | None]) -> Callable[..., None]:
-        """What launches a compiled kernel on tensors of the same names."""
+        """What launches a compiled kernel on tensors of the same names, and as absent ones."""
         values = {**dict.fromkeys(tensors), **self.sizes, **self.constants}
         names = self.kernel.arg_names
         usual = [values[name] for name in names]
-        places = [names.index(name) for name in tensors]
+        places = [(i, names.index(name)) for i, (name, tensor) in enumerate(tensors.items()) if tensor is not None]
         described = {names.index(name): name for name in self.blocks}
         launch = compiled[(self.programs, 1, 1)]
 
-        def run(addresses: Sequence[int | None], tensors: Mapping[str, Tensor | None]) -> None:
+        def run(addresses: Sequence[int], tensors: Mapping[str, Tensor | None]) -> None:
             arguments = usual.copy()
-            for place, address in zip(places, addresses, strict=True):
-                arguments[place] = address
+            for i, place in places:
+                arguments[place] = addresses[i]
             for place, name in described.items():
                 arguments[place] = self._argument(name, tensors[name])
             launch(*arguments)
