@@ -132,7 +132,8 @@ def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
     if conv.padding_mode != "zeros":
         return f"{name}.padding_mode is {conv.padding_mode}, not zeros"
     weight = held(conv, "weight")
-    if (weight.shape[2:], conv.stride, conv.padding, conv.dilation) not in _USUAL_GEOMETRY:
+    geometry = (conv.stride, conv.padding, conv.dilation)
+    if any(type(each) is list for each in geometry) or (weight.shape[2:], *geometry) not in _USUAL_GEOMETRY:
         reason = why_not_conv_stats(weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
         if reason is not None:
             return f"{name}: {reason}"

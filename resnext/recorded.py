@@ -88,6 +88,8 @@ class _Assembled:
 
     def _add_conv(self, unit: nn.Module, step: ConvStats | BlockEnd, z: int, norm: int) -> bool:
         conv, bn = child(unit, step.conv), child(unit, step.norm)
+        if type(conv.stride) is not tuple or len(conv.stride) != 2:
+            return False
         parameters = held(conv, "weight"), held(bn, "weight"), held(bn, "bias")
         if held(conv, "bias") is not None or not all(each is None or each.requires_grad for each in parameters):
             return False

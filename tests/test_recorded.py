@@ -270,3 +270,22 @@ def test_shortcuts_of_other_shapes(one_by_one):
 
     for shape in [(2, 8, 5, 5), (2, 8, 1, 1), (1, 8, 5, 5)]:
         assert_equal(gradients(block, shape), one_by_one(gradients, other, shape))
+
+
+@pytest.mark.parametrize("stride", [2, (2,), [2, 2]], ids=str)
+def test_strides_in_other_forms(stride):
+    """As `torch.nn.functional.conv2d` takes them; ``torch.nn.Conv2d`` makes two integers of them."""
+    block, plain = PROJECTION.pair()
+    for each in (block, plain):
+        each.conv2.stride = each.downsample[0].stride = stride
+    x = PROJECTION.images()
+    torch.testing.assert_close(block(x), plain(x))
+
+
+def test_one_weight_in_two_convolutions(one_by_one):
+    block, other = pair(IDENTITY)
+    for each in (block, other):
+        each.bn2.weight = each.bn1.weight
+        each.bn2.bias = each.bn1.bias
+    x = IDENTITY.images()
+    assert_equal(step(block, x), one_by_one(step, other, x))
