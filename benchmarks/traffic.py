@@ -60,8 +60,10 @@ class _CountedExtension:
     def __init__(self, module: Any, counter: _Counter) -> None:
         self._module, self._counter = module, counter
 
-    def __getattr__(self, name: str) -> Callable[..., object]:
+    def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
+        if not callable(function):
+            return function
 
         def counted(*args: Any) -> object:
             results = function(*args)

@@ -396,6 +396,21 @@ _HOPPER = 90  # Its architecture; later ones spill with what is best there, earl
 _RESIDENT = 256  # Most input channels whose 128 output channels' weights leave room for the pixels in shared memory.
 
 
+def fits_stem(
+    input_shape: Sequence[int], weight_shape: Sequence[int], groups: int, dtype: torch.dtype, channels_last: bool
+) -> bool:
+    """Whether the kernels of a network's first convolution (stem_conv.py) are for one of these shapes.
+
+    Images have at most 4 channels. A step of the product holds the taps of a row of the kernel, a program the weights
+    of all rows; elements are indexed with 32 bits.
+    """
+    batch, channels, height, width = input_shape
+    rows, columns = weight_shape[2:]
+    narrow = channels <= 4 and groups == 1 and max(rows, columns) > 1 and rows <= 7 and columns * channels < 32
+    elements = batch * height * width * max(channels, 1)
+    return channels_last and narrow and dtype.itemsize <= 4 and elements < 2**31 - 2**16
+
+
 def pointwise_by_triton(problem: ConvProblem, *, affine: bool = False) -> bool:
     """Whether the fused kernels should serve a 1x1 convolution, and not a library's between elementwise passes.
 

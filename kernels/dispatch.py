@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import checks, composed, onednn, tuning
-from .config import ConvProblem, pointwise_by_triton, problem_of
+from .config import ConvProblem, fits_stem, pointwise_by_triton, problem_of
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 _MODULES = {"triton": "grouped_conv", "cuda": "extension", "cpu": "extension", "torch": "reference"}
@@ -215,10 +215,13 @@ def fused_launchers(*problem) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> Any:
-    _, _, weight_shape, _, groups, dtype, device, channels_last = problem
+    _, input_shape, weight_shape, _, groups, dtype, device, channels_last = problem
     described = problem_of(*problem)
     kernel_size = tuple(weight_shape[2:])
     name = choose(described, device, fusion, kernel_size[0])
+    is_stem = name == "triton" and fits_stem(input_shape, weight_shape, groups, dtype, channels_last)
+    if is_stem and (forced or dtype.itemsize == 2):  # in float32 a library's, until measured
+        return _module("stem_conv")
     # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])

@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from resnext.kernels import batch_norm, grouped_conv, max_pool, pointwise_conv, statistics  # noqa: E402
+from resnext.kernels import batch_norm, grouped_conv, max_pool, pointwise_conv, statistics, stem_conv  # noqa: E402
 from resnext.kernels.config import Norm, Running, pointwise_config, problem_of  # noqa: E402
 from resnext.kernels.launch import Launch  # noqa: E402
 
@@ -172,6 +172,15 @@ def pointwise() -> None:
     pointwise_conv.conv_stats_bwd(z, (z, *vectors(64, 3)), x, vectors(32, 3), weight, (1, 1), 1, True, (True, True))
 
 
+def stem() -> None:
+    x, weight = activation(3), torch.zeros(64, 3, 7, 7, dtype=torch.bfloat16)
+    z = activation(64, size=4)
+    running = Running(*vectors(64, 2), torch.zeros((), dtype=torch.int64), 0.1)
+    stem_conv.conv_norm_fwd(x, None, weight, (2, 2), 1, True, Norm(*vectors(64, 2), 1e-5, running))
+    stem_conv.conv_affine(x, weight, *vectors(64, 2), None, True, (2, 2), 1, True)
+    stem_conv.conv_stats_bwd(z, (z, *vectors(64, 3)), x, None, weight, (2, 2), 1, True, (False, True))
+
+
 def described() -> None:
     """The same by tensor descriptors."""
     x, weight, z = activation(64), torch.zeros(64, 64, 1, 1, dtype=torch.bfloat16), activation(64)
@@ -209,7 +218,7 @@ def one_pixel() -> None:
 
 
 @emulated
-@pytest.mark.parametrize("function", [grouped, pointwise, described, elementwise, one_pixel])
+@pytest.mark.parametrize("function", [grouped, pointwise, stem, described, elementwise, one_pixel])
 def test_kernels_get_their_arguments(function, library):
     for launch, tensors in launches(function):
         check(library, launch, tensors)

@@ -95,6 +95,10 @@ ALLOWED = {
     "kernels/grouped_conv_fusion": TRITON | {".statistics"},
     "kernels/pointwise_conv": TRITON | {".launch", ".pointwise_conv_kernels", ".statistics", ".tuning"},
     "kernels/pointwise_conv_kernels": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".statistics"},
+    "kernels/stem_conv": TRITON
+    | {".batch_norm", ".composed", ".launch", ".statistics", ".stem_conv_kernels", ".tuning"},
+    "kernels/stem_conv_kernels": TRITON
+    | {".grouped_conv_fusion", ".grouped_conv_tiles", ".pointwise_conv_kernels", ".statistics"},
     "kernels/bottleneck_tail": TRITON | {".grouped_conv_fusion", ".grouped_conv_tiles", ".launch", ".tuning"},
     "resnext/__init__": {
         "resnext.checkpoint_files",
