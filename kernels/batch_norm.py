@@ -41,6 +41,7 @@ from .launch import Launch, empty, num_sms
 from .statistics import PartialSums, merge_partials, sum_partials, walk_down
 
 merges = True  # Gradients of an affine come as partial sums if asked to, and statistics with a batch norm's vectors.
+scales = True  # Gradients of activations come without their affine's scale if asked to, which is applied on load.
 _BLOCKS = 4  # that `statistics` loads at once
 # By name, since a kernel's hash would be computed from its source, with compile-time values of its own.
 _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -48,7 +49,8 @@ _KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "statistics_bwd": (statistics_bwd_kernel, {}),
     "affine_add": (affine_add_relu_kernel, {"RELU": False}),
     "affine_add_relu": (affine_add_relu_kernel, {"RELU": True}),
-    "affine_add_relu_bwd": (affine_add_relu_bwd_kernel, {}),
+    "affine_add_relu_bwd": (affine_add_relu_bwd_kernel, {"SCALES": True}),
+    "affine_add_relu_bwd_unscaled": (affine_add_relu_bwd_kernel, {"SCALES": False}),
 }
 
 
@@ -60,11 +62,22 @@ def statistics(z: Tensor, channels_last: bool, norm: Norm | None = None) -> tupl
     return merge_partials(partials, norm, origin=z[0, :, 0, 0])
 
 
-def statistics_bwd(dz: Tensor, z: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, channels_last: bool) -> Tensor:
-    """Gradient of ``z``, like it: from its own, ``dz``, and from those of its statistics."""
+def statistics_bwd(
+    dz: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    dmean: Tensor,
+    dvar: Tensor,
+    channels_last: bool,
+    dz_scale: Tensor | None = None,
+) -> Tensor:
+    """Gradient of ``z``, like it: from its own, ``dz``, and from those of its statistics.
+
+    ``dz_scale``: (C,), what ``dz`` is yet to be multiplied by; or None.
+    """
     g = empty(z, z.shape, channels_last)
     launch, _ = _walk("statistics_bwd", z, channels_last)
-    launch(dz_ptr=dz, z_ptr=z, mean_ptr=mean, dmean_ptr=dmean, dvar_ptr=dvar, g_ptr=g)
+    launch(dz_ptr=dz, dz_scale_ptr=dz_scale, z_ptr=z, mean_ptr=mean, dmean_ptr=dmean, dvar_ptr=dvar, g_ptr=g)
     return g
 
 
@@ -127,6 +140,7 @@ def affine_add_relu_bwd(
     wanted: tuple[bool, bool, bool],
     *,
     deferred: bool = False,
+    unscaled: bool = False,
 ) -> tuple[Any, ...]:
     """Gradients of `affine_add_relu`.
 
@@ -140,6 +154,7 @@ def affine_add_relu_bwd(
         channels_last: The layout.
         wanted: Whether the gradients of z, of the residual, and of the vectors are.
         deferred: Whether those of the vectors may still be partial sums.
+        unscaled: Whether dz and dresidual are returned without the factor that is their affine's scale.
 
     Returns:
         dz, dresidual, dscale, dshift (also that of the residual's shift) and the residual's dscale; None what is not
@@ -147,7 +162,7 @@ def affine_add_relu_bwd(
     """
     dz = empty(z, z.shape, channels_last) if wanted[0] else None
     dresidual = empty(z, z.shape, channels_last) if wanted[1] else None
-    launch, shares = _walk("affine_add_relu_bwd", z, channels_last)
+    launch, shares = _walk("affine_add_relu_bwd_unscaled" if unscaled else "affine_add_relu_bwd", z, channels_last)
     center, scale, shift = affine
     residual_center, residual_scale, _ = residual_affine or (None, None, None)
     partials = None

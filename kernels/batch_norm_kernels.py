@@ -120,6 +120,7 @@ def statistics_kernel(
 @triton.jit
 def statistics_bwd_kernel(
     dz_ptr,
+    dz_scale_ptr,  # or None
     z_ptr,
     mean_ptr,
     dmean_ptr,
@@ -135,16 +136,20 @@ def statistics_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One share of g = dz + dmean / count + 2 * dvar / count * (z - mean)."""
+    """One share of g = dz_scale * dz + dmean / count + 2 * dvar / count * (z - mean)."""
     channel, mask_c, split = own_channels(channels, BLOCK_C)
     mean, slope, constant = load_affine(mean_ptr, dvar_ptr, dmean_ptr, channel, mask_c)
     count = tl.cast(blocks // image_blocks, tl.float32) * tl.cast(pixels, tl.float32)
+    if dz_scale_ptr is not None:
+        dz_scale = tl.load(dz_scale_ptr + channel, mask=mask_c, other=0.0)[None, :]
     slope *= 2.0 / count
     constant /= count
     for block in range(split * share, tl.minimum(split * share + share, blocks)):
         offs, mask_m = block_offsets(block, pixels, image_blocks, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
         mask = mask_m[:, None] & mask_c[None, :]
         dz = tl.load(dz_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if dz_scale_ptr is not None:
+            dz *= dz_scale
         z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         g = dz + constant + slope * (z - mean)
         tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
@@ -212,12 +217,16 @@ def affine_add_relu_bwd_kernel(
     blocks,
     share,
     channels,
+    SCALES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One share of the gradients of affine_add_relu; whatever pointer is None is not computed."""
+    """One share of the gradients of affine_add_relu; whatever pointer is None is not computed.
+
+    Without SCALES, dz and dresidual are still to be multiplied by their affine's scale.
+    """
     channel, mask_c, split = own_channels(channels, BLOCK_C)
     center, scale, shift = load_affine(center_ptr, scale_ptr, shift_ptr, channel, mask_c)
     if residual_scale_ptr is not None:
@@ -239,10 +248,11 @@ def affine_add_relu_bwd_kernel(
             out = tl.load(out_ptr + offs, mask=mask, other=0.0)
         t = tl.where(out <= 0, 0.0, t)  # NaN passes
         if dz_ptr is not None:
-            tl.store(dz_ptr + offs, (scale * t).to(dz_ptr.dtype.element_ty), mask=mask)
+            dz = scale * t if SCALES else t
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         if dresidual_ptr is not None:
             dresidual = t
-            if residual_scale_ptr is not None:
+            if SCALES and residual_scale_ptr is not None:
                 dresidual = residual_scale * t
             tl.store(dresidual_ptr + offs, dresidual.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if partials_ptr is not None:

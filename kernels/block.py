@@ -41,6 +41,13 @@ class Normalised(NamedTuple):
     updated: bool
 
 
+class Scaled(NamedTuple):
+    """A gradient that is yet to be multiplied by a vector over the channels."""
+
+    gradient: Tensor
+    scale: Tensor
+
+
 class ConvNorm(NamedTuple):
     """z, norm = `resnext.kernels.conv_norm` of x; ``prologue``, ``gamma`` and ``beta`` may be None.
 
@@ -75,14 +82,17 @@ class ConvNorm(NamedTuple):
         x, *prologue, weight, gamma, z, mean, var = saved
         dz, (dscale, dshift) = gradients[self.z], gradients[self.norm]
         gradients[self.z] = None  # the last reference but ours
+        dz, grad_scale = dz if isinstance(dz, Scaled) else (dz, None)
         if self.beta is not None and gamma is None:
             dscale, dshift = _summed(dscale, dshift)
         dmean, dvar, dgamma, dbeta = compute_bn_affine_bwd(dscale, dshift, var, gamma, self.eps)
         dims = self.stride, self.groups, channels_last
         wants = wanted[self.x] or self.prologue is not None, wanted[self.weight]
-        dx, *dvectors, dw = conv_stats_gradients(dz, (z, mean, dmean, dvar), x, prologue, weight, *dims, wants, True)
+        also = {"grad_scale": grad_scale, "onto": _own(gradients, self.x) if wants[0] else None}
+        source = (z, mean, dmean, dvar)
+        dx, *dvectors, dw = conv_stats_gradients(dz, source, x, prologue, weight, *dims, wants, deferred=True, **also)
         if wants[0]:
-            _add(gradients, self.x, dx)
+            gradients[self.x] = dx
         if self.prologue is not None:
             _add_norm(gradients, self.prologue, *dvectors)
         gradients[self.weight] = dw
@@ -132,10 +142,18 @@ class AddRelu(NamedTuple):
         out, z, *vectors = saved
         affine, kept, residual_affine = vectors[:3], vectors[3], vectors[4:]
         wants = (True, self.residual is not None and wanted[self.residual], True)
+        # The one gradient of the sum is that of both operands: what multiplies it, reads it.
+        shared = wants[1] and getattr(dispatch.elementwise(z.dtype, z.device), "scales", False)
         dz, dresidual, dscale, dshift, dresidual_scale = affine_add_relu_gradients(
-            gradients[self.out], out, z, kept, affine, residual_affine, channels_last, wants, True
+            *(gradients[self.out], out, z, kept, affine, residual_affine, channels_last),
+            (True, wants[1] and not shared, True),
+            deferred=True,
+            unscaled=shared,
         )
         gradients[self.out] = None
+        if shared:
+            dresidual = dz if residual_affine[1] is None else Scaled(dz, residual_affine[1])
+            dz = Scaled(dz, affine[1])
         _add(gradients, self.z, dz)
         _add_norm(gradients, self.norm, dscale, dshift)
         if self.residual is not None and wants[1]:
@@ -187,9 +205,23 @@ def _affine_at(values: Values, place: int | None) -> tuple[Tensor | None, ...]:
     return (None, None, None) if place is None else values[place][:3]
 
 
-def _add(gradients: Values, place: int, gradient: Tensor) -> None:
+def _own(gradients: Values, place: int) -> Tensor | None:
+    """The gradient at a place, if there is one, in memory that nothing else refers to."""
     held = gradients[place]
-    gradients[place] = gradient if held is None else held.add_(gradient)
+    if isinstance(held, Scaled):
+        return (held.gradient * held.scale[:, None, None]).to(held.gradient.dtype)
+    if held is not None and any(isinstance(each, Scaled) and each.gradient is held for each in gradients):
+        return held.clone()
+    return held
+
+
+def _add(gradients: Values, place: int, gradient: Tensor | Scaled) -> None:
+    if gradients[place] is None:
+        gradients[place] = gradient
+        return
+    if isinstance(gradient, Scaled):
+        gradient = (gradient.gradient * gradient.scale[:, None, None]).to(gradient.gradient.dtype)
+    gradients[place] = _own(gradients, place).add_(gradient)  # type: ignore[union-attr]
 
 
 def _add_norm(gradients: Values, place: int, dscale: Any, dshift: Tensor | None) -> None:

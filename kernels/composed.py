@@ -43,6 +43,11 @@ class Composed:
         return z, *(self.elementwise.statistics(z, channels_last) if stats else (None, None))
 
     @property
+    def scales(self) -> bool:
+        """As of `batch_norm`."""
+        return getattr(self.elementwise, "scales", False)
+
+    @property
     def merges(self) -> bool:
         """As of `batch_norm`."""
         return getattr(self.elementwise, "merges", False)
@@ -73,13 +78,17 @@ class Composed:
         channels_last: bool,
         wanted: tuple[bool, bool],
         deferred: bool = False,
+        grad_scale: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight.
 
         ``deferred``: as of `batch_norm.affine_add_relu_bwd`, if `merges`.
         """
         dscale = dshift = None
-        g = dz if grad_prologue is None else self.elementwise.statistics_bwd(dz, *grad_prologue, channels_last)
+        g = dz
+        if grad_prologue is not None:
+            scaling = () if grad_scale is None else (grad_scale,)
+            g = self.elementwise.statistics_bwd(dz, *grad_prologue, channels_last, *scaling)
         a = self._activation(x, prologue, channels_last) if wanted[1] else x  # else only its shape matters
         dx, dw = reference.bwd(g, a, weight, stride, groups, channels_last, wanted)
         del g, a

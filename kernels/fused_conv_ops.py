@@ -8,7 +8,7 @@ from . import checks, composed, dispatch, reference
 from .config import Norm
 from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, compute_bn_affine, vector_like
 from .operators import DIMS, Operator, if_wanted, or_empty, through_formula
-from .ops import dense, dense_weight, empty
+from .ops import dense, dense_weight, empty, is_dense
 
 _PROLOGUE = "Tensor? center, Tensor? scale, Tensor? shift"
 CONV_STATS = Operator(
@@ -72,21 +72,48 @@ def compute_conv_norm(x, affine, weight, norm, stride, groups, channels_last):
 def _conv_stats_bwd(dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted):
     source = None if z is None else (z, mean, dmean, dvar)
     dims = stride, groups, channels_last
-    return or_empty(x, *conv_stats_gradients(dz, source, x, (center, scale, shift), weight, *dims, wanted, False))
+    return or_empty(x, *conv_stats_gradients(dz, source, x, (center, scale, shift), weight, *dims, wanted))
 
 
-def conv_stats_gradients(dz, source, x, affine, weight, stride, groups, channels_last, wanted, deferred):
+def conv_stats_gradients(
+    dz,
+    source,
+    x,
+    affine,
+    weight,
+    stride,
+    groups,
+    channels_last,
+    wanted,
+    *,
+    deferred=False,
+    grad_scale=None,
+    onto=None,
+):
     """What `CONV_STATS_BWD` returns; ``source``: z, its mean, dmean and dvar, or None.
 
-    ``deferred``: whether dscale may come as partial sums of dscale and dshift, which `fused_ops.bn_affine_bwd` takes,
-    with dshift None, and the weight's gradient as float32.
+    ``deferred``: whether dscale may come as partial sums of dscale and dshift, which `fused_ops.compute_bn_affine_bwd`
+    takes, with dshift None, and the weight's gradient as float32. ``grad_scale``: what ``dz`` is yet to be multiplied
+    by, a vector over channels, or None; there is a ``source`` then. ``onto``: a tensor like x that x's gradient is
+    added to and returned as, or None.
     """
     launchers, arguments = _served("dgrad", x, affine, weight, stride, groups, channels_last)
     if source is not None:
         z, *vectors = source
         source = (dense(z, channels_last), *(vector.contiguous() for vector in vectors))
     also = {"deferred": True} if deferred and getattr(launchers, "merges", False) else {}
-    return launchers.conv_stats_bwd(dense(dz, channels_last), source, *arguments, tuple(wanted), **also)
+    dz = dense(dz, channels_last)
+    if grad_scale is not None:
+        if getattr(launchers, "scales", False):
+            also["grad_scale"] = grad_scale
+        else:
+            dz = (dz * grad_scale[:, None, None]).to(dz.dtype)
+    if onto is not None and channels_last and getattr(launchers, "adds", False) and is_dense(onto, True):
+        also["onto"] = onto
+    dx, *others = launchers.conv_stats_bwd(dz, source, *arguments, tuple(wanted), **also)
+    if onto is not None and dx is not None and dx is not onto:
+        dx = onto.add_(dx)
+    return dx, *others
 
 
 def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):

@@ -95,13 +95,16 @@ def _affine_add_relu_bwd(
     dout, out, z, center, scale, shift, residual, residual_center, residual_scale, residual_shift, channels_last, wanted
 ):
     affines = (center, scale, shift), (residual_center, residual_scale, residual_shift)
-    return or_empty(z, *affine_add_relu_gradients(dout, out, z, residual, *affines, channels_last, wanted, False))
+    return or_empty(z, *affine_add_relu_gradients(dout, out, z, residual, *affines, channels_last, wanted))
 
 
-def affine_add_relu_gradients(dout, out, z, residual, affine, residual_affine, channels_last, wanted, deferred):
+def affine_add_relu_gradients(
+    dout, out, z, residual, affine, residual_affine, channels_last, wanted, deferred=False, unscaled=False
+):
     """What `AFFINE_ADD_RELU_BWD` returns, None for what is not wanted.
 
     ``deferred``: whether both scales' gradients may come as partial sums, as of `fused_conv_ops.conv_stats_gradients`.
+    ``unscaled``: as of `batch_norm.affine_add_relu_bwd`, for launchers that have it.
     """
     launchers = dispatch.elementwise(z.dtype, z.device)
     z, affine, residual_affine = dense(z, channels_last), affine_of(*affine), affine_of(*residual_affine)
@@ -111,6 +114,8 @@ def affine_add_relu_gradients(dout, out, z, residual, affine, residual_affine, c
     elif residual is not None:
         out = launchers.affine_add_relu(z, affine, residual, residual_affine, channels_last)
     also = {"deferred": True} if deferred and getattr(launchers, "merges", False) else {}
+    if unscaled:
+        also["unscaled"] = True
     return launchers.affine_add_relu_bwd(
         dense(dout, channels_last),
         out,

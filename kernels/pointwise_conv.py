@@ -39,13 +39,15 @@ from .tuning import lookup, tf32_allowed
 GradPrologue = tuple[Tensor, Tensor, Tensor, Tensor]
 
 merges = True  # As of batch_norm.py.
+scales = True  # As of batch_norm.py.
+adds = True  # Input gradients are added to others if asked to.
 _KERNELS = {
     "fwd": pointwise_conv_fwd_kernel,
     "dgrad": pointwise_conv_dgrad_kernel,
     "wgrad": pointwise_conv_wgrad_kernel,
 }
 _X = ("x_center_ptr", "x_scale_ptr", "x_shift_ptr")
-_Z = ("z_ptr", "z_center_ptr", "z_scale_ptr", "z_shift_ptr")
+_Z = ("grad_scale_ptr", "z_ptr", "z_center_ptr", "z_scale_ptr", "z_shift_ptr")
 # The kernels' pointers that may be None.
 _OPTIONAL = {
     "fwd": (*_X, "y_scale_ptr", "y_shift_ptr", "residual_ptr", "partials_ptr"),
@@ -62,6 +64,7 @@ def plan(
     allow_tf32: bool,
     fused: frozenset[str] = frozenset(),
     relu: bool = False,
+    adds: bool = False,
 ) -> Launch:
     """The launch that computes one pass with given settings; needs no device and no tensors.
 
@@ -71,6 +74,7 @@ def plan(
         allow_tf32: Whether float32 products may be rounded to TF32.
         fused: The kernel's optional pointers that the launch has tensors for. By default none.
         relu: Whether the forward pass ends in a ReLU.
+        adds: Whether the input gradient is added to what is there.
 
     Raises:
         ValueError: If a count passes what the kernels index with 32 bits, or tensor descriptors do not serve.
@@ -92,6 +96,8 @@ def plan(
         result_channels = in_channels if problem.op == "dgrad" else out_channels
         rows = walkers(problem, config)
         programs = triton.cdiv(result_channels, config.block_n) * rows
+    if problem.op == "dgrad":
+        constants["ADDS"] = adds
     if problem.op == "fwd":
         sizes["walkers"] = rows
         constants["RESIDENT"] = 0 if config.walkers is None else triton.cdiv(in_channels, config.block_k)
@@ -204,6 +210,8 @@ def conv_stats_bwd(
     wgrad_config: PointwiseConfig | None = None,
     allow_tf32: bool | None = None,
     deferred: bool = False,
+    grad_scale: Tensor | None = None,
+    onto: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Gradients of `conv_stats_fwd`.
 
@@ -222,6 +230,8 @@ def conv_stats_bwd(
         wgrad_config: Launch settings of the weight gradient; the heuristic's choice by default.
         allow_tf32: As in `conv_stats_fwd`.
         deferred: Whether the gradients of the vectors may still be partial sums, and that of the weight unrounded.
+        grad_scale: (C_out,), float32, what ``dz`` is yet to be multiplied by, with a ``grad_prologue``; or None.
+        onto: What dx is added to, and then is: like ``x`` in channels_last, or None.
 
     Returns:
         dx like ``x``; dscale and dshift (C_in,), float32, None without a prologue; dw (C_out, C_in, 1, 1), laid out by
@@ -233,6 +243,8 @@ def conv_stats_bwd(
     if grad_prologue is not None:
         z, mean, dmean, dvar = grad_prologue
         source |= {"z_ptr": nhwc(z), **_vectors("z", (mean, dvar, dmean))}
+        if grad_scale is not None:
+            source["grad_scale_ptr"] = grad_scale
     vectors = _vectors("x", prologue)
     dx = dw = None
     dvectors: tuple[Any, ...] = (None, None)
@@ -242,7 +254,8 @@ def conv_stats_bwd(
         if prologue is not None:
             tensors |= {"x_ptr": x, **vectors}
         settings = (dgrad_config, allow_tf32)
-        dx, partials = _launch("dgrad", *place, settings, tensors, "dx_ptr", 0 if prologue is None else 2)
+        sums = 0 if prologue is None else 2
+        dx, partials = _launch("dgrad", *place, settings, tensors, "dx_ptr", sums, onto=onto)
         if partials is not None:
             dvectors = (PartialSums.of(partials, 0, 1), None) if deferred else sum_partials(partials)
         dx = to_layout(dx, channels_last)
@@ -320,6 +333,7 @@ def _launch(
     *,
     affine: bool = False,
     relu: bool = False,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch one pass on ``tensors``, by argument name.
 
@@ -332,11 +346,12 @@ def _launch(
         allow_tf32 = tf32_allowed(x.dtype)
     names = (*tensors, "partials_ptr") if sums else tuple(tensors)
     problem = (op, x.shape, weight.shape, stride, 1, x.dtype, x.device, channels_last)
-    prepared = _prepare(names, config, allow_tf32, affine, relu, *problem)
+    ends = (affine, relu, onto is not None)
+    prepared = _prepare(names, config, allow_tf32, ends, *problem)
     if op == "wgrad":
         made = torch.empty(prepared.shape, dtype=torch.float32, device=x.device)
     else:
-        made = empty(x, prepared.shape)
+        made = empty(x, prepared.shape) if onto is None else onto
     tensors[result] = made
     partials = prepared.partials(sums, x)
     if partials is not None:
@@ -344,22 +359,29 @@ def _launch(
     launch = prepared.launch
     if not launch.takes(**tensors):
         config = replace(prepared.config, tensor_descriptors=False)
-        launch = _prepare(names, config, allow_tf32, affine, relu, *problem).launch
+        launch = _prepare(names, config, allow_tf32, ends, *problem).launch
     launch(**tensors)
     return made, partials
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare(
-    names: tuple[str, ...], config: PointwiseConfig | None, allow_tf32: bool, affine: bool, relu: bool, *place: Any
+    names: tuple[str, ...],
+    config: PointwiseConfig | None,
+    allow_tf32: bool,
+    ends: tuple[bool, bool, bool],
+    *place: Any,
 ) -> Prepared:
-    """``names``: the arguments that there are tensors for; ``place``: as of `problem_of`."""
-    problem = problem_of(*place)
+    """``names``: the arguments that there are tensors for; ``ends``: in an affine, in a ReLU, in a sum.
+
+    ``place``: as of `problem_of`.
+    """
+    problem, (affine, relu, adds) = problem_of(*place), ends
     *_, device, _ = place
     if config is None:
         config = _default_config(problem, device, allow_tf32, affine)
     fused = frozenset(names).intersection(_OPTIONAL[problem.op])
-    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu)
+    launch = plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=relu, adds=adds)
     if problem.op == "wgrad":
         return Prepared(config, launch, (config.splits, problem.out_channels, problem.in_channels, 1, 1), 0)
     return Prepared(config, launch, problem.result_shape, walkers(problem, config))

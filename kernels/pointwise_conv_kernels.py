@@ -4,7 +4,8 @@ Conventions. Activations are NHWC. A pointer that is None switches off what it i
 output, which count through (batch, out_height, out_width); with strides each sees one pixel of the input. Vectors over
 channels are float32. A prologue is relu(x_scale * (x - x_center) + x_shift), a gradient prologue adds to the gradient
 what z contributes to through its statistics: 2 * z_scale / pixels * (z - z_center) + z_shift / pixels, where z_center
-is the mean of z and z_scale and z_shift are the gradients of its variance and mean. Channels that a block has beyond
+is the mean of z and z_scale and z_shift are the gradients of its variance and mean; before it may multiply the gradient
+by a grad_scale. Channels that a block has beyond
 the last one load as zeros and stay zeros in both: their vectors are zeros.
 
 With DESCRIPTORS, arguments that are loaded block by block in the loop are tensor descriptors of matrices
@@ -209,6 +210,7 @@ def pointwise_conv_fwd_kernel(
 @triton.jit
 def pointwise_conv_dgrad_kernel(
     grad_ptr,  # (batch, out_height, out_width, out_channels), or its descriptor
+    grad_scale_ptr,  # (out_channels,) or None
     z_ptr,  # like grad, or None: no gradient prologue
     z_center_ptr,  # (out_channels,) or None with z_ptr, like the next two
     z_scale_ptr,
@@ -218,7 +220,7 @@ def pointwise_conv_dgrad_kernel(
     x_center_ptr,  # (in_channels,) or None
     x_scale_ptr,  # (in_channels,) or None with x_ptr, like the next
     x_shift_ptr,
-    dx_ptr,  # (batch, height, width, in_channels)
+    dx_ptr,  # (batch, height, width, in_channels); with ADDS its first values are what is added
     partials_ptr,  # (blocks of pixels, 2, in_channels): sums for dscale and dshift, or None with x_ptr
     pixels,
     height,
@@ -231,6 +233,7 @@ def pointwise_conv_dgrad_kernel(
     STRIDE_W: tl.constexpr,
     ALIGN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -268,7 +271,10 @@ def pointwise_conv_dgrad_kernel(
             center, scale, constant = load_gradient_affine(
                 z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, first_k + offs_k, mask_k, z.dtype
             )
-            grad = (grad.to(tl.float32) + affine(z, center, scale, constant)).to(grad.dtype)
+            wide = grad.to(tl.float32)
+            if grad_scale_ptr is not None:
+                wide *= load_vector(grad_scale_ptr, first_k + offs_k, mask_k, 0.0)[None, :]
+            grad = (wide + affine(z, center, scale, constant)).to(grad.dtype)
         if DESCRIPTORS:
             weight = weight_ptr.load([first_k, first_n])
         else:
@@ -290,9 +296,11 @@ def pointwise_conv_dgrad_kernel(
         tl.store(partials_ptrs, tl.sum(products, axis=0), mask=mask_n)
         tl.store(partials_ptrs + in_channels, tl.sum(acc, axis=0), mask=mask_n)
         acc *= scale[None, :]
+    if ADDS:
+        acc += tl.load(dx_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
     dx = acc.to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + offs_x, dx, mask=mask)
-    if STRIDE_H > 1 or STRIDE_W > 1:
+    if not ADDS and (STRIDE_H > 1 or STRIDE_W > 1):
         row = pixel // out_width % out_height * STRIDE_H
         column = pixel % out_width * STRIDE_W
         for skipped in tl.static_range(1, STRIDE_H * STRIDE_W):  # input pixels that no output sees
@@ -307,6 +315,7 @@ def pointwise_conv_dgrad_kernel(
 @triton.jit
 def pointwise_conv_wgrad_kernel(
     grad_ptr,  # (batch, out_height, out_width, out_channels), or its descriptor
+    grad_scale_ptr,  # (out_channels,) or None
     z_ptr,  # like grad, or None: no gradient prologue
     z_center_ptr,  # (out_channels,) or None with z_ptr, like the next two
     z_scale_ptr,
@@ -348,6 +357,7 @@ def pointwise_conv_wgrad_kernel(
     mask_n = channel_n < out_channels
     dtype: tl.constexpr = x_ptr.dtype if DESCRIPTORS else x_ptr.dtype.element_ty
     x_center, x_scale, x_constant = load_affine(x_center_ptr, x_scale_ptr, x_shift_ptr, channel_k, mask_k, dtype)
+    grad_scale = load_vector(grad_scale_ptr, channel_n, mask_n, 1.0)
     z_center, z_scale, z_constant = load_gradient_affine(
         z_center_ptr, z_scale_ptr, z_shift_ptr, pixels, channel_n, mask_n, dtype
     )
@@ -368,8 +378,10 @@ def pointwise_conv_wgrad_kernel(
                 z = z_ptr.load([first, first_n])
             else:
                 z = tl.load(z_ptr + offs_grad, mask=mask_m & mask_n[None, :], other=0.0)
-            wide = grad.to(tl.float32) + affine(z, z_center, z_scale, z_constant)
-            grad = tl.where(mask_m, wide, 0.0).to(grad.dtype)
+            wide = grad.to(tl.float32)
+            if grad_scale_ptr is not None:
+                wide *= grad_scale[None, :]
+            grad = tl.where(mask_m, wide + affine(z, z_center, z_scale, z_constant), 0.0).to(grad.dtype)
         if DESCRIPTORS:
             a = x_ptr.load([first, first_k])
         else:

@@ -248,6 +248,27 @@ def test_gradients_of_vectors_from_partial_sums(monkeypatch, rows, count):
 
 @here
 @both_layouts
+def test_gradients_that_are_yet_to_be_scaled(channels_last):
+    """One tensor for both operands of a sum, multiplied where it is read: with powers of two the same bits."""
+    z, residual, dout, out = (
+        random((3, 24, 5, 7), torch.float16, channels_last=channels_last, seed=seed) for seed in range(4)
+    )
+    scales = 2.0 ** torch.randint(-3, 3, (2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    center, shift, mean, dmean, dvar = vectors(24, 5)
+    affine, other = (center, scales[0], shift), (shift, scales[1], center)
+    arguments = (dout, out, z, affine, residual, other, channels_last)
+    dz, dresidual, *sums = batch_norm.affine_add_relu_bwd(*arguments, (True, True, True))
+    t, none, *same = batch_norm.affine_add_relu_bwd(*arguments, (True, False, True), unscaled=True)
+    assert none is None
+    assert torch.equal(t * scales[0][:, None, None].half(), dz)
+    assert torch.equal(t * scales[1][:, None, None].half(), dresidual)
+    assert all(map(torch.equal, same, sums))
+    source = (z, mean, dmean, dvar, channels_last)
+    assert torch.equal(batch_norm.statistics_bwd(t, *source, scales[0]), batch_norm.statistics_bwd(dz, *source))
+
+
+@here
+@both_layouts
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1), (2, 1), (1, 6)], ids=str)
 def test_the_pools_choice_is_pytorchs(size, channels_last):
     """Among equals the first, among NaN the last; gradients then go where PyTorch sends them."""
@@ -312,9 +333,10 @@ def launches(dtype: torch.dtype, channels_last: bool) -> list[tuple[Launch, dict
         patch.setattr(Launch, "__call__", lambda self, **tensors: seen.append((self, tensors)))
         running = Running(vector, vector, torch.empty((), dtype=torch.int64, device="meta"), 0.1)
         batch_norm.statistics(z, channels_last, Norm(vector, vector, 1e-5, running))
-        batch_norm.statistics_bwd(z, z, vector, vector, vector, channels_last)
+        batch_norm.statistics_bwd(z, z, vector, vector, vector, channels_last, vector)
         batch_norm.affine_add_relu(z, affine, z, affine, channels_last)
         batch_norm.affine_add_relu_bwd(z, z, z, affine, z, affine, channels_last, (True, True, True))
+        batch_norm.affine_add_relu_bwd(z, z, z, affine, z, affine, channels_last, (True, False, True), unscaled=True)
         batch_norm.affine_add_relu_bwd(z, None, z, affine, None, None, channels_last, (True, False, True))
         batch_norm.bn_affine(vector, vector, vector, vector, 1e-5)
         sums = statistics.PartialSums(torch.empty(523, 3, 64, device="meta"), 2, 0)

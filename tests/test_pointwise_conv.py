@@ -27,10 +27,12 @@ from resnext.kernels.config import (
 from .fused_numerics import (
     POINTWISE_CASES,
     Arithmetic,
+    FusedCase,
     assert_statistics,
     check_conv_affine,
     check_conv_stats,
     make,
+    make_affine,
 )
 from .interpreter import DEVICE, arithmetic, compiles, here, not_here, run_tests
 
@@ -113,6 +115,48 @@ def test_parts_of_the_training_launchers(parts, channels_last):
 )
 def test_parts_of_the_inference_launcher(parts):
     check_conv_affine(launchers(), BY_ID["odd-channels"], device=DEVICE, **parts)
+
+
+def gradient_operands(case: FusedCase) -> tuple:
+    """dz, what its prologue takes, x, its affine and the weight; what `conv_stats_bwd` takes first."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"channels_last": True, "device": DEVICE}
+    x = make((case.batch, case.in_channels, case.height, case.width), torch.float16, generator, **options)
+    weight = make((case.out_channels, case.in_channels, 1, 1), torch.float16, generator, device=DEVICE)
+    dz, z = (make(case.output_shape, torch.float16, generator, **options) for _ in range(2))
+    vectors = [make((case.out_channels,), torch.float32, generator, device=DEVICE) for _ in range(3)]
+    affine = make_affine(case.in_channels, generator, device=DEVICE)
+    return dz, (z, *vectors), x, affine, weight, case.stride, 1, True, (True, True)
+
+
+@here
+@pytest.mark.parametrize("case", ["odd-channels", "stride2"])
+def test_a_gradient_that_is_scaled_on_load(case):
+    """By powers of two: the same bits as of what was scaled before."""
+    dz, *others = gradient_operands(BY_ID[case])
+    scale = 2.0 ** torch.randint(-3, 3, (dz.shape[1],), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = pointwise_conv.conv_stats_bwd(dz * scale[:, None, None].half(), *others)
+    for got, wanted in zip(pointwise_conv.conv_stats_bwd(dz, *others, grad_scale=scale), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@here
+@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("case", ["odd-channels", "stride2"])
+def test_a_gradient_that_is_added_to_another(case, prologue):
+    *before, affine, weight, stride, groups, channels_last, wanted = gradient_operands(BY_ID[case])
+    others = (affine if prologue else None, weight, stride, groups, channels_last, wanted)
+    dx, *vectors_and_dw = pointwise_conv.conv_stats_bwd(*before, *others)
+    held = make(tuple(dx.shape), torch.float16, torch.Generator().manual_seed(2), channels_last=True, device=DEVICE)
+    sums = held.float() + dx.float()
+    got, *rest = pointwise_conv.conv_stats_bwd(*before, *others, onto=held)
+    assert got is held
+    # One rounding where there were two.
+    torch.testing.assert_close(got.float(), sums, rtol=2.0**-10, atol=2.0**-11 * dx.abs().max().item())
+    unseen = (dx == 0) & (sums == held.float())
+    assert torch.equal(got[unseen].float(), sums[unseen])
+    for result, wanted_result in zip(rest, vectors_and_dw, strict=True):
+        assert result is wanted_result is None or torch.equal(result, wanted_result)
 
 
 VARIANTS = {
@@ -320,7 +364,7 @@ def test_too_many_pixels_are_refused():
 
 # Pointers of what is computed besides, by pass.
 X = "x_center_ptr x_scale_ptr x_shift_ptr"
-Z = "z_ptr z_center_ptr z_scale_ptr z_shift_ptr"
+Z = "grad_scale_ptr z_ptr z_center_ptr z_scale_ptr z_shift_ptr"
 FUSIONS = {
     "fwd-statistics": "partials_ptr",
     "fwd-prologue+statistics": f"{X} partials_ptr",
@@ -357,7 +401,8 @@ def compiled(problem: ConvProblem, fusion: str, arch: int, allow_tf32: bool = Tr
     affine = "affine" in fusion
     config = pointwise_config(problem, affine=affine, allow_tf32=allow_tf32, arch=arch)
     fused = frozenset(FUSIONS[fusion].split())
-    launch = pointwise_conv.plan(problem, config, allow_tf32=allow_tf32, fused=fused, relu=affine)
+    options = {"relu": affine, "adds": problem.op == "dgrad"}
+    launch = pointwise_conv.plan(problem, config, allow_tf32=allow_tf32, fused=fused, **options)
     return aot.usage(aot.compile_launch(launch, aot.pointers(launch, problem.dtype), arch))
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnext import ResNet50Fused, fuse_, recorded, use_backend
 from resnext.kernels import dispatch
+from resnext.kernels.block import Scaled, _add, _own
 
 from .block_cases import CASES, IDENTITY, LAYOUTS, PROJECTION, BlockCase, Results, buffers, forward_and_gradients
 
@@ -289,3 +290,22 @@ def test_one_weight_in_two_convolutions(one_by_one):
         each.bn2.bias = each.bn1.bias
     x = IDENTITY.images()
     assert_equal(step(block, x), one_by_one(step, other, x))
+
+
+def test_gradients_that_two_steps_share():
+    """One tensor, to be multiplied for one of them: nobody adds to it before."""
+    shared, scale = torch.randn(2, 3, 4, 4), torch.tensor([1.0, 2.0, 3.0])
+    before, scaled = shared.clone(), shared * scale[:, None, None]
+    gradients = [Scaled(shared, scale), shared, None]
+    assert torch.equal(_own(gradients, 0), scaled)
+    assert torch.equal(_own(gradients, 1), shared)
+    _add(gradients, 1, Scaled(shared, scale))
+    assert torch.equal(gradients[1], shared + scaled)
+    _add(gradients, 2, shared)
+    assert gradients[2] is shared
+    _add(gradients, 0, shared)
+    assert torch.equal(gradients[0], scaled + shared)
+    assert torch.equal(shared, before)
+    own = gradients[2]
+    _add(gradients, 2, shared.clone())
+    assert gradients[2] is own  # nothing else refers to it by now
