@@ -11,7 +11,7 @@ if __name__ != "resnext.kernels":
     )
 
 from . import flops  # noqa: F401  registers what FLOP counters count
-from .block import AddRelu, BlockStep, ConvNorm, MaxPool, run_block
+from .block import AddRelu, BlockStep, Conv, ConvNorm, MaxPool, run_block
 from .config import Running
 from .dispatch import BackendError, use_backend
 from .fused import (
@@ -33,6 +33,7 @@ __all__ = [
     "AddRelu",
     "BackendError",
     "BlockStep",
+    "Conv",
     "ConvNorm",
     "MaxPool",
     "Running",

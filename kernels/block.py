@@ -18,9 +18,9 @@ from torch import Tensor
 
 from . import calls, checks, dispatch
 from .config import Norm, Running
-from .fused import affine_add_relu, affine_relu_max_pool, conv_norm
+from .fused import affine_add_relu, affine_relu_max_pool, conv_norm, conv_stats
 from .fused_checks import check_conv
-from .fused_conv_ops import compute_conv_norm, conv_stats_gradients
+from .fused_conv_ops import CONV_STATS, compute_conv_norm, conv_stats_gradients
 from .fused_ops import AFFINE_ADD_RELU, POOL, POOL_BWD, affine_add_relu_gradients, compute_bn_affine_bwd
 from .operators import through_formula
 
@@ -86,16 +86,9 @@ class ConvNorm(NamedTuple):
         if self.beta is not None and gamma is None:
             dscale, dshift = _summed(dscale, dshift)
         dmean, dvar, dgamma, dbeta = compute_bn_affine_bwd(dscale, dshift, var, gamma, self.eps)
-        dims = self.stride, self.groups, channels_last
-        wants = wanted[self.x] or self.prologue is not None, wanted[self.weight]
-        also = {"grad_scale": grad_scale, "onto": _own(gradients, self.x) if wants[0] else None}
         source = (z, mean, dmean, dvar)
-        dx, *dvectors, dw = conv_stats_gradients(dz, source, x, prologue, weight, *dims, wants, deferred=True, **also)
-        if wants[0]:
-            gradients[self.x] = dx
-        if self.prologue is not None:
-            _add_norm(gradients, self.prologue, *dvectors)
-        gradients[self.weight] = dw
+        operands = x, *prologue, weight
+        _conv_backward(self, dz, source, grad_scale, channels_last, operands, gradients, wanted)
         if self.gamma is not None:
             gradients[self.gamma] = dgamma
         if self.beta is not None:
@@ -115,6 +108,37 @@ class ConvNorm(NamedTuple):
             self.groups,
         )
         values[self.z], values[self.norm] = z, Normalised(*affine, var, False)
+
+
+class Conv(NamedTuple):
+    """z = `resnext.kernels.conv_stats` of x, without statistics; ``prologue`` may be None."""
+
+    x: int
+    prologue: int | None
+    weight: int
+    stride: tuple[int, int]
+    groups: int
+    z: int
+
+    def forward(self, values: Values) -> tuple[bool, Saved]:
+        """As of `ConvNorm`."""
+        x = values[self.x]
+        weight, prologue = values[self.weight].to(x.dtype), _affine_at(values, self.prologue)
+        dims = check_conv("conv_stats", x, weight, self.stride, self.groups)
+        values[self.z], _, _ = CONV_STATS.kernel(x, *prologue, weight, *dims, False)
+        return dims[-1], (x, *prologue, weight)
+
+    def backward(self, channels_last: bool, saved: Saved, gradients: Values, wanted: Sequence[bool]) -> None:
+        """As of `ConvNorm`."""
+        dz, gradients[self.z] = gradients[self.z], None
+        _conv_backward(self, dz, None, None, channels_last, saved, gradients, wanted)
+
+    def again(self, values: Values) -> None:
+        """As of `ConvNorm`."""
+        x = values[self.x]
+        prologue = None if self.prologue is None else values[self.prologue][:3]
+        weight = values[self.weight].to(x.dtype)
+        values[self.z], _, _ = conv_stats(x, weight, prologue, self.stride, self.groups, stats=False)
 
 
 class AddRelu(NamedTuple):
@@ -194,7 +218,7 @@ class MaxPool(NamedTuple):
         values[self.out] = affine_relu_max_pool(values[self.z], values[self.norm][:3])
 
 
-BlockStep = ConvNorm | AddRelu | MaxPool
+BlockStep = ConvNorm | Conv | AddRelu | MaxPool
 
 
 def _at(values: Values, place: int | None) -> Any:
@@ -203,6 +227,29 @@ def _at(values: Values, place: int | None) -> Any:
 
 def _affine_at(values: Values, place: int | None) -> tuple[Tensor | None, ...]:
     return (None, None, None) if place is None else values[place][:3]
+
+
+def _conv_backward(
+    step: ConvNorm | Conv,
+    dz: Tensor,
+    source: tuple[Tensor, ...] | None,
+    grad_scale: Tensor | None,
+    channels_last: bool,
+    operands: Saved,
+    gradients: Values,
+    wanted: Sequence[bool],
+) -> None:
+    """From the gradient of a convolution's output to those of its operands."""
+    x, *prologue, weight = operands
+    dims = step.stride, step.groups, channels_last
+    wants = wanted[step.x] or step.prologue is not None, wanted[step.weight]
+    also = {"grad_scale": grad_scale, "onto": _own(gradients, step.x) if wants[0] else None}
+    dx, *dvectors, dw = conv_stats_gradients(dz, source, x, prologue, weight, *dims, wants, deferred=True, **also)
+    if wants[0]:
+        gradients[step.x] = dx
+    if step.prologue is not None:
+        _add_norm(gradients, step.prologue, *dvectors)
+    gradients[step.weight] = dw
 
 
 def _own(gradients: Values, place: int) -> Tensor | None:

@@ -205,11 +205,19 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     infers = _infers(unit, plan, arguments)
     folded = _folded(unit, plan.folds, arguments[0]) if infers else {}
     program = plan.infer if infers else plan.train
-    steps: Sequence[Any] = program.steps
-    if not infers and not recompute:
-        steps = _after_head(unit, plan, values, keeps_result=not turned)
     updates: list[batch_norm.Update] = []
-    for step, free in steps:
+    segments = {} if infers or recompute else plan.segments
+    left = 0  # of a segment that has run
+    for position, (step, free) in enumerate(program.steps):
+        if (segment := segments.get(position)) is not None:
+            out = recorded.run(unit, segment, values, keeps_result=not turned)
+            if out is not None:
+                left, values[segment.steps[-1].out] = len(segment.steps), out
+        if left:
+            left -= 1
+            for slot in free:
+                values[slot] = None
+            continue
         if updates and not isinstance(step, ConvStats | BlockEnd):
             _update(updates)
         if isinstance(step, ConvStats):
@@ -245,19 +253,6 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     if not turned:
         return replaced(program.output, lambda ref: values[ref.index])
     return replaced(program.output, lambda ref: _in_nchw(values[ref.index]))
-
-
-def _after_head(unit: nn.Module, plan: Plan, values: list[Any], keeps_result: bool) -> Sequence[Any]:
-    """Run the head of a plan in training as one node, if possible; returns the steps that are left."""
-    steps = plan.train.steps
-    out = recorded.run(unit, plan, values, keeps_result)
-    if out is None:
-        return steps
-    for _, free in steps[: plan.head]:
-        for slot in free:
-            values[slot] = None
-    values[steps[plan.head - 1][0].out] = out
-    return steps[plan.head :]
 
 
 def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:

@@ -112,6 +112,21 @@ class Program:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Fused steps in a row whose last result is the only value of theirs that others need.
+
+    Such are all steps of a residual block, a network's stem, what is before and after an attention in a block.
+
+    Attributes:
+        steps: The steps, without those that are called as they were recorded.
+        reads: The slots of what they are given: tensors.
+    """
+
+    steps: tuple[Step, ...]
+    reads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """How to run a module fused.
 
@@ -128,8 +143,7 @@ class Plan:
         shells: The modules whose forwards the steps replace.
         pointwise: How many of the convolutions have 1x1 kernels and one group.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
-        head: How many of the first steps of ``train`` are fused ones with norms whose last result is the only value
-            of theirs that others need: all of a residual block, a network's stem.
+        segments: The segments of ``train``, by the number of their first step.
     """
 
     kind: str
@@ -144,7 +158,7 @@ class Plan:
     shells: tuple[Shell, ...]
     pointwise: int
     writes: bool
-    head: int
+    segments: dict[int, Segment]
 
     @property
     def every_conv(self) -> tuple[str, ...]:
@@ -177,22 +191,36 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         shells=recording.shells,
         pointwise=sum(_is_pointwise(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
-        head=_head(train_program),
+        segments=_segments(train_program),
     )
 
 
-def _head(program: Program) -> int:
-    """`Plan.head`."""
+def _segments(program: Program) -> dict[int, Segment]:
+    """The longest segments, from the first step on."""
+    found: dict[int, Segment] = {}
+    position = 0
+    while position < len(program.steps):
+        segment = _segment(program, position)
+        if segment is not None:
+            found[position] = segment
+        position += 1 if segment is None else len(segment.steps)
+    return found
+
+
+def _segment(program: Program, start: int) -> Segment | None:
     steps = [step for step, _ in program.steps]
     needed = set(Node("output", "", (program.output,)).refs)
-    found = 0
-    for count, step in enumerate(steps, 1):
-        if isinstance(step, Call | ConvAffine) or (isinstance(step, ConvStats) and not step.norm):
+    found = None
+    affines, writes, reads = {NONE}, set[int](), list[int]()
+    for end, step in enumerate(steps[start:], start + 1):
+        if isinstance(step, Call | ConvAffine) or not affines.issuperset(_reads_affines(step)):
             break
-        own = {slot for each in steps[: count - 1] for slot in _writes(each)}
-        others = needed.union(*map(_reads, steps[count:]))
-        if isinstance(step, BlockEnd | Activation | Pool) and not own & others:
-            found = count
+        reads += [slot for slot in _reads(step) if slot not in writes]
+        if isinstance(step, ConvStats) and step.norm:
+            affines.add(step.affine)
+        elif not writes & needed.union(*map(_reads, steps[end:])) and (end - start > 1 or isinstance(step, BlockEnd)):
+            found = Segment(tuple(steps[start:end]), tuple(dict.fromkeys(reads)))
+        writes.update(_writes(step))
     return found
 
 
@@ -490,7 +518,12 @@ def is_stem_pool(pool: nn.MaxPool2d) -> bool:
 
 
 def _writes(step: Step) -> tuple[int, ...]:
-    return (step.out, step.affine) if isinstance(step, ConvStats) else (step.out,)
+    return (step.out, step.affine) if isinstance(step, ConvStats) and step.norm else (step.out,)
+
+
+def _reads_affines(step: Step) -> list[int]:
+    names = ["affine"] if isinstance(step, Activation | Pool) else ["prologue", "residual_affine"]
+    return [getattr(step, name, NONE) for name in names]
 
 
 def _reads(step: Step) -> list[int]:

@@ -1,4 +1,4 @@
-"""Runs the head of a plan in training as one node of autograd's graph, where a plan and a call allow it."""
+"""Runs a segment of a plan in training as one node of autograd's graph, where the call allows it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from torch import Tensor, nn
 
 from resnext import batch_norm
 from resnext.batch_norm import BatchNorm
-from resnext.kernels import AddRelu, BlockStep, ConvNorm, MaxPool, run_block
+from resnext.kernels import AddRelu, BlockStep, Conv, ConvNorm, MaxPool, run_block
 from resnext.layers import child, held
-from resnext.plan import NONE, Activation, BlockEnd, ConvStats, Plan, Pool
+from resnext.plan import NONE, Activation, BlockEnd, ConvStats, Pool, Segment
 
 
-def run(unit: nn.Module, plan: Plan, values: Sequence[Any], keeps_result: bool) -> Tensor | None:
-    """Run the head of ``plan.train`` with statistics of the batch, and update running ones.
+def run(unit: nn.Module, segment: Segment, values: Sequence[Any], keeps_result: bool) -> Tensor | None:
+    """Run a segment with statistics of the batch, and update running ones.
 
     Args:
-        unit: A module with the plan, for which `resnext.fusion.why_not` has nothing to say.
-        plan: The plan.
-        values: What the module is called with, in its slots, and None elsewhere.
-        keeps_result: As of `resnext.kernels.affine_add_relu`.
+        unit: A module with a plan, for which `resnext.fusion.why_not` has nothing to say.
+        segment: Of that plan.
+        values: Of the plan's slots; those that the segment reads are there.
+        keeps_result: As of `resnext.kernels.affine_add_relu`, for sums.
 
     Returns:
-        The result of the last of those steps; None, with nothing having happened, if there are none, or the call wants
-        more than they do: then they are to be run one by one.
+        The result of its last step; None, with nothing having happened, if the call wants more than that: then its
+        steps are to be run one by one.
     """
-    if not plan.head or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return None
-    steps = [step for step, _ in plan.train.steps[: plan.head]]
-    arguments = _of_one_dtype(values, steps)
-    if arguments is None:
+    given = _of_one_dtype([values[slot] for slot in segment.reads], segment)
+    if given is None:
         return None
-    assembled = _Assembled(arguments)
-    for step in steps:
+    assembled = _Assembled(len(values), segment.reads, given)
+    for step in segment.steps:
         if not assembled.add(unit, step, keeps_result):
             return None
-    return run_block(assembled.steps, assembled.values, steps[-1].out, assembled.update)
+    return run_block(assembled.steps, assembled.values, segment.steps[-1].out, assembled.update)
 
 
-def _of_one_dtype(values: Sequence[Any], steps: Sequence[Any]) -> Sequence[Any] | None:
-    """The values in the dtype that all activations will have; None if there is none, or if there are no images."""
-    x = values[0]
+def _of_one_dtype(given: Sequence[Any], segment: Segment) -> Sequence[Tensor] | None:
+    """What a segment is given, in the dtype of all its activations; None if there is none, or there are no images."""
+    if not all(isinstance(each, Tensor) and each.dim() == 4 for each in given):
+        return None
+    x = given[0]
     dtype, device_type = x.dtype, x.device.type
     if x.shape[0] == 0:
         return None
@@ -51,27 +52,31 @@ def _of_one_dtype(values: Sequence[Any], steps: Sequence[Any]) -> Sequence[Any] 
         if dtype == torch.float64:  # which autocast leaves alone
             return None
         dtype = torch.get_autocast_dtype(device_type)
-    if all(value is None or value.dtype == dtype for value in values):
-        return values
-    if any(isinstance(step, BlockEnd) for step in steps) or any(value is not None for value in values[1:]):
+    if all(each.dtype == dtype for each in given):
+        return given
+    if len(given) > 1 or any(isinstance(step, BlockEnd) for step in segment.steps):
         return None  # sums of two dtypes have the wider one
-    return [None if value is None else value.to(dtype) for value in values]
+    return [x.to(dtype)]
 
 
 class _Assembled:
     """Steps for `run_block`, and the values that they start from."""
 
-    def __init__(self, values: Sequence[Any]) -> None:
+    def __init__(self, slots: int, reads: Sequence[int], given: Sequence[Tensor]) -> None:
         self.steps: list[BlockStep] = []
-        self.values = [*values]
-        self._shapes: list[Any] = [None if value is None else value.shape for value in values]
+        self.values: list[Any] = [None] * slots
+        self._shapes: list[Any] = [None] * slots
+        for slot, value in zip(reads, given, strict=True):
+            self.values[slot], self._shapes[slot] = value, value.shape
+        self._like = given[0]
+        self._casts = torch.is_autocast_enabled(self._like.device.type)
         self._norms: list[tuple[BatchNorm, ConvNorm]] = []
 
     def add(self, unit: nn.Module, step: Any, keeps_result: bool) -> bool:
         """Take a step of a plan; False if that is not for `run_block`."""
         shapes = self._shapes
         if isinstance(step, ConvStats):
-            return self._add_conv(unit, step, step.out, step.affine)
+            return self._add_conv(unit, step, step.out, step.affine if step.norm else None)
         if isinstance(step, Pool):
             self.steps.append(MaxPool(step.z, step.affine, step.out))
             return True
@@ -86,24 +91,31 @@ class _Assembled:
         shapes[step.out] = shapes[z]
         return True
 
-    def _add_conv(self, unit: nn.Module, step: ConvStats | BlockEnd, z: int, norm: int) -> bool:
-        conv, bn = child(unit, step.conv), child(unit, step.norm)
-        if type(conv.stride) is not tuple or len(conv.stride) != 2:
+    def _add_conv(self, unit: nn.Module, step: ConvStats | BlockEnd, z: int, norm: int | None) -> bool:
+        conv = child(unit, step.conv)
+        weight, stride = held(conv, "weight"), conv.stride
+        if held(conv, "bias") is not None or type(stride) is not tuple or len(stride) != 2:
             return False
-        parameters = held(conv, "weight"), held(bn, "weight"), held(bn, "bias")
-        if held(conv, "bias") is not None or not all(each is None or each.requires_grad for each in parameters):
+        if not weight.requires_grad or weight.device != self._like.device:
+            return False
+        if not self._casts and weight.dtype != self._like.dtype:
+            return False
+        images, _, height, width = self._shapes[step.x]
+        size = -(-height // stride[0]), -(-width // stride[1])
+        self._shapes[z] = (images, conv.out_channels, *size)
+        prologue, geometry = _or_none(step.prologue), (stride, conv.groups)
+        if norm is None:
+            self.steps.append(Conv(step.x, prologue, self._place(weight), *geometry, z))
+            return True
+        bn = child(unit, step.norm)
+        parameters = held(bn, "weight"), held(bn, "bias")
+        if not all(each is None or each.requires_grad for each in parameters) or images * size[0] * size[1] == 1:
             return False
         if not batch_norm.uses_batch_statistics(bn) or batch_norm.is_shared(bn):
             return False
-        images, _, height, width = self._shapes[step.x]
-        size = tuple(-(-each // stride) for each, stride in zip((height, width), conv.stride, strict=True))
-        if images * size[0] * size[1] == 1:
-            return False
-        self._shapes[z] = (images, conv.out_channels, *size)
-        weight, gamma, beta = (None if each is None else self._place(each) for each in parameters)
-        prologue, geometry = _or_none(step.prologue), (conv.stride, conv.groups)
-        running = batch_norm.running(bn, self.values[0].device)
-        made = ConvNorm(step.x, prologue, weight, gamma, beta, bn.eps, running, *geometry, z, norm)  # type: ignore[arg-type]
+        gamma, beta = (None if each is None else self._place(each) for each in parameters)
+        running = batch_norm.running(bn, self._like.device)
+        made = ConvNorm(step.x, prologue, self._place(weight), gamma, beta, bn.eps, running, *geometry, z, norm)
         self.steps.append(made)
         self._norms.append((bn, made))
         return True

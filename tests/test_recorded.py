@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnext import ResNet50Fused, fuse_, recorded, use_backend
+from resnext import ResNet50Fused, fuse_, recorded, unfuse_, use_backend
 from resnext.kernels import dispatch
 from resnext.kernels.block import Scaled, _add, _own
 
@@ -72,13 +72,9 @@ def test_the_same_bits_in_autocast(case, one_by_one):
     assert_equal(cast(block, case.images()), one_by_one(cast, other, case.images()))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_stem_and_blocks_of_a_network_are_nodes(autocast):
-    """Its stem too, whose input needs no gradient, and is of another dtype in autocast."""
-    model = ResNet50Fused(num_classes=3)
+def nodes(out: Tensor) -> dict[str, int]:
+    """How many nodes of each kind are behind ``out``."""
     counts = {"_BlockBackward": 0}
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(torch.randn(2, 3, 32, 32))
     seen, waiting = set(), [out.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -88,6 +84,16 @@ def test_stem_and_blocks_of_a_network_are_nodes(autocast):
         name = type(node).__name__
         counts[name] = counts.get(name, 0) + 1
         waiting += [each for each, _ in node.next_functions]
+    return counts
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_stem_and_blocks_of_a_network_are_nodes(autocast):
+    """Its stem too, whose input needs no gradient, and is of another dtype in autocast."""
+    model = ResNet50Fused(num_classes=3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(torch.randn(2, 3, 32, 32))
+    counts = nodes(out)
     assert counts["_BlockBackward"] == 17
     assert not [name for name in counts if "ConvNorm" in name or "AffineAddRelu" in name]
 
@@ -255,6 +261,69 @@ class Broadcast(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         return torch.relu(self.bn(self.conv(x)) + shortcut)
+
+
+class Attended(nn.Module):
+    """A block with an attention, behind the second convolution as in RegNet or the third as in SE-ResNeXt."""
+
+    def __init__(self, last: bool, projects: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Sigmoid())
+        self.shortcut = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)) if projects else None
+        self.last = last
+        fuse_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out = torch.relu(self.bn2(self.conv2(out)))
+        if not self.last:
+            out = out * self.attention(out)
+        out = self.bn3(self.conv3(out))
+        if self.last:
+            out = out * self.attention(out)
+        return torch.relu(out + (x if self.shortcut is None else self.shortcut(x)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_blocks_with_an_attention_are_nodes_around_it(last, projects, autocast, one_by_one):
+    block = Attended(last, projects)
+    other = copy.deepcopy(block)
+    x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+
+    def results(block: nn.Module) -> Results:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = (x.bfloat16() if autocast else x).requires_grad_()
+            out = block(y)
+        assert nodes(out)["_BlockBackward"] == (0 if block is other else 1 if last and not projects else 2)
+        out.float().square().sum().backward()
+        return {"out": out.detach(), "x": y.grad, **{n: p.grad for n, p in block.named_parameters()}, **buffers(block)}
+
+    got, expected = results(block), one_by_one(results, other)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():  # gradients are added up in another order
+        torch.testing.assert_close(got[name], value, rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
+
+
+def test_a_value_that_is_needed_twice_ends_no_segment():
+    """The raw output and the affine of a norm go to a sum behind a module that is called."""
+
+    class Pooled(Attended):
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.relu(self.bn1(self.conv1(x)))
+            out = self.bn2(self.conv2(out))
+            shortcut = self.attention[0](x)
+            return torch.relu(out + self.shortcut(shortcut).expand_as(out))
+
+    block = Pooled(False, True)
+    other = copy.deepcopy(block)
+    unfuse_(other)
+    x = torch.randn(2, 16, 6, 6)
+    torch.testing.assert_close(block(x), other(x))
 
 
 def test_shortcuts_of_other_shapes(one_by_one):
