@@ -66,6 +66,11 @@ class ConvNorm(NamedTuple):
     z: int
     norm: int
 
+    @property
+    def result(self) -> int:
+        """The place that backward starts from."""
+        return self.z
+
     def forward(self, values: Values) -> tuple[bool, Saved]:
         """Run the step on ``values``; returns whether results are channels_last, and what `backward` needs of them."""
         x, parameter, gamma, beta = values[self.x], values[self.weight], _at(values, self.gamma), _at(values, self.beta)
@@ -120,6 +125,11 @@ class Conv(NamedTuple):
     groups: int
     z: int
 
+    @property
+    def result(self) -> int:
+        """As of `ConvNorm`."""
+        return self.z
+
     def forward(self, values: Values) -> tuple[bool, Saved]:
         """As of `ConvNorm`."""
         x = values[self.x]
@@ -150,6 +160,11 @@ class AddRelu(NamedTuple):
     residual_norm: int | None
     keeps_result: bool
     out: int
+
+    @property
+    def result(self) -> int:
+        """As of `ConvNorm`."""
+        return self.out
 
     def forward(self, values: Values) -> tuple[bool, Saved]:
         """As of `ConvNorm`."""
@@ -198,6 +213,11 @@ class MaxPool(NamedTuple):
     z: int
     norm: int
     out: int
+
+    @property
+    def result(self) -> int:
+        """As of `ConvNorm`."""
+        return self.out
 
     def forward(self, values: Values) -> tuple[bool, Saved]:
         """As of `ConvNorm`."""
@@ -362,9 +382,12 @@ def _gradients(ctx: Any, dout: Tensor) -> list[Tensor | None]:
     gradients[ctx.result] = dout
     with torch._C._AutoDispatchBelowAutograd():
         for step, channels_last, places in reversed(ctx.made):
+            if gradients[step.result] is None:
+                continue  # of what the result does not depend on
             saved = [None if place is None else tensors[place] for place in places]
             step.backward(channels_last, saved, gradients, wanted)
         found = []
         for place, wants, tensor in zip(ctx.given, needed, tensors, strict=False):
-            found.append(gradients[place].to(tensor.dtype) if wants else None)
+            gradient = gradients[place] if wants else None
+            found.append(None if gradient is None else gradient.to(tensor.dtype))
     return found

@@ -309,6 +309,23 @@ def test_blocks_with_an_attention_are_nodes_around_it(last, projects, autocast, 
         torch.testing.assert_close(got[name], value, rtol=2e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
 
 
+def test_a_branch_that_nothing_depends_on_has_no_gradient(one_by_one):
+    class Forgotten(Attended):
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.relu(self.bn1(self.conv1(x)))
+            torch.relu(self.bn3(self.conv3(out)))
+            return torch.relu(self.bn2(self.conv2(out)))
+
+    block = Forgotten(False, False)
+    other = copy.deepcopy(block)
+
+    def gradients(block: nn.Module) -> Results:
+        block(torch.ones(2, 16, 4, 4)).square().sum().backward()
+        return {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+
+    assert_equal(gradients(block), one_by_one(gradients, other))
+
+
 def test_a_value_that_is_needed_twice_ends_no_segment():
     """The raw output and the affine of a norm go to a sum behind a module that is called."""
 
