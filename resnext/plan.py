@@ -196,7 +196,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
 
 
 def _segments(program: Program) -> dict[int, Segment]:
-    """The longest segments, from the first step on."""
+    """The shortest segments, from the first step on: what is kept for backward is freed segment by segment."""
     found: dict[int, Segment] = {}
     position = 0
     while position < len(program.steps):
@@ -210,7 +210,6 @@ def _segments(program: Program) -> dict[int, Segment]:
 def _segment(program: Program, start: int) -> Segment | None:
     steps = [step for step, _ in program.steps]
     needed = set(Node("output", "", (program.output,)).refs)
-    found = None
     affines, writes, reads = {NONE}, set[int](), list[int]()
     for end, step in enumerate(steps[start:], start + 1):
         if isinstance(step, Call | ConvAffine) or not affines.issuperset(_reads_affines(step)):
@@ -219,9 +218,9 @@ def _segment(program: Program, start: int) -> Segment | None:
         if isinstance(step, ConvStats) and step.norm:
             affines.add(step.affine)
         elif not writes & needed.union(*map(_reads, steps[end:])) and (end - start > 1 or isinstance(step, BlockEnd)):
-            found = Segment(tuple(steps[start:end]), tuple(dict.fromkeys(reads)))
+            return Segment(tuple(steps[start:end]), tuple(dict.fromkeys(reads)))
         writes.update(_writes(step))
-    return found
+    return None
 
 
 @dataclass

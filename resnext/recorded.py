@@ -79,6 +79,8 @@ class _Assembled:
             return self._add_conv(unit, step, step.out, step.affine if step.norm else None)
         if isinstance(step, Pool):
             self.steps.append(MaxPool(step.z, step.affine, step.out))
+            images, channels, height, width = shapes[step.z]
+            shapes[step.out] = (images, channels, (height + 1) // 2, (width + 1) // 2)
             return True
         if isinstance(step, Activation):
             self.steps.append(AddRelu(step.z, step.affine, None, None, True, step.out))

@@ -263,6 +263,14 @@ class Broadcast(nn.Module):
         return torch.relu(self.bn(self.conv(x)) + shortcut)
 
 
+def test_a_whole_network_is_not_one_node():
+    """Recorded as one module, it would keep all activations until its last gradient."""
+    model = torch.fx.symbolic_trace(unfuse_(ResNet50Fused(num_classes=3)))
+    fuse_(model)
+    out = model(torch.randn(2, 3, 32, 32))
+    assert nodes(out)["_BlockBackward"] == 17
+
+
 class Attended(nn.Module):
     """A block with an attention, behind the second convolution as in RegNet or the third as in SE-ResNeXt."""
 
