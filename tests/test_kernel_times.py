@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import kernel_times
 
+from resnext.blocks import BasicBlock
 from resnext.kernels.launch import Launch
 
 
@@ -81,6 +82,16 @@ def test_launches_are_watched():
     assert (record["name"], record["bytes"], record["programs"]) == ("kernel", 4 * 8 * 4 + 2 * 2, 7)
     assert record["shapes"] == {"x_ptr": [4, 8], "again_ptr": [4, 8], "y_ptr": [2]}
     assert record["constants"] == {"BLOCK": 16}
+
+
+def test_a_profiler_that_calls_do_not_notice():
+    """A block in training is one node, as without it."""
+    block = BasicBlock(8, 8)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    with kernel_times.unnoticed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert type(block(x).grad_fn).__name__ == "_BlockBackward"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert type(block(x).grad_fn).__name__ != "_BlockBackward"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
