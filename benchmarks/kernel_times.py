@@ -26,9 +26,9 @@ import model
 import networks
 import torch
 from command_line import Parser
+from profiling import unnoticed
 from roofline import measure_roofline
 
-from resnext.kernels import calls
 from resnext.kernels.launch import Launch
 
 SMALL = 2  # Images of the step that shows what the host takes.
@@ -60,17 +60,6 @@ def recorded(launches: list[Record]) -> Iterator[None]:
         yield
     finally:
         Launch.__call__ = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def unnoticed() -> Iterator[None]:
-    """Let calls go as they go without a profiler, to which operators would show themselves one by one."""
-    original = calls._profiled
-    calls._profiled = lambda: False
-    try:
-        yield
-    finally:
-        calls._profiled = original
 
 
 def profiled(step: Callable[[], object]) -> list[Record]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from profiling import unnoticed
 
 
 class Memory(NamedTuple):
@@ -44,7 +45,7 @@ def _measure_cuda(call: Callable[[], object], device: torch.device) -> Memory:
 
 def _measure_cpu(call: Callable[[], object]) -> Memory:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else reports its own stages
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+    with unnoticed(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = call()
     del result
     now = peak = 0

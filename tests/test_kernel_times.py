@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import kernel_times
+from profiling import unnoticed
 
 from resnext.blocks import BasicBlock
 from resnext.kernels.launch import Launch
@@ -88,7 +89,7 @@ def test_a_profiler_that_calls_do_not_notice():
     """A block in training is one node, as without it."""
     block = BasicBlock(8, 8)
     x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    with kernel_times.unnoticed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+    with unnoticed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert type(block(x).grad_fn).__name__ == "_BlockBackward"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         assert type(block(x).grad_fn).__name__ != "_BlockBackward"
