@@ -3,7 +3,8 @@
 *Moments* of some values are (count, mean, m2), where m2 is the sum of (value - mean)^2. Kernels collect moments lane by
 lane, merge them over their rows once at their end and store them as one row of float32 partials (rows, 3, channels);
 `merge_partials` merges the rows in a fixed order, as `sum_partials` does with partials that are sums. No sum of squares
-is ever subtracted from another.
+is ever subtracted from another. Where a batch norm is made of the statistics, its vectors and running statistics come
+from the same launch; gradients of vectors may stay `PartialSums` for the launch that goes on with them.
 
 Sources: Welford (1962); Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
 variances" (1979).
@@ -310,7 +311,10 @@ _MOST_SHARES = 128  # rows that the first launch leaves for the second
 _KERNELS = {"merge": merge_partials_kernel, "sum": sum_partials_kernel}
 _SUMS = ("first_ptr", "second_ptr", "third_ptr")
 # Arguments that may be None, and numbers that only go with some of those.
-_OPTIONAL = {"merge": merge_partials_kernel.arg_names[1:12], "sum": _SUMS}
+_OPTIONAL = {
+    "merge": [name for name in merge_partials_kernel.arg_names if name.endswith("_ptr") and name != "partials_ptr"],
+    "sum": _SUMS,
+}
 _NUMBERS = {"merge": {"origin_step": 0, "eps": 0.0, "momentum": 0.0}, "sum": {}}
 
 
