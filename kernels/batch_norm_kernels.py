@@ -4,7 +4,14 @@ import triton
 import triton.language as tl
 
 from .grouped_conv_tiles import aligned
-from .statistics import add_to_moments, column_sums, inverse_deviation, merge_moments, store_moments
+from .statistics import (
+    add_to_moments,
+    column_sums,
+    inverse_deviation,
+    merge_moments,
+    store_affine,
+    store_moments,
+)
 
 
 @triton.jit
@@ -284,14 +291,8 @@ def bn_affine_kernel(
     """The vectors of the affine that is a batch norm."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = channel < channels
-    scale = inverse_deviation(tl.load(var_ptr + channel, mask=mask, other=1.0), eps)
-    shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    if gamma_ptr is not None:
-        scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    if beta_ptr is not None:
-        shift = tl.load(beta_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    tl.store(scale_ptr + channel, scale, mask=mask)
-    tl.store(shift_ptr + channel, shift, mask=mask)
+    var = tl.load(var_ptr + channel, mask=mask, other=1.0)
+    store_affine(var, eps, gamma_ptr, beta_ptr, scale_ptr, shift_ptr, channel, mask)
 
 
 @triton.jit

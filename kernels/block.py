@@ -21,7 +21,7 @@ from .config import Norm, Running
 from .fused import affine_add_relu, affine_relu_max_pool, conv_norm, conv_stats
 from .fused_checks import check_conv
 from .fused_conv_ops import CONV_STATS, compute_conv_norm, conv_stats_gradients
-from .fused_ops import AFFINE_ADD_RELU, POOL, POOL_BWD, affine_add_relu_gradients, compute_bn_affine_bwd
+from .fused_ops import AFFINE_ADD_RELU, POOL, POOL_BWD, affine_add_relu_gradients, compute_bn_affine_bwd, multiplied
 from .operators import through_formula
 
 Values = list[Any]
@@ -276,7 +276,7 @@ def _own(gradients: Values, place: int) -> Tensor | None:
     """The gradient at a place, if there is one, in memory that nothing else refers to."""
     held = gradients[place]
     if isinstance(held, Scaled):
-        return (held.gradient * held.scale[:, None, None]).to(held.gradient.dtype)
+        return multiplied(*held)
     if held is not None and any(isinstance(each, Scaled) and each.gradient is held for each in gradients):
         return held.clone()
     return held
@@ -287,7 +287,7 @@ def _add(gradients: Values, place: int, gradient: Tensor | Scaled) -> None:
         gradients[place] = gradient
         return
     if isinstance(gradient, Scaled):
-        gradient = (gradient.gradient * gradient.scale[:, None, None]).to(gradient.gradient.dtype)
+        gradient = multiplied(*gradient)
     gradients[place] = _own(gradients, place).add_(gradient)  # type: ignore[union-attr]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from . import checks, composed, dispatch, reference
 from .config import Norm
-from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, compute_bn_affine, vector_like
+from .fused_ops import affine_of, bn_affine_formula, bn_affine_gradients, compute_bn_affine, multiplied, vector_like
 from .operators import DIMS, Operator, if_wanted, or_empty, through_formula
 from .ops import dense, dense_weight, empty, is_dense
 
@@ -107,7 +107,7 @@ def conv_stats_gradients(
         if getattr(launchers, "scales", False):
             also["grad_scale"] = grad_scale
         else:
-            dz = (dz * grad_scale[:, None, None]).to(dz.dtype)
+            dz = multiplied(dz, grad_scale)
     if onto is not None and channels_last and getattr(launchers, "adds", False) and is_dense(onto, True):
         also["onto"] = onto
     dx, *others = launchers.conv_stats_bwd(dz, source, *arguments, tuple(wanted), **also)

@@ -155,6 +155,11 @@ def _laid_out(x, channels_last):
     return x.clone(memory_format=checks.memory_format(channels_last))
 
 
+def multiplied(gradient: Tensor, scale: Tensor) -> Tensor:
+    """A gradient times a vector over its channels, of the gradient's dtype."""
+    return (gradient * scale[:, None, None]).to(gradient.dtype)
+
+
 def vector_like(like: Tensor, size: int) -> Tensor:
     """A vector over the channels of ``like``, or of as many others."""
     return like.new_empty(size, dtype=checks.vector_dtype(like.dtype))

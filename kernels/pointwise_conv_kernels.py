@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .grouped_conv_fusion import affine, fold_center, load_vector, relu
 from .grouped_conv_tiles import aligned, dot
-from .statistics import add_to_moments, halves, merge_moments, rounded, store_moments
+from .statistics import add_pixels_to_moments, merge_moments, rounded, store_moments
 
 
 @triton.jit
@@ -198,10 +198,7 @@ def pointwise_conv_fwd_kernel(
                 acc = dot(a, weights[k], acc, PRECISION)
             y = finish_pixels(acc, y_pointers, pixel, mask_m, channel_n, mask_n, out_channels, RELU, ASSEMBLY)
             if partials_ptr is not None:
-                # Two rows that one thread holds: they share a lane.
-                values, masks = halves(y.to(tl.float32)), halves(mask_m[:, None])
-                masks = (tl.reshape(masks[0], (BLOCK_M // 2,)), tl.reshape(masks[1], (BLOCK_M // 2,)))
-                counts, means, m2s = add_to_moments(counts, means, m2s, values, masks)
+                counts, means, m2s = add_pixels_to_moments(counts, means, m2s, y, mask_m)
         if partials_ptr is not None:
             count, mean, m2 = merge_moments(counts[:, None], means, m2s)
             store_moments(partials_ptr, walker, out_channels, channel_n, mask_n, count, mean, m2)

@@ -78,6 +78,18 @@ def add_to_moments(count, mean, m2, values, masks):
 
 
 @triton.jit
+def add_pixels_to_moments(count, mean, m2, values, mask):
+    """`add_to_moments` of a tile [M, N] of a matrix product, in the rows `mask` [M]; lanes [M/2] have two rows each.
+
+    Those are two that one thread holds.
+    """
+    rows: tl.constexpr = values.shape[0] // 2
+    masks = halves(mask[:, None])
+    masks = (tl.reshape(masks[0], (rows,)), tl.reshape(masks[1], (rows,)))
+    return add_to_moments(count, mean, m2, halves(values.to(tl.float32)), masks)
+
+
+@triton.jit
 def merge_moments(count, mean, m2):
     """Merge the rows of `mean` and `m2` [M, N], `count` [M, N] or [M, 1], into moments [N] (count may be [1])."""
     total = tl.sum(count, axis=0)
@@ -152,14 +164,7 @@ def merge_partials_kernel(
         tl.store(mean_ptr + channel, mean_c, mask=mask_c)
         tl.store(var_ptr + channel, var_c, mask=mask_c)
         if scale_ptr is not None:
-            scale = inverse_deviation(var_c, eps)
-            shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
-            if gamma_ptr is not None:
-                scale *= tl.load(gamma_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
-            if beta_ptr is not None:
-                shift = tl.load(beta_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
-            tl.store(scale_ptr + channel, scale, mask=mask_c)
-            tl.store(shift_ptr + channel, shift, mask=mask_c)
+            store_affine(var_c, eps, gamma_ptr, beta_ptr, scale_ptr, shift_ptr, channel, mask_c)
         if running_mean_ptr is not None:
             running_mean = tl.load(running_mean_ptr + channel, mask=mask_c, other=0.0)
             running_var = tl.load(running_var_ptr + channel, mask=mask_c, other=0.0)
@@ -173,6 +178,19 @@ def merge_partials_kernel(
 def inverse_deviation(var, eps):
     """1 / sqrt(var + eps), each step rounded to nearest."""
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+
+@triton.jit
+def store_affine(var, eps, gamma_ptr, beta_ptr, scale_ptr, shift_ptr, channel, mask):
+    """Store scale and shift of the affine that is a batch norm with the variances `var` of `channel`, both [N]."""
+    scale = inverse_deviation(var, eps)
+    shift = tl.zeros(channel.shape, dtype=tl.float32)
+    if gamma_ptr is not None:
+        scale *= tl.load(gamma_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    if beta_ptr is not None:
+        shift = tl.load(beta_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    tl.store(scale_ptr + channel, scale, mask=mask)
+    tl.store(shift_ptr + channel, shift, mask=mask)
 
 
 def merge_partials(partials: Tensor, norm: Norm | None = None, origin: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from .grouped_conv_fusion import affine
 from .grouped_conv_tiles import dot, zero_tiles
 from .pointwise_conv_kernels import finish_pixels, load_gradient_affine
-from .statistics import add_to_moments, halves, merge_moments, store_moments
+from .statistics import add_pixels_to_moments, merge_moments, store_moments
 
 
 @triton.jit
@@ -147,9 +147,7 @@ def stem_conv_fwd_kernel(
         y_pointers = (y_ptr, y_scale_ptr, y_shift_ptr, residual_ptr)
         y = finish_pixels(acc, y_pointers, pixel, mask_m, channel, mask_n, out_channels, RELU, ASSEMBLY)
         if partials_ptr is not None:
-            values, masks = halves(y.to(tl.float32)), halves(mask_m[:, None])
-            masks = (tl.reshape(masks[0], (BLOCK_M // 2,)), tl.reshape(masks[1], (BLOCK_M // 2,)))
-            counts, means, m2s = add_to_moments(counts, means, m2s, values, masks)
+            counts, means, m2s = add_pixels_to_moments(counts, means, m2s, y, mask_m)
     if partials_ptr is not None:
         count, mean, m2 = merge_moments(counts[:, None], means, m2s)
         store_moments(partials_ptr, walker, out_channels, channel, mask_n, count, mean, m2)
