@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "launch.h"
 
@@ -16,6 +17,13 @@ template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T values[kWidth];
 };
+
+// A pointer `bytes` further, which are not negative.
+template <typename T>
+__device__ __forceinline__ T* from(T* base, int bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + static_cast<uint32_t>(bytes));
+}
 
 template <int kWidth, typename T>
 __device__ __forceinline__ Vector<T, kWidth> load(const T* elements) {
@@ -60,9 +68,11 @@ struct Activation {
     return static_cast<T>(relu(affine(static_cast<float>(value), c)));
   }
 
-  // A gradient that reaches the activation goes on to where this is not zero: NaN passes.
-  __device__ __forceinline__ bool passes(T value, int c) const {
-    return !(static_cast<float>((*this)(value, c)) <= 0.0f);
+  // A gradient that reaches the activation goes on to where this is not zero: NaN passes. What rounds to zero is at
+  // most half of the least number of T.
+  __device__ __forceinline__ bool passes(float value, int c) const {
+    constexpr float kZero = std::is_same_v<T, Half> ? 0x1p-25f : std::is_same_v<T, BFloat16> ? 0x1p-134f : 0.0f;
+    return !(affine(value, c) <= kZero);
   }
 };
 
@@ -86,14 +96,56 @@ struct StatisticsGradient {
 };
 
 // Running totals of a thread, per channel. merge() adds those of a later part of the data, in a fixed order; store()
-// writes one split's totals, as planes (split, channel) of the partial results that reduce.cuh brings together.
-struct NoTotals {};
+// writes one split's totals, as planes (split, channel) of the partial results that reduce.cuh brings together. Step:
+// what is not in the totals yet, of moments only.
+struct NoTotals {
+  struct Step {};
+};
 
 template <int kChannels>
 struct Moments {
   static constexpr int kPlanes = 3;
 
+  // Sums about the totals' mean as it is, with half of add()'s instructions; closed after a few values. Totals of
+  // nothing take begin() first, with any of the values: far from zero sums about zero would cancel.
+  struct Step {
+    float sums[kChannels], squares[kChannels];
+
+    __device__ __forceinline__ void add(const float (&values)[kChannels], const Moments& totals) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const float delta = values[c] - totals.mean[c];
+        sums[c] += delta;
+        squares[c] = fmaf(delta, delta, squares[c]);
+      }
+    }
+  };
+
   float count, mean[kChannels], squares[kChannels];  // squares: sum of (value - mean)^2
+
+  __device__ __forceinline__ bool empty() const { return count == 0.0f; }
+
+  __device__ __forceinline__ void begin(const float (&values)[kChannels]) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      mean[c] = values[c];
+    }
+  }
+
+  // `values`: how many there were of every channel.
+  __device__ __forceinline__ void close(const Step& step, int values) {
+    if (values == 0) {
+      return;
+    }
+    count += static_cast<float>(values);
+    const float weight = 1.0f / count;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const float shift = step.sums[c] * weight;
+      mean[c] += shift;
+      squares[c] += fmaf(-step.sums[c], shift, step.squares[c]);
+    }
+  }
 
   // Welford's update with one value of every channel.
   __device__ __forceinline__ void add(const float (&values)[kChannels]) {
@@ -137,6 +189,8 @@ struct Moments {
 template <int kChannels, int kSums>
 struct Sums {
   static constexpr int kPlanes = kSums;
+
+  struct Step {};
 
   float sums[kSums][kChannels];
 

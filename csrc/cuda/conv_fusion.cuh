@@ -1,9 +1,14 @@
 // What a convolution kernel does besides convolving, as a policy of the kernel. A fusion has
 //
-//   Prologue   what happens to 8 neighbouring channels of the source once they are staged; constructed from the member
-//              `prologue` where that is given. void: nothing, and no code for it
-//   Epilogue   what happens to kWidth neighbouring channels of a result before they are rounded and stored
+//   Prologue   what happens to 8 neighbouring channels of the source once they are staged, where the member `prologue` is
+//              given. void: nothing, and no code for it
+//   Epilogue   what happens to kWidth neighbouring channels of a result, whose place is so many elements, and bytes, from
+//              the element that begin() was told: load_at() reads what else is needed there, ahead of the products;
+//              operator() is called before they are rounded and stored, stored() after
 //   Totals     what the epilogue sums up, for the kernel to merge and write to `partial`; NoTotals: nothing
+//
+// A prologue has kVectors numbers per channel, which vectors() computes once per block and shared memory keeps, 8 of the
+// first, 8 of the second and so on; and, kCompanion, a second tensor, staged beside the source.
 #pragma once
 
 #include "batch_norm.cuh"
@@ -12,71 +17,182 @@ namespace resnext::cuda {
 
 constexpr int kGranule = 8;  // channels of 16 bits that are staged at once
 
+struct alignas(16) Granule {
+  uint32_t pairs[kGranule / 2];
+};
+
+template <int kVectors>
+struct GranuleVectors {
+  float values[kVectors][kGranule];
+
+  __device__ __forceinline__ explicit GranuleVectors(const float* shared) {
+#pragma unroll
+    for (int i = 0; i < kVectors * kGranule; i += 4) {
+      const auto four = load<4>(shared + i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        values[i / kGranule][i % kGranule + e] = four.values[e];
+      }
+    }
+  }
+};
+
 // round(relu(affine(x))); padding stays zero, as it is never passed through.
 template <typename T>
 struct ActivationPrologue {
-  Activation<T, kGranule> activation;
+  using Source = Affine;
+  static constexpr bool kCompanion = false;
+  static constexpr int kVectors = 3;
 
-  __device__ __forceinline__ ActivationPrologue(const Affine& affine, int64_t channel) : activation(affine, channel) {}
+  GranuleVectors<kVectors> of;  // center, scale, shift
 
-  __device__ __forceinline__ Vector<T, kGranule> operator()(Vector<T, kGranule> x, int64_t) const {
+  __device__ __forceinline__ explicit ActivationPrologue(const float* shared) : of(shared) {}
+
+  __device__ static void vectors(const Affine& affine, int64_t channel, float (&vectors)[kVectors]) {
+    const AffineChannels<1> one(affine, channel);
+    vectors[0] = one.center[0];
+    vectors[1] = one.scale[0];
+    vectors[2] = one.shift[0];
+  }
+
+  __device__ __forceinline__ Granule operator()(const Granule& x, const Granule&) const {
+    Granule result;
 #pragma unroll
-    for (int c = 0; c < kGranule; ++c) {
-      x.values[c] = activation(x.values[c], c);
+    for (int i = 0; i < kGranule / 2; ++i) {
+      float values[2];
+      unpack2<T>(x.pairs[i], values[0], values[1]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = 2 * i + e;
+        values[e] = fmaf(of.values[1][c], values[e] - of.values[0][c], of.values[2][c]);
+      }
+      result.pairs[i] = pack2_relu<T>(values[0], values[1]);
     }
-    return x;
+    return result;
   }
 };
 
 // dz with what comes through the statistics of z.
 template <typename T>
 struct StatisticsPrologue {
-  StatisticsGradient<T, kGranule> gradient;
-  const T* z;
+  using Source = StatisticsGradients;
+  static constexpr bool kCompanion = true;
+  static constexpr int kVectors = 3;
 
-  __device__ __forceinline__ StatisticsPrologue(const StatisticsGradients& statistics, int64_t channel)
-      : gradient(statistics, channel), z(static_cast<const T*>(statistics.z)) {}
+  GranuleVectors<kVectors> of;  // mean, offset, slope
 
-  __device__ __forceinline__ Vector<T, kGranule> operator()(Vector<T, kGranule> dz, int64_t element) const {
-    const auto raw = load<kGranule>(z + element);
+  __device__ __forceinline__ explicit StatisticsPrologue(const float* shared) : of(shared) {}
+
+  __device__ static void vectors(const StatisticsGradients& statistics, int64_t channel, float (&vectors)[kVectors]) {
+    const StatisticsGradient<T, 1> one(statistics, channel);
+    vectors[0] = one.mean[0];
+    vectors[1] = one.offset[0];
+    vectors[2] = one.slope[0];
+  }
+
+  __device__ __forceinline__ Granule operator()(const Granule& dz, const Granule& z) const {
+    Granule result;
 #pragma unroll
-    for (int c = 0; c < kGranule; ++c) {
-      dz.values[c] = gradient(dz.values[c], raw.values[c], c);
+    for (int i = 0; i < kGranule / 2; ++i) {
+      float values[2], raw[2];
+      unpack2<T>(dz.pairs[i], values[0], values[1]);
+      unpack2<T>(z.pairs[i], raw[0], raw[1]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = 2 * i + e;
+        values[e] = fmaf(of.values[2][c], raw[e] - of.values[0][c], values[e] + of.values[1][c]);
+      }
+      result.pairs[i] = pack2<T>(values[0], values[1]);
     }
-    return dz;
+    return result;
   }
 };
 
-// The plain convolution: + bias.
+// The numbers of `Prologue` for channels first, first + 1, ..., first + count - 1 of a tensor of `channels` channels, by
+// all threads of the block.
+template <typename Prologue>
+__device__ __forceinline__ void fill_vectors(const typename Prologue::Source& source, int first, int count, int channels,
+                                             float* shared) {
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    float vectors[Prologue::kVectors] = {};
+    if (first + c < channels) {
+      Prologue::vectors(source, first + c, vectors);
+    }
+#pragma unroll
+    for (int v = 0; v < Prologue::kVectors; ++v) {
+      shared[(c / kGranule * Prologue::kVectors + v) * kGranule + c % kGranule] = vectors[v];
+    }
+  }
+}
+
+template <typename Prologue>
+constexpr int kVectorBytes = Prologue::kVectors * static_cast<int>(sizeof(float));  // per channel
+template <>
+inline constexpr int kVectorBytes<void> = 0;
+
+template <typename Prologue>
+constexpr bool kHasCompanion = Prologue::kCompanion;
+template <>
+inline constexpr bool kHasCompanion<void> = false;
+
+struct Nothing {};
+
+// The plain convolution.
+template <typename T>
+struct PlainFusion {
+  using Prologue = void;
+  template <int kWidth>
+  using Totals = NoTotals;
+
+  template <int kWidth>
+  struct Epilogue {
+    using Loaded = Nothing;
+
+    __device__ __forceinline__ Epilogue(const PlainFusion&, int64_t) {}
+    __device__ __forceinline__ void begin(int64_t) {}
+    __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
+    __device__ __forceinline__ void operator()(float (&)[kWidth], const Loaded&, int, int, NoTotals&) const {}
+    __device__ __forceinline__ void stored(const float (&)[kWidth], NoTotals&, NoTotals::Step&) const {}
+  };
+};
+
+// + bias.
 template <typename T>
 struct BiasFusion {
   using Prologue = void;
   template <int kWidth>
   using Totals = NoTotals;
 
-  const T* bias;  // null: none
+  const T* bias;
 
   template <int kWidth>
   struct Epilogue {
+    using Loaded = Nothing;
+
     float shift[kWidth];
 
     __device__ __forceinline__ Epilogue(const BiasFusion& fusion, int64_t channel) {
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        shift[c] = fusion.bias != nullptr ? static_cast<float>(fusion.bias[channel + c]) : 0.0f;
+        shift[c] = static_cast<float>(fusion.bias[channel + c]);
       }
     }
 
-    __device__ __forceinline__ void operator()(float (&values)[kWidth], int64_t, NoTotals&) const {
+    __device__ __forceinline__ void begin(int64_t) {}
+    __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
+
+    __device__ __forceinline__ void operator()(float (&values)[kWidth], const Loaded&, int, int, NoTotals&) const {
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         values[c] += shift[c];
       }
     }
+
+    __device__ __forceinline__ void stored(const float (&)[kWidth], NoTotals&, NoTotals::Step&) const {}
   };
 };
 
-// Inference: relu?(affine(result) + residual).
+// Inference: relu?(affine(result) + residual); the affine has no center.
 template <typename T>
 struct AffineFusion {
   using Prologue = void;
@@ -89,24 +205,40 @@ struct AffineFusion {
 
   template <int kWidth>
   struct Epilogue {
-    AffineChannels<kWidth> affine;
+    using Loaded = Nothing;  // a residual is rare here
+
+    float scale[kWidth], shift[kWidth];
     const T* residual;
     bool with_relu;
+    int64_t first;
 
     __device__ __forceinline__ Epilogue(const AffineFusion& fusion, int64_t channel)
-        : affine(fusion.affine, channel), residual(fusion.residual), with_relu(fusion.with_relu) {}
+        : residual(fusion.residual), with_relu(fusion.with_relu) {
+      const AffineChannels<kWidth> affine(fusion.affine, channel);
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        scale[c] = affine.scale[c];
+        shift[c] = affine.shift[c];
+      }
+    }
 
-    __device__ __forceinline__ void operator()(float (&values)[kWidth], int64_t element, NoTotals&) const {
+    __device__ __forceinline__ void begin(int64_t element) { first = element; }
+    __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
+
+    __device__ __forceinline__ void operator()(float (&values)[kWidth], const Loaded&, int elements, int bytes,
+                                               NoTotals&) const {
       Vector<T, kWidth> added{};
       if (residual != nullptr) {
-        added = load<kWidth>(residual + element);
+        added = load<kWidth>(from(residual + first + elements, bytes));
       }
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const float value = affine(values[c], c) + static_cast<float>(added.values[c]);
+        const float value = fmaf(scale[c], values[c], shift[c]) + static_cast<float>(added.values[c]);
         values[c] = with_relu ? relu(value) : value;
       }
     }
+
+    __device__ __forceinline__ void stored(const float (&)[kWidth], NoTotals&, NoTotals::Step&) const {}
   };
 };
 
@@ -122,17 +254,21 @@ struct ForwardFusion {
 
   template <int kWidth>
   struct Epilogue {
+    using Loaded = Nothing;
+
     bool statistics;
 
     __device__ __forceinline__ Epilogue(const ForwardFusion& fusion, int64_t) : statistics(fusion.partial != nullptr) {}
 
-    __device__ __forceinline__ void operator()(float (&values)[kWidth], int64_t, Totals<kWidth>& totals) const {
-#pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        values[c] = static_cast<float>(static_cast<T>(values[c]));
-      }
+    __device__ __forceinline__ void begin(int64_t) {}
+    __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
+
+    __device__ __forceinline__ void operator()(float (&)[kWidth], const Loaded&, int, int, Totals<kWidth>&) const {}
+
+    __device__ __forceinline__ void stored(const float (&values)[kWidth], Totals<kWidth>& totals,
+                                           typename Totals<kWidth>::Step& step) const {
       if (statistics) {
-        totals.add(values);
+        step.add(values, totals);
       }
     }
   };
@@ -153,26 +289,37 @@ struct GradientFusion {
 
   template <int kWidth>
   struct Epilogue {
+    using Loaded = Vector<T, kWidth>;
+
     Activation<T, kWidth> activation;
-    const T* x;
+    const T *x, *first;
 
     __device__ __forceinline__ Epilogue(const GradientFusion& fusion, int64_t channel)
         : activation(fusion.affine, channel), x(fusion.partial != nullptr ? fusion.x : nullptr) {}
 
-    __device__ __forceinline__ void operator()(float (&values)[kWidth], int64_t element, Totals<kWidth>& totals) const {
+    __device__ __forceinline__ void begin(int64_t element) { first = held(x + element); }
+
+    __device__ __forceinline__ Loaded load_at(int elements, int bytes) const {
+      return x != nullptr ? load<kWidth>(from(first + elements, bytes)) : Loaded{};
+    }
+
+    __device__ __forceinline__ void operator()(float (&values)[kWidth], const Loaded& raw, int, int,
+                                               Totals<kWidth>& totals) const {
       if (x == nullptr) {
         return;
       }
-      const auto raw = load<kWidth>(x + element);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const float t = activation.passes(raw.values[c], c) ? values[c] : 0.0f;
-        const float centered = static_cast<float>(raw.values[c]) - activation.affine.center[c];
+        const float input = static_cast<float>(raw.values[c]);
+        const float t = activation.passes(input, c) ? values[c] : 0.0f;
         totals.sums[0][c] += t;
-        totals.sums[1][c] = fmaf(t, centered, totals.sums[1][c]);
+        totals.sums[1][c] = fmaf(t, input - activation.affine.center[c], totals.sums[1][c]);
         values[c] = activation.affine.scale[c] * t;
       }
     }
+
+    __device__ __forceinline__ void stored(const float (&)[kWidth], Totals<kWidth>&,
+                                           typename Totals<kWidth>::Step&) const {}
   };
 };
 

@@ -26,6 +26,10 @@ cudaError_t launch_conv(const GroupedConvShape& shape, Dtype dtype, const Contex
 
 cudaError_t launch_fwd(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
                        const void* weight, const void* bias, void* out) {
+  if (bias == nullptr) {
+    return launch_conv<Pass::kForward>(shape, dtype, context, x, weight, out, nullptr,
+                                       [](auto element) { return PlainFusion<decltype(element)>{}; });
+  }
   return launch_conv<Pass::kForward>(shape, dtype, context, x, weight, out, nullptr, [&](auto element) {
     using T = decltype(element);
     return BiasFusion<T>{static_cast<const T*>(bias)};
@@ -35,7 +39,7 @@ cudaError_t launch_fwd(const GroupedConvShape& shape, Dtype dtype, const Context
 cudaError_t launch_dgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
                          const void* weight, void* out) {
   return launch_conv<Pass::kDgrad>(shape, dtype, context, grad, weight, out, nullptr,
-                                   [](auto element) { return BiasFusion<decltype(element)>{nullptr}; });
+                                   [](auto element) { return PlainFusion<decltype(element)>{}; });
 }
 
 cudaError_t launch_conv_affine(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,

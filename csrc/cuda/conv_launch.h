@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 
 #include "direct_conv.cuh"
@@ -47,6 +48,7 @@ template <Pass kPass, int kStride, typename Fusion>
 std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& shape, const Device& device) {
   using Rows = RowAxis<kPass, kStride>;
   using Cols = ColAxis<kPass, kStride>;
+  using Prologue = typename Fusion::Prologue;
   constexpr int kResident = kConvBlocksPerMultiprocessor<kPass, kStride, Fusion>;
   const int group_width = static_cast<int>(shape.group_in());
   TensorCoreConvPlan plan{};
@@ -57,28 +59,34 @@ std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& 
                                                             : kPackedSlabChannels / group_width * group_width;
   problem.slabs = static_cast<int>(ceil_div(problem.channels, problem.slab_channels));
 
+  problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad);
+  if (problem.grid.all_steps > INT32_MAX) {
+    return std::nullopt;
+  }
+  const bool packed = group_width <= kTile;
+
   const int slab_tiles = problem.slab_channels / kTile;
   for (problem.part_tiles = std::min(slab_tiles, kMaxWarps); problem.part_tiles >= 1; problem.part_tiles /= 2) {
     problem.parts = static_cast<int>(ceil_div(slab_tiles, problem.part_tiles));
-    const int64_t blocks_per_unit = int64_t{problem.slabs} * problem.parts;
-    problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad, blocks_per_unit,
-                                               int64_t{device.multiprocessors} * kResident);
-    const int64_t rows_bytes =
-        int64_t{Rows::inputs + Rows::advance} * problem.grid.pixels * pixel_pitch(problem.slab_channels);
+    const int64_t blocks_per_split = int64_t{problem.slabs} * problem.parts;
+    const int64_t group_bytes = int64_t{Rows::advance} * problem.grid.pixels * pixel_pitch(problem.slab_channels);
     const int64_t weights_bytes =
-        group_width <= kTile ? 0
-                             : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize *
-                                   static_cast<int64_t>(sizeof(WeightTile));
-    plan.shared_bytes = weights_bytes + std::max<int64_t>(rows_bytes, problem.part_tiles * kStagedWeightBytes);
+        packed ? 0
+               : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize *
+                     static_cast<int64_t>(sizeof(WeightTile));
+    int64_t resident = 0;
+    std::tie(problem.prefetch, plan.shared_bytes, resident) = deepest_prefetch(device, kResident, [&](int prefetch) {
+      const int64_t rings_bytes = (prefetch + 2 + (kHasCompanion<Prologue> ? prefetch : 0)) * group_bytes;
+      return weights_bytes + problem.slab_channels * kVectorBytes<Prologue> +
+             std::max<int64_t>(rings_bytes, problem.part_tiles * kStagedWeightBytes);
+    });
     plan.threads = problem.part_tiles * kWarpSize;
-    const int64_t resident = resident_blocks(device, plan.shared_bytes, kResident);
-    if (resident == 0 || problem.slab_channels / 8 > plan.threads || problem.grid.units > INT32_MAX) {
+    if (resident == 0 || problem.slab_channels / kGranule > plan.threads) {
       continue;
     }
-    // One wave of blocks, so that each lays out its weights once.
-    problem.splits = static_cast<int>(
-        std::clamp<int64_t>(device.multiprocessors * resident / blocks_per_unit, 1, problem.grid.units));
-    plan.blocks = blocks_per_unit * problem.splits;
+    problem.splits =
+        static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
+    plan.blocks = blocks_per_split * problem.splits;
     return plan;
   }
   return std::nullopt;

@@ -67,7 +67,7 @@ cudaError_t launch_input_gradient(const GroupedConvShape& shape, Dtype dtype, co
   const ImageShape image = input_image(shape);
   float* const gradient = context.scratch.allocate_array<float>(image.elements());
   const cudaError_t error =
-      launch_direct_conv<T, Pass::kDgrad>(shape, context, dz, weight, gradient, BiasFusion<T>{nullptr});
+      launch_direct_conv<T, Pass::kDgrad>(shape, context, dz, weight, gradient, PlainFusion<T>{});
   return error != cudaSuccess
              ? error
              : launch_affine_add_relu_bwd(image, dtype, context, gradient, /*wide_dout=*/true, nullptr, x, prologue,

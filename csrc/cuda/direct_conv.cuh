@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
   if (!channel_valid) {
     return;
   }
-  const typename Fusion::template Epilogue<1> epilogue(fusion, channel);
+  typename Fusion::template Epilogue<1> epilogue(fusion, channel);
   NoTotals none;
 #pragma unroll
   for (int u = 0; u < kPixelsPerWarp; ++u) {
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
     if (pixel < shape.pixels) {
       const int64_t element = pixel * shape.out_channels + channel;
       float value[1] = {acc[u]};
-      epilogue(value, element, none);
+      epilogue.begin(element);
+      epilogue(value, epilogue.load_at(0, 0), 0, 0, none);
       out[element] = static_cast<Out>(value[0]);
     }
   }

@@ -15,7 +15,7 @@ namespace resnext::cuda {
 
 constexpr int kDirectWgradWarps = 8;
 
-// partial (splits, C_out, C_in/groups, 3, 3)
+// partial (splits, 3, 3, C_out, C_in/groups)
 template <typename T>
 __global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize, 2)
     direct_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kDirectWgradWarps* kWarpSize, 2)
     for (int w = 0; w < kDirectWgradWarps; ++w) {
       sum += sums[w][tap][lane];
     }
-    partial[((split * shape.out_channels + out_channel) * group_in + in_local) * kTaps + tap] = sum;
+    partial[((split * kTaps + tap) * shape.out_channels + out_channel) * group_in + in_local] = sum;
   }
 }
 

@@ -36,8 +36,29 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                             : "memory"));
 }
 
-__device__ __forceinline__ void cp_async_wait_all() {
-  RESNEXT_SM80(asm volatile("cp.async.wait_all;" ::: "memory"));
+// Closes a group: this thread's copies since it closed the last one.
+__device__ __forceinline__ void cp_async_commit() {
+  RESNEXT_SM80(asm volatile("cp.async.commit_group;" ::: "memory"));
+}
+
+// Waits until all groups of this thread but the latest kPending have landed.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait_group() {
+  RESNEXT_SM80(asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"));
+}
+
+// The same, held in a register: left to itself the compiler may compute it again at every use. Pointers: to global
+// memory.
+template <typename T>
+__device__ __forceinline__ T* held(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
+__device__ __forceinline__ int held(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // Four 8x8 matrices of 16-bit elements. Lane l names row l % 8 of matrix l / 8 (16 bytes, 16-byte aligned); register
@@ -73,6 +94,18 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
+// Two 16-bit values, `low` in the lower half: relu(v) rounded once to nearest even; NaN stays.
+template <typename T>
+__device__ __forceinline__ uint32_t pack2_relu(float low, float high) {
+  uint32_t bits = 0;
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    RESNEXT_SM80(asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low)));
+  } else {
+    RESNEXT_SM80(asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low)));
+  }
+  return bits;
+}
+
 #undef RESNEXT_SM80
 
 // Two 16-bit values, `low` in the lower half, each rounded once to nearest even.
@@ -87,6 +120,19 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
     memcpy(&bits, &pair, sizeof(bits));
   }
   return bits;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack2(uint32_t bits, float& low, float& high) {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    low = __low2float(pair);
+    high = __high2float(pair);
+  } else {
+    low = __uint_as_float(bits << 16);
+    high = __uint_as_float(bits & 0xffff0000u);
+  }
 }
 
 __device__ __forceinline__ bool any_in_warp(bool predicate) { return __any_sync(0xffffffffu, predicate); }

@@ -8,9 +8,9 @@ namespace resnext::cuda {
 
 constexpr int kSumRows = 8;
 
-// out[e] = sum over splits of partial[split, e]: thread row y adds splits y, y + 8, ..., then the rows are added in
-// order.
-template <typename T>
+// out[e, p] = sum over splits of partial[split, p, e], p one of kPlanes: thread row y adds splits y, y + 8, ..., then the
+// rows are added in order.
+template <int kPlanes, typename T>
 __global__ void __launch_bounds__(kSumRows* kWarpSize)
     sum_splits_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t elements, int splits) {
   __shared__ float sums[kSumRows][kWarpSize];
@@ -28,13 +28,14 @@ __global__ void __launch_bounds__(kSumRows* kWarpSize)
     for (int r = 0; r < kSumRows; ++r) {
       sum += sums[r][lane];
     }
-    out[element] = static_cast<T>(sum);
+    const int64_t plane = elements / kPlanes;
+    out[element % plane * kPlanes + element / plane] = static_cast<T>(sum);
   }
 }
 
-template <typename T>
+template <int kPlanes = 1, typename T>
 cudaError_t launch_sum_splits(const float* partial, T* out, int64_t elements, int splits, cudaStream_t stream) {
-  return launch(sum_splits_kernel<T>, ceil_div(elements, kWarpSize), kSumRows * kWarpSize, DynamicShared{}, stream,
+  return launch(sum_splits_kernel<kPlanes, T>, ceil_div(elements, kWarpSize), kSumRows * kWarpSize, DynamicShared{}, stream,
                 partial, out, elements, splits);
 }
 

@@ -3,12 +3,16 @@
 //
 // A *position* is one entry of the M (forward, input gradient) or K (weight gradient) axis of the matrix products. A
 // *strip* is 32 positions wide: one stretch of columns of one image, or the full width of a few narrow images side by
-// side (7x7: four), so that little of a 16-row matrix tile is wasted. A block slides down its strip, or down a *band*
-// of it, a few rows per step. Source rows live in a ring in shared memory, with their zero border; the rows of the
-// next step are copied while the present one is computed. DRAM sees every element once, plus the overlap of bands.
+// side (7x7: four), so that little of a 16-row matrix tile is wasted. Down a strip go *steps* of one or two rows. All
+// strips' steps, end to end, are dealt out to the blocks in equal shares; the part of a strip that lies in a block's
+// share is a *unit*.
+//
+// Source rows come in groups of as many as a step goes down, into a ring in shared memory, with their zero border. A
+// step works on two groups; a unit therefore begins with a group without a step, its *lead*. Copies run a few groups
+// ahead, and from unit to unit without a pause. DRAM sees every element once, plus the lead of shares.
 #pragma once
 
-#include "batch_norm.cuh"
+#include "conv_fusion.cuh"
 
 namespace resnext::cuda {
 
@@ -17,13 +21,15 @@ constexpr int kStripPositions = 2 * kTile;  // positions of a strip
 constexpr int kMaxStripImages = 4;
 constexpr int kMaxStripPixels = 80;  // (32 positions, stride 2, 4 images) + zeros: at most 2*32 + 4*1 + 3
 constexpr int kMaxWarps = 4;
+constexpr int kTapCount = 9;
+constexpr int kElementBytes = 2;
 
 enum class Pass { kForward, kDgrad };
 
 // One image axis of a pass: per step (rows) or position (columns), `outputs` results are computed from `inputs`
 // source entries, of which the first is at step * advance + origin. tap(o, i) is the kernel index that joins result o
 // with source entry i, or -1. The input gradient with stride 2 makes two results, one of each parity, from two
-// entries.
+// entries. Of the two groups of `advance` entries that a step works on, the first `skipped` are not needed.
 template <Pass kPass, int kStride, int kBlock>
 struct Axis {
   static constexpr bool kParity = kPass == Pass::kDgrad && kStride == 2;
@@ -31,6 +37,7 @@ struct Axis {
   static constexpr int inputs = kParity ? 2 : (kBlock - 1) * kStride + 3;
   static constexpr int advance = kParity ? 1 : kBlock * kStride;
   static constexpr int origin = kParity ? 0 : -1;
+  static constexpr int skipped = 2 * advance - inputs;
   static_assert(!kParity || kBlock == 1);
 
   __host__ __device__ static constexpr int tap(int o, int i) {
@@ -48,69 +55,131 @@ using RowAxis = Axis<kPass, kStride, kStride == 1 ? 2 : 1>;
 template <Pass kPass, int kStride>
 using ColAxis = Axis<kPass, kStride, 1>;
 
-// Cuts (batch, image) into strips and bands. A row (width * channels)
-// stays below 2^30 elements (launchers check).
+// Cuts (batch, image) into strips. A row (width * channels) stays below 2^30 elements (launchers check).
 struct StripGrid {
   int64_t batch;
   int source_height, source_width;
   int out_height, out_width;  // of the tensor at the positions
   int position_cols;
-  int steps;               // per strip
-  int images, cols;        // of a strip: images * cols <= kStripPositions
-  int col_strips;          // per image
-  int bands, band_steps;   // per strip
-  int pixels_per_image;    // staged in a row, border included
-  int pixels;              // of a staged row: images * pixels_per_image, then zeros for idle positions
-  int64_t units;           // bands of all strips
-};
+  int images, cols;      // of a strip: images * cols <= kStripPositions
+  int col_strips;        // per image
+  int steps;             // per strip
+  int64_t all_steps;     // of all strips, less than 2^31
+  int pixels_per_image;  // staged in a row, border included
+  int pixels;            // of a staged row: images * pixels_per_image, then zeros for idle positions
 
-// The part of the problem one block slides over.
-struct Unit {
-  int64_t image;          // first image
-  int col;                // first position column
-  int first_step, steps;  // of the band
-
-  __device__ Unit(const StripGrid& grid, int64_t index) {
-    const int band = static_cast<int>(index % grid.bands);
-    const int64_t strip = index / grid.bands;
-    image = strip / grid.col_strips * grid.images;
-    col = static_cast<int>(strip % grid.col_strips) * grid.cols;
-    first_step = band * grid.band_steps;
-    const int left = grid.steps - first_step;
-    steps = left < grid.band_steps ? left : grid.band_steps;
+  // Where the share of block `index` of `blocks` begins.
+  __host__ __device__ int share(int index, int blocks) const {
+    return static_cast<int>(all_steps * index / blocks);
   }
 };
 
-// Lookup tables of a unit, so that no inner loop divides.
+// Of a unit, so that no inner loop divides.
 struct StripTables {
-  int64_t source[kMaxStripPixels];   // element offset of a staged pixel in row 0 of the source, -1: zeros
-  int64_t output[kStripPositions];   // element offset of a position's first result in row 0, -1: idle position
+  int64_t source_base, output_base;  // elements before the first image
+  int source[kMaxStripPixels];       // bytes from there to a staged pixel in row 0, -1: zeros
+  int output[kStripPositions];       // bytes from there to a position's first result in row 0, -1: idle position
   int output_cols[kStripPositions];  // results of the position along its row that lie inside the image
   int pixel[kStripPositions];        // staged pixel of source entry 0; idle positions point at zeros
+  int first_step, steps;             // of the strip
 
+  // The unit that begins at step `at` of a share that ends at `end`; returns where the next one begins. All threads of
+  // the block call it.
   template <typename Cols>
-  __device__ void fill(const StripGrid& grid, const Unit& unit, int64_t source_channels, int64_t out_channels) {
+  __device__ int fill(const StripGrid& grid, int at, int end, int source_channels, int out_channels) {
+    const int strip = at / grid.steps;
+    const int first = at - strip * grid.steps;
+    const int left = grid.steps - first < end - at ? grid.steps - first : end - at;
+    const int64_t image = static_cast<int64_t>(strip / grid.col_strips) * grid.images;
+    const int first_col = strip % grid.col_strips * grid.cols;
+    const int64_t source_area = static_cast<int64_t>(grid.source_height) * grid.source_width;
+    const int64_t out_area = static_cast<int64_t>(grid.out_height) * grid.out_width;
+    if (threadIdx.x == 0) {
+      source_base = image * source_area * source_channels;
+      output_base = image * out_area * out_channels;
+      first_step = first;
+      steps = left;
+    }
     for (int p = threadIdx.x; p < grid.pixels; p += blockDim.x) {
       const int local = p / grid.pixels_per_image;
-      const int col = unit.col * Cols::advance + Cols::origin + p % grid.pixels_per_image;
-      const int64_t image = unit.image + local;
-      const bool valid = local < grid.images && image < grid.batch && col >= 0 && col < grid.source_width;
-      source[p] = valid ? (image * grid.source_height * grid.source_width + col) * source_channels : -1;
+      const int col = first_col * Cols::advance + Cols::origin + p % grid.pixels_per_image;
+      const bool valid = local < grid.images && image + local < grid.batch && col >= 0 && col < grid.source_width;
+      source[p] = valid ? static_cast<int>((local * source_area + col) * source_channels * kElementBytes) : -1;
     }
     for (int p = threadIdx.x; p < kStripPositions; p += blockDim.x) {
       const int local = p / grid.cols;
-      const int col = unit.col + p % grid.cols;
-      const int64_t image = unit.image + local;
-      const bool valid = local < grid.images && image < grid.batch && col < grid.position_cols;
+      const int col = first_col + p % grid.cols;
+      const bool valid = local < grid.images && image + local < grid.batch && col < grid.position_cols;
       const int out_col = col * Cols::outputs;
-      const int left = grid.out_width - out_col;
-      output[p] = valid ? (image * grid.out_height * grid.out_width + out_col) * out_channels : -1;
-      output_cols[p] = left < Cols::outputs ? left : Cols::outputs;
-      pixel[p] = local < grid.images && valid ? local * grid.pixels_per_image + p % grid.cols * Cols::advance
-                                              : grid.images * grid.pixels_per_image;
+      const int cols_left = grid.out_width - out_col;
+      output[p] = valid ? static_cast<int>((local * out_area + out_col) * out_channels * kElementBytes) : -1;
+      output_cols[p] = cols_left < Cols::outputs ? cols_left : Cols::outputs;
+      pixel[p] = valid ? local * grid.pixels_per_image + p % grid.cols * Cols::advance
+                       : grid.images * grid.pixels_per_image;
     }
+    return at + left;
   }
 };
+
+// The tables of the unit that is computed, of the next one, whose rows may be on their way, and of the one after that,
+// which is filled while the first is computed: copies are never more than two groups ahead, and a unit has two or more.
+constexpr int kTables = 3;
+constexpr int kMaxPrefetch = 2;
+
+// A place in a block's share.
+template <typename Rows>
+struct Cursor {
+  int table;       // of the unit
+  int group;       // of the unit, 0: its lead
+  int last_group;  // of the unit
+  int row;         // first source row of the group
+
+  __device__ explicit Cursor(const StripTables (&tables)[kTables]) : table(0) { enter(tables); }
+
+  // The step that the group completes, counted in the strip; not of a lead.
+  __device__ int step() const { return (row - Rows::origin + Rows::skipped) / Rows::advance - 1; }
+
+  __device__ void next(const StripTables (&tables)[kTables]) {
+    if (group < last_group) {
+      ++group;
+      row += Rows::advance;
+    } else {
+      table = table + 1 < kTables ? table + 1 : 0;
+      enter(tables);
+    }
+  }
+
+ private:
+  __device__ void enter(const StripTables (&tables)[kTables]) {
+    group = 0;
+    last_group = tables[table].steps;
+    row = tables[table].first_step * Rows::advance + Rows::origin - Rows::skipped;
+  }
+};
+
+// Where the groups are in a ring of groups: the one at hand, the one before, and the one that copies go to, which run
+// `prefetch` groups ahead. A group is read in its own step and in the next one, hence two slots more than that.
+struct Ring {
+  int slots, here, before, ahead;
+
+  __device__ explicit Ring(int prefetch) : slots(prefetch + 2), here(0), before(prefetch + 1), ahead(0) {}
+
+  __device__ void next() {
+    before = here;
+    here = here + 1 < slots ? here + 1 : 0;
+  }
+
+  __device__ void next_ahead() { ahead = ahead + 1 < slots ? ahead + 1 : 0; }
+};
+
+// Waits for the copies of the group at hand.
+__device__ __forceinline__ void wait_for_group(int prefetch) {
+  if (prefetch > 1) {
+    cp_async_wait_group<kMaxPrefetch - 1>();
+  } else {
+    cp_async_wait_group<0>();
+  }
+}
 
 // Bytes between pixels in shared memory: an odd number of 16-byte units, so that the 8 rows of an ldmatrix fall into
 // different banks (stride 2: two by two).
@@ -119,59 +188,70 @@ __host__ __device__ constexpr int pixel_pitch(int channels) { return channels * 
 // Copies rows of an NHWC tensor into shared memory: pixel p of a row from offsets[p], 16 bytes per thread and pixel.
 template <typename T>
 struct RowStager {
-  const T* base;  // at this thread's 8 channels
-  int channel;    // the first of them
-  int row_stride, height, pitch, granule_bytes;
+  int channel;  // this thread's 8 channels: the first of them, in the tensor
+  int local;    // and within what is staged
+  int row_stride, height, pitch;
   int first_pixel, pixel_step;
   bool channels_valid;
 
   // Stages channels [first, first + count) of a tensor of `channels` channels; those beyond the end become zeros.
   // Where count / 8 does not divide the number of threads, those left over copy nothing.
-  __device__ RowStager(const T* tensor, int rows, int width, int channels, int first, int count) {
-    const int granules = count / 8;
-    const int granule = threadIdx.x % granules;
-    pixel_step = blockDim.x / granules;
-    first_pixel = static_cast<int>(threadIdx.x) < pixel_step * granules ? threadIdx.x / granules : kMaxStripPixels;
-    channel = first + granule * 8;
-    base = tensor + channel;
+  __device__ RowStager(int rows, int width, int channels, int first, int count) {
+    const int granules = count / kGranule;
+    const int thread = static_cast<int>(threadIdx.x);
+    local = thread % granules * kGranule;
+    pixel_step = static_cast<int>(blockDim.x) / granules;
+    first_pixel = thread < pixel_step * granules ? thread / granules : kMaxStripPixels;
+    channel = first + local;
     channels_valid = channel < channels;
     row_stride = width * channels;
     height = rows;
     pitch = pixel_pitch(count);
-    granule_bytes = granule * 16;
   }
 
-  // Stages rows row, row + 1, ... to the addresses shared_rows[0], shared_rows[1], ...
+  // Stages rows row + skipped, ..., row + kRows - 1 of the images at `images`, `row_bytes` apart from `shared` on.
   template <int kRows>
-  __device__ __forceinline__ void stage(const uint32_t (&shared_rows)[kRows], const int64_t* offsets, int pixels,
-                                        int row) const {
-    const T* const row_base = base + static_cast<int64_t>(row) * row_stride;
+  __device__ __forceinline__ void stage(const T* images, uint32_t shared, uint32_t row_bytes, const int* offsets,
+                                        int pixels, int row, int skipped) const {
+    const T* rows[kRows];
+    bool valid[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      rows[i] = images + channel + static_cast<int64_t>(row + i) * row_stride;
+      valid[i] = channels_valid && i >= skipped && row + i >= 0 && row + i < height;
+    }
+    uint32_t place = shared + first_pixel * pitch + local * 2;
+#pragma unroll 2
     for (int p = first_pixel; p < pixels; p += pixel_step) {
-      const int64_t offset = offsets[p];
-      const T* const pixel = row_base + offset;
+      const int offset = offsets[p];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const bool valid = channels_valid && offset >= 0 && row + i >= 0 && row + i < height;
-        cp_async_16(shared_rows[i] + p * pitch + granule_bytes,
-                    valid ? pixel + static_cast<int64_t>(i) * row_stride : base, valid);
+        cp_async_16(place + i * row_bytes, from(rows[i], offset), valid[i] && offset >= 0);
       }
+      place += pixel_step * pitch;
     }
   }
 
   // Applies a prologue (conv_fusion.cuh) to what this thread has staged of a row, once its copies have landed: each
-  // piece is its own, so no barrier is needed in between. What lies outside the image stays zero.
+  // piece is its own, so no barrier is needed in between. What lies outside the image stays zero. `companion`: the
+  // same pieces of the prologue's second tensor.
   template <typename Prologue>
-  __device__ __forceinline__ void transform(unsigned char* shared_row, const int64_t* offsets, int pixels, int row,
-                                            const Prologue& prologue) const {
+  __device__ __forceinline__ void transform(unsigned char* shared, const unsigned char* companion, const int* offsets,
+                                            int pixels, int row, const Prologue& prologue) const {
     if (row < 0 || row >= height) {
       return;
     }
-    const int64_t row_element = static_cast<int64_t>(row) * row_stride + channel;
+    int place = first_pixel * pitch + local * 2;
     for (int p = first_pixel; p < pixels; p += pixel_step) {
       if (offsets[p] >= 0) {
-        auto* const granule = reinterpret_cast<Vector<T, 8>*>(shared_row + p * pitch + granule_bytes);
-        *granule = prologue(*granule, row_element + offsets[p]);
+        auto* const granule = reinterpret_cast<Granule*>(shared + place);
+        Granule other{};
+        if constexpr (Prologue::kCompanion) {
+          other = *reinterpret_cast<const Granule*>(companion + place);
+        }
+        *granule = prologue(*granule, other);
       }
+      place += pixel_step * pitch;
     }
   }
 };

@@ -38,14 +38,14 @@ struct TensorCoreConvShape {
   int slabs;
   int parts;       // blocks that share a slab
   int part_tiles;  // 16-channel output tiles per block = its warps
-  int splits;      // blocks that share the units of a part
+  int splits;      // blocks that share the steps of a part
+  int prefetch;    // groups of rows that copies run ahead
 };
 
 struct alignas(16) WeightTile {  // operands of two m16n8k16 for one lane
   uint32_t b[4];
 };
 
-constexpr int kTapCount = 9;
 constexpr int kStagedWeightBytes = kTile * kTile * kTapCount * 2;  // a warp's 16x16 weights in OIHW order
 
 // Index in the OIHW weight of the scalar that joins source channel k and output channel o (same group), tap 0.
@@ -101,6 +101,14 @@ struct alignas(8) PackedChannels {
   uint32_t pairs[2];
 };
 
+template <typename T>
+__device__ __forceinline__ PackedChannels round_channels(float (&values)[kLaneChannels]) {
+  const PackedChannels packed{pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3])};
+  unpack2<T>(packed.pairs[0], values[0], values[1]);
+  unpack2<T>(packed.pairs[1], values[2], values[3]);
+  return packed;
+}
+
 template <typename Values>
 __device__ __forceinline__ bool any_nan(const Values& values) {
   if constexpr (std::is_array_v<Values>) {
@@ -116,54 +124,60 @@ __device__ __forceinline__ bool any_nan(const Values& values) {
 }
 
 // Blocks resident at once, by registers: a position has one result in the forward at stride 2, two at stride 1, four in
-// the input gradient at stride 2; and totals stay in registers.
+// the input gradient at stride 2; and totals stay in registers, or what is loaded for the epilogue.
 template <Pass kPass, int kStride, typename Fusion>
 constexpr int kConvBlocksPerMultiprocessor =
     RowAxis<kPass, kStride>::outputs * ColAxis<kPass, kStride>::outputs == 1
         ? 4
         : (RowAxis<kPass, kStride>::kParity ? 3 : 4) -
-              !std::is_empty_v<typename Fusion::template Totals<kLaneChannels>>;
+              !(std::is_empty_v<typename Fusion::template Totals<kLaneChannels>> &&
+                std::is_empty_v<typename Fusion::template Epilogue<kLaneChannels>::Loaded>);
 
 template <typename T, Pass kPass, int kStride, bool kPacked, typename Fusion>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiprocessor<kPass, kStride, Fusion>)
     tensor_core_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, T* __restrict__ out,
                             Fusion fusion, TensorCoreConvShape shape) {
   using Totals = typename Fusion::template Totals<kLaneChannels>;
+  using Prologue = typename Fusion::Prologue;
+  using Epilogue = typename Fusion::template Epilogue<kLaneChannels>;
   using Rows = RowAxis<kPass, kStride>;
   using Cols = ColAxis<kPass, kStride>;
   constexpr int kTiles = kStripPositions / kTile;
-  constexpr int kRing = Rows::inputs + Rows::advance;
   RESNEXT_DYNAMIC_SHARED(shared);
-  __shared__ StripTables tables;
+  __shared__ StripTables tables[kTables];
 
   const StripGrid& grid = shape.grid;
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int part = static_cast<int>(blockIdx.x % shape.parts);
   const int slab_channel = static_cast<int>(blockIdx.x / shape.parts % shape.slabs) * shape.slab_channels;
-  const int64_t split = blockIdx.x / shape.parts / shape.slabs;
+  const int split = static_cast<int>(blockIdx.x / shape.parts / shape.slabs);
   const int tile = part * shape.part_tiles + warp;  // of the slab
   const int channel = slab_channel + tile * kTile;
   const bool active = tile * kTile < shape.slab_channels && channel < shape.channels;
   const int depth = kPacked ? 1 : shape.group_width / kTile;  // source tiles per result
   const int first_depth = tile / depth * depth;
 
+  // Shared memory: weights of wide groups, the prologue's vectors, the ring of rows, that of the companion's rows.
   const uint32_t weights_bytes = kPacked ? 0 : shape.part_tiles * depth * kTapCount * kWarpSize * sizeof(WeightTile);
   WeightTile* const warp_weights = reinterpret_cast<WeightTile*>(shared) + warp * depth * kTapCount * kWarpSize + lane;
-  const uint32_t ring = shared_address(shared) + weights_bytes;
+  float* const vectors = reinterpret_cast<float*>(shared + weights_bytes);
+  const uint32_t ring_offset = weights_bytes + shape.slab_channels * kVectorBytes<Prologue>;
+  const uint32_t shared_base = shared_address(shared);
   WeightTile weights[kTapCount];
   for (int d = 0; d < depth; ++d) {
     const uint32_t staged = warp * kStagedWeightBytes;  // in the ring, which is not in use yet
     if (active) {
       stage_weights<T, kPass>(weight, slab_channel + (first_depth + d) * kTile, channel, shape.group_width, lane,
-                              ring + staged);
+                              shared_base + ring_offset + staged);
     }
-    cp_async_wait_all();
+    cp_async_commit();
+    cp_async_wait_group<0>();
     __syncthreads();
 #pragma unroll
     for (int tap = 0; tap < kTapCount && active; ++tap) {
-      weights[tap] = weight_tile<T, kPass>(reinterpret_cast<const T*>(shared + weights_bytes + staged), tap,
-                                           shape.group_width, lane);
+      weights[tap] =
+          weight_tile<T, kPass>(reinterpret_cast<const T*>(shared + ring_offset + staged), tap, shape.group_width, lane);
       if (!kPacked) {
         warp_weights[(d * kTapCount + tap) * kWarpSize] = weights[tap];
       }
@@ -171,165 +185,253 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     __syncthreads();
   }
 
-  const RowStager<T> stager(source, grid.source_height, grid.source_width, shape.channels, slab_channel,
-                            shape.slab_channels);
+  const RowStager<T> stager(grid.source_height, grid.source_width, shape.channels, slab_channel, shape.slab_channels);
   const int pitch = stager.pitch;
   const uint32_t row_bytes = grid.pixels * pitch;
+  const uint32_t group_bytes = Rows::advance * row_bytes;
+  const uint32_t companion_offset = ring_offset + (shape.prefetch + 2) * group_bytes;
+  bool with_prologue = false;
+  if constexpr (!std::is_void_v<Prologue>) {
+    with_prologue = fusion.prologue.given() && stager.channels_valid;
+    if (fusion.prologue.given()) {
+      fill_vectors<Prologue>(fusion.prologue, slab_channel, shape.slab_channels, shape.channels, vectors);
+    }
+  }
+
+  const int share = grid.share(split, shape.splits), share_end = grid.share(split + 1, shape.splits);
+  int next_unit = tables[0].template fill<Cols>(grid, share, share_end, shape.channels, shape.channels);
+  if (next_unit < share_end) {
+    next_unit = tables[1].template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
+  }
+  __syncthreads();
+  const int groups = share_end - share + (share_end - 1) / grid.steps - share / grid.steps + 1;  // leads included
+
+  // The group that is copied next, and the one at hand. The companion's ring has a slot less: each of its pieces is read
+  // by the thread that has staged it, and by no other.
+  Cursor<Rows> ahead(tables), here(tables);
+  Ring ring(shape.prefetch);
+  const auto companion_place = [&](int group) {
+    return companion_offset + (shape.prefetch > 1 ? group % kMaxPrefetch : 0) * group_bytes;
+  };
+  const auto stage_next = [&](int group) {
+    const StripTables& table = tables[ahead.table];
+    const int skipped = ahead.group == 0 ? Rows::skipped : 0;
+    stager.template stage<Rows::advance>(source + table.source_base,
+                                         shared_base + ring_offset + ring.ahead * group_bytes, row_bytes, table.source,
+                                         grid.pixels, ahead.row, skipped);
+    if constexpr (kHasCompanion<Prologue>) {
+      if (with_prologue) {
+        stager.template stage<Rows::advance>(static_cast<const T*>(fusion.prologue.z) + table.source_base,
+                                             shared_base + companion_place(group), row_bytes, table.source, grid.pixels,
+                                             ahead.row, skipped);
+      }
+    }
+    ahead.next(tables);
+    ring.next_ahead();
+  };
+  for (int group = 0; group < shape.prefetch; ++group) {
+    if (group < groups) {
+      stage_next(group);
+    }
+    cp_async_commit();
+  }
+
   const int lane_channel = channel + lane % 4 * kLaneChannels;
+  Epilogue epilogue(fusion, active ? lane_channel : 0);
   Totals totals = {};
-
-  const int last_unit = static_cast<int>(grid.units * (split + 1) / shape.splits);
-  for (int index = static_cast<int>(grid.units * split / shape.splits); index < last_unit; ++index) {
-    const Unit unit(grid, index);
-    __syncthreads();  // the last unit's tables and rows are no longer read
-    tables.fill<Cols>(grid, unit, shape.channels, shape.channels);
-    __syncthreads();
-    const int first_row = unit.first_step * Rows::advance + Rows::origin;
-    uint32_t first_rows[Rows::inputs];
-#pragma unroll
-    for (int i = 0; i < Rows::inputs; ++i) {
-      first_rows[i] = ring + i * row_bytes;
-    }
-    stager.stage(first_rows, tables.source, grid.pixels, first_row);
-
-    uint32_t tile_address[kTiles];  // of this lane's ldmatrix row, relative to a staged row
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      const int pixel = tables.pixel[m * kTile + lane % kTile];
-      tile_address[m] = pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
-    }
-    int head = 0;  // ring slot of the step's first source row
-    for (int step = 0; step < unit.steps; ++step) {
-      const auto slot = [head](int i) { return head + i < kRing ? head + i : head + i - kRing; };
-      cp_async_wait_all();
-      if constexpr (!std::is_void_v<typename Fusion::Prologue>) {
-        if (fusion.prologue.given() && stager.channels_valid) {
-          const typename Fusion::Prologue prologue(fusion.prologue, stager.channel);
-          for (int i = step == 0 ? 0 : Rows::inputs - Rows::advance; i < Rows::inputs; ++i) {
-            stager.transform(shared + weights_bytes + slot(i) * row_bytes, tables.source, grid.pixels,
-                             first_row + step * Rows::advance + i, prologue);
-          }
+  const int row_stride = grid.out_width * shape.channels;
+  // Of the unit: this lane's results (-1: idle), its rows for ldmatrix, and how many of its positions are not idle.
+  constexpr int kHalves = 2;
+  int64_t output_base = 0;
+  int output[kTiles][kHalves], output_cols[kTiles][kHalves], lane_positions = 0;
+  uint32_t tile_address[kTiles];
+  for (int group = 0; group < groups; ++group) {
+    const StripTables& table = tables[here.table];
+    wait_for_group(shape.prefetch);
+    if constexpr (!std::is_void_v<Prologue>) {
+      if (with_prologue) {
+        const Prologue prologue(vectors + stager.local * Prologue::kVectors);
+        for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
+          stager.transform(shared + ring_offset + ring.here * group_bytes + i * row_bytes,
+                           shared + companion_place(group) + i * row_bytes, table.source, grid.pixels, here.row + i,
+                           prologue);
         }
       }
-      __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
-      if (step + 1 < unit.steps) {
-        uint32_t next_rows[Rows::advance];
-#pragma unroll
-        for (int i = 0; i < Rows::advance; ++i) {
-          next_rows[i] = ring + slot(Rows::inputs + i) * row_bytes;
-        }
-        stager.stage(next_rows, tables.source, grid.pixels, first_row + step * Rows::advance + Rows::inputs);
+    }
+    __syncthreads();  // this group's rows are in place, and nobody reads those of the step before the last any more
+    if (group + shape.prefetch < groups) {
+      stage_next(group + shape.prefetch);
+    }
+    cp_async_commit();
+    if (here.group == 0) {
+      if (next_unit < share_end) {
+        StripTables& later = tables[here.table > 0 ? here.table - 1 : kTables - 1];
+        next_unit = later.template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
       }
-      if (active) {
-        float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
-        for (int d = 0; d < depth; ++d) {
-          if (!kPacked) {
+      output_base = table.output_base + lane_channel;
+      lane_positions = 0;
 #pragma unroll
-            for (int tap = 0; tap < kTapCount; ++tap) {
-              weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
-            }
-          }
+      for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-          for (int i = 0; i < Rows::inputs; ++i) {
-            const uint32_t row = ring + slot(i) * row_bytes + d * kTile * 2;
+        for (int half = 0; half < kHalves; ++half) {
+          const int position = m * kTile + half * 8 + lane / 4;
+          output[m][half] = table.output[position];
+          output_cols[m][half] = Cols::outputs > 1 ? table.output_cols[position] : 1;
+          lane_positions += output[m][half] >= 0 ? output_cols[m][half] : 0;
+        }
+        const int pixel = table.pixel[m * kTile + lane % kTile];
+        tile_address[m] = shared_base + ring_offset + pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
+      }
+    } else if (active) {
+      // Source row i of the step, from where a group is: in the older group, or in the newer.
+      const auto row_offset = [&](int i) {
+        const int slot = i + Rows::skipped < Rows::advance ? ring.before : ring.here;
+        return slot * group_bytes + (i + Rows::skipped) % Rows::advance * row_bytes;
+      };
+      const int first_output = here.step() * Rows::outputs;
+      const int rows_left = grid.out_height - first_output;
+      const int rows_inside = held(rows_left < Rows::outputs ? rows_left : Rows::outputs);
+      const int64_t first_element = output_base + static_cast<int64_t>(first_output) * row_stride;
+      epilogue.begin(first_element);
+      // Calls each(m, half, v, h, elements, bytes) for those of this lane's results that are inside the image: where they
+      // are from first_element.
+      const auto for_results = [&](const auto& each) {
 #pragma unroll
-            for (int j = 0; j < Cols::inputs; ++j) {
-              uint32_t a[kTiles][4];
+        for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-              for (int m = 0; m < kTiles; ++m) {
-                ldmatrix_x4<false>(a[m], row + tile_address[m] + j * pitch);
-              }
+          for (int half = 0; half < kHalves; ++half) {
+            if (output[m][half] >= 0) {
 #pragma unroll
               for (int v = 0; v < Rows::outputs; ++v) {
 #pragma unroll
                 for (int h = 0; h < Cols::outputs; ++h) {
-                  const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-                  if (r < 0 || s < 0) {
-                    continue;
-                  }
-#pragma unroll
-                  for (int m = 0; m < kTiles; ++m) {
-                    mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
-                    mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
+                  if ((v == 0 || v < rows_inside) && (h == 0 || h < output_cols[m][half])) {
+                    each(m, half, v, h, v * row_stride + h * shape.channels, output[m][half]);
                   }
                 }
               }
             }
           }
         }
+      };
 
-        bool mixed = false;  // a NaN may have come from another group of the tile
-        if (kPacked && shape.group_width < kTile) {
-          mixed = any_in_warp(any_nan(acc));
-        }
+      typename Epilogue::Loaded loaded[kTiles][kHalves][Rows::outputs][Cols::outputs];
+      for_results([&](int m, int half, int v, int h, int elements, int bytes) {
+        loaded[m][half][v][h] = epilogue.load_at(elements, bytes);
+      });
 
-        const int first_output = (unit.first_step + step) * Rows::outputs;
-        const int row_stride = grid.out_width * shape.channels;
-        const int64_t out_row = static_cast<int64_t>(first_output) * row_stride + lane_channel;
-        const typename Fusion::template Epilogue<kLaneChannels> epilogue(fusion, lane_channel);
-        const auto finish = [&](float (&values)[kLaneChannels], int64_t element) {
-          epilogue(values, element, totals);
-          *reinterpret_cast<PackedChannels*>(out + element) = {pack2<T>(values[0], values[1]),
-                                                              pack2<T>(values[2], values[3])};
-        };
-        if (!mixed) {
+      float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
+      for (int d = 0; d < depth; ++d) {
+        if (!kPacked) {
 #pragma unroll
-          for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int position = m * kTile + half * 8 + lane / 4;
-              const int64_t offset = tables.output[position];
-              const int64_t first = out_row + offset;
-#pragma unroll
-              for (int v = 0; v < Rows::outputs; ++v) {
-#pragma unroll
-                for (int h = 0; h < Cols::outputs; ++h) {
-                  const bool inside = offset >= 0 && first_output + v < grid.out_height &&
-                                      (h == 0 || h < tables.output_cols[position]);
-                  const float* const low = acc[m][v][h][0] + half * 2;
-                  const float* const high = acc[m][v][h][1] + half * 2;
-                  if (inside) {
-                    float values[kLaneChannels] = {low[0], low[1], high[0], high[1]};
-                    finish(values, first + v * row_stride + h * shape.channels);
-                  }
-                }
-              }
-            }
+          for (int tap = 0; tap < kTapCount; ++tap) {
+            weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
           }
-        } else {
-          // Rare: each result again, from the products of its own group only.
-#pragma unroll 1
-          for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
-            const int position = e % kStripPositions;
-            const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
-            const int64_t offset = tables.output[position];
-            if (offset < 0 || first_output + v >= grid.out_height || h >= tables.output_cols[position]) {
-              continue;
-            }
-            float values[kLaneChannels] = {};
-#pragma unroll 1
-            for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
-              const int i = ij / Cols::inputs, j = ij % Cols::inputs;
-              const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-              const T* const pixel = reinterpret_cast<const T*>(
-                  shared + weights_bytes + slot(i) * row_bytes + (tables.pixel[position] + j) * pitch);
-#pragma unroll 1
-              for (int k = 0; r >= 0 && s >= 0 && k < shape.group_width; ++k) {
+        }
 #pragma unroll
-                for (int c = 0; c < kLaneChannels; ++c) {
-                  const int o = lane_channel + c;
-                  const int group_k = o / shape.group_width * shape.group_width + k;
-                  const int64_t scalar = weight_index<kPass>(group_k, o, shape.group_width) + r * 3 + s;
-                  values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
+        for (int i = 0; i < Rows::inputs; ++i) {
+          const uint32_t row = row_offset(i) + d * kTile * 2;
+#pragma unroll
+          for (int j = 0; j < Cols::inputs; ++j) {
+            uint32_t a[kTiles][4];
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m) {
+              ldmatrix_x4<false>(a[m], tile_address[m] + row + j * pitch);
+            }
+#pragma unroll
+            for (int v = 0; v < Rows::outputs; ++v) {
+#pragma unroll
+              for (int h = 0; h < Cols::outputs; ++h) {
+                const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+                if (r < 0 || s < 0) {
+                  continue;
+                }
+#pragma unroll
+                for (int m = 0; m < kTiles; ++m) {
+                  mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
+                  mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
                 }
               }
             }
-            finish(values, out_row + offset + v * row_stride + h * shape.channels);
           }
         }
       }
-      head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
+
+      bool mixed = false;  // a NaN may have come from another group of the tile
+      if (kPacked && shape.group_width < kTile) {
+        mixed = any_in_warp(any_nan(acc));
+      }
+
+      const auto results = [&](int m, int half, int v, int h, float (&values)[kLaneChannels]) {
+        const float* const low = acc[m][v][h][0] + half * 2;
+        const float* const high = acc[m][v][h][1] + half * 2;
+        values[0] = low[0];
+        values[1] = low[1];
+        values[2] = high[0];
+        values[3] = high[1];
+      };
+      if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
+        if (totals.empty() && !mixed) {
+          for_results([&](int m, int half, int v, int h, int, int) {
+            float values[kLaneChannels];
+            results(m, half, v, h, values);
+            round_channels<T>(values);
+            totals.begin(values);
+          });
+        }
+      }
+      T* const first_out = held(out + first_element);
+      typename Totals::Step step{};
+      const auto finish = [&](float (&values)[kLaneChannels], const typename Epilogue::Loaded& added, int elements,
+                              int bytes) {
+        epilogue(values, added, elements, bytes, totals);
+        *reinterpret_cast<PackedChannels*>(from(first_out + elements, bytes)) = round_channels<T>(values);
+        epilogue.stored(values, totals, step);
+      };
+      if (!mixed) {
+        for_results([&](int m, int half, int v, int h, int elements, int bytes) {
+          float values[kLaneChannels];
+          results(m, half, v, h, values);
+          finish(values, loaded[m][half][v][h], elements, bytes);
+        });
+      } else {
+        // Rare: each result again, from the products of its own group only.
+#pragma unroll 1
+        for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
+          const int position = e % kStripPositions;
+          const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
+          const int bytes = table.output[position];
+          if (bytes < 0 || v >= rows_inside || h >= table.output_cols[position]) {
+            continue;
+          }
+          float values[kLaneChannels] = {};
+#pragma unroll 1
+          for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
+            const int i = ij / Cols::inputs, j = ij % Cols::inputs;
+            const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+            const T* const pixel = reinterpret_cast<const T*>(shared + ring_offset + row_offset(i) +
+                                                              (table.pixel[position] + j) * pitch);
+#pragma unroll 1
+            for (int k = 0; r >= 0 && s >= 0 && k < shape.group_width; ++k) {
+#pragma unroll
+              for (int c = 0; c < kLaneChannels; ++c) {
+                const int o = lane_channel + c;
+                const int group_k = o / shape.group_width * shape.group_width + k;
+                const int64_t scalar = weight_index<kPass>(group_k, o, shape.group_width) + r * 3 + s;
+                values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
+              }
+            }
+          }
+          const int elements = v * row_stride + h * shape.channels;
+          finish(values, epilogue.load_at(elements, bytes), elements, bytes);
+        }
+      }
+      if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
+        totals.close(step, lane_positions * rows_inside);
+      }
     }
+    here.next(tables);
+    ring.next();
   }
 
   if constexpr (!std::is_empty_v<Totals>) {
@@ -337,7 +439,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
       merge_lanes(totals, 4);
       if (lane < 4) {
         totals.store(fusion.partial, static_cast<int64_t>(shape.splits) * shape.channels,
-                     split * shape.channels + lane_channel);
+                     static_cast<int64_t>(split) * shape.channels + lane_channel);
       }
     }
   }

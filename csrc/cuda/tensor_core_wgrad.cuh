@@ -22,7 +22,7 @@
 
 namespace resnext::cuda {
 
-// Resident at once, by registers (up to 168) and shared memory (47 kB at 32 positions x 64 channels).
+// Resident at once, by registers (up to 168).
 constexpr int kWgradBlocksPerMultiprocessor = 3;
 
 struct TensorCoreWgradShape {
@@ -34,6 +34,7 @@ struct TensorCoreWgradShape {
   int slab_channels;
   int slab_tiles;  // blocks per slab along one axis; a slab has slab_tiles^2 blocks
   int splits;
+  int prefetch;  // groups of rows that copies run ahead
 };
 
 struct WgradPrologues {
@@ -41,16 +42,18 @@ struct WgradPrologues {
   Affine x;
 };
 
-// partial (splits, C_out, C_in/groups, 3, 3)
+// partial (splits, 3, 3, C_out, C_in/groups)
 template <typename T, int kStride, bool kFused>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiprocessor)
     tensor_core_wgrad_kernel(const T* __restrict__ grad, const T* __restrict__ x, float* __restrict__ partial,
                              WgradPrologues prologues, TensorCoreWgradShape shape) {
   using Rows = RowAxis<Pass::kForward, kStride>;
   using Cols = ColAxis<Pass::kForward, kStride>;
-  constexpr int kRing = Rows::inputs + Rows::advance;
+  constexpr int kTiles = kStripPositions / kTile;
+  using XPrologue = ActivationPrologue<T>;
+  using GradPrologue = StatisticsPrologue<T>;
   RESNEXT_DYNAMIC_SHARED(shared);
-  __shared__ StripTables tables;
+  __shared__ StripTables tables[kTables];
 
   const StripGrid& grid = shape.grid;
   const int lane = threadIdx.x % kWarpSize;
@@ -58,7 +61,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const int blocks_per_slab = shape.slab_tiles * shape.slab_tiles;
   const int slab_block = static_cast<int>(blockIdx.x % blocks_per_slab);
   const int slab = static_cast<int>(blockIdx.x / blocks_per_slab % shape.slabs);
-  const int64_t split = blockIdx.x / blocks_per_slab / shape.slabs;
+  const int split = static_cast<int>(blockIdx.x / blocks_per_slab / shape.slabs);
 
   const bool packed = shape.group_width <= kTile;
   const int out_block = slab_block / shape.slab_tiles * shape.tile_channels;  // within the slab
@@ -70,99 +73,129 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const int slab_end = next_slab < shape.channels ? next_slab : shape.channels;
   const bool active = slab_channel + out_block + out_tile < slab_end && slab_channel + in_block + in_tile < slab_end;
 
-  const RowStager<T> x_stager(x, grid.source_height, grid.source_width, shape.channels, slab_channel + in_block,
+  // Shared memory: both prologues' vectors, then rings of the rows of x, of grad, and of grad's companion.
+  const RowStager<T> x_stager(grid.source_height, grid.source_width, shape.channels, slab_channel + in_block,
                               shape.tile_channels);
-  const RowStager<T> grad_stager(grad, grid.out_height, grid.out_width, shape.channels, slab_channel + out_block,
+  const RowStager<T> grad_stager(grid.out_height, grid.out_width, shape.channels, slab_channel + out_block,
                                  shape.tile_channels);
   const int pitch = x_stager.pitch;
   const uint32_t x_row_bytes = grid.pixels * pitch;
+  const uint32_t x_group_bytes = Rows::advance * x_row_bytes;
   const uint32_t grad_row_bytes = kStripPositions * pitch;
-  const uint32_t x_ring = shared_address(shared);
-  const uint32_t grad_buffers = x_ring + kRing * x_row_bytes;  // two, of Rows::outputs rows each
-
-  float acc[9][2][4] = {};
-  const int64_t last_unit = grid.units * (split + 1) / shape.splits;
-  for (int64_t index = grid.units * split / shape.splits; index < last_unit; ++index) {
-    const Unit unit(grid, index);
-    __syncthreads();  // the last unit's tables and rows are no longer read
-    tables.fill<Cols>(grid, unit, shape.channels, shape.channels);
-    __syncthreads();
-    const int first_row = unit.first_step * Rows::advance + Rows::origin;
-    const int first_output = unit.first_step * Rows::outputs;
-    uint32_t first_x_rows[Rows::inputs], first_grad_rows[Rows::outputs];
-#pragma unroll
-    for (int i = 0; i < Rows::inputs; ++i) {
-      first_x_rows[i] = x_ring + i * x_row_bytes;
+  const uint32_t grad_group_bytes = Rows::outputs * grad_row_bytes;
+  float* const x_vectors = reinterpret_cast<float*>(shared);
+  float* const grad_vectors = x_vectors + shape.tile_channels * XPrologue::kVectors;
+  const uint32_t x_ring = kFused ? shape.tile_channels * (kVectorBytes<XPrologue> + kVectorBytes<GradPrologue>) : 0;
+  const uint32_t grad_ring = x_ring + (shape.prefetch + 2) * x_group_bytes;
+  const uint32_t companion_ring = grad_ring + (shape.prefetch + 1) * grad_group_bytes;
+  const uint32_t shared_base = shared_address(shared);
+  const bool with_x_prologue = kFused && prologues.x.given() && x_stager.channels_valid;
+  const bool with_grad_prologue = kFused && prologues.grad.given() && grad_stager.channels_valid;
+  if constexpr (kFused) {
+    fill_vectors<XPrologue>(prologues.x, slab_channel + in_block, shape.tile_channels, shape.channels, x_vectors);
+    if (prologues.grad.given()) {
+      fill_vectors<GradPrologue>(prologues.grad, slab_channel + out_block, shape.tile_channels, shape.channels,
+                                 grad_vectors);
     }
-#pragma unroll
-    for (int v = 0; v < Rows::outputs; ++v) {
-      first_grad_rows[v] = grad_buffers + v * grad_row_bytes;
-    }
-    x_stager.stage(first_x_rows, tables.source, grid.pixels, first_row);
-    grad_stager.stage(first_grad_rows, tables.output, kStripPositions, first_output);
+  }
 
-    int head = 0;  // ring slot of the step's first row of x
-    for (int step = 0; step < unit.steps; ++step) {
-      cp_async_wait_all();
-      if constexpr (kFused) {
-        if (prologues.x.given() && x_stager.channels_valid) {
-          const ActivationPrologue<T> prologue(prologues.x, x_stager.channel);
-          for (int i = step == 0 ? 0 : Rows::inputs - Rows::advance; i < Rows::inputs; ++i) {
-            const int slot = head + i < kRing ? head + i : head + i - kRing;
-            x_stager.transform(shared + slot * x_row_bytes, tables.source, grid.pixels,
-                               first_row + step * Rows::advance + i, prologue);
-          }
-        }
-        if (prologues.grad.given() && grad_stager.channels_valid) {
-          const StatisticsPrologue<T> prologue(prologues.grad, grad_stager.channel);
-          for (int v = 0; v < Rows::outputs; ++v) {
-            grad_stager.transform(
-                shared + kRing * x_row_bytes + (step % 2 * Rows::outputs + v) * grad_row_bytes, tables.output,
-                kStripPositions, first_output + step * Rows::outputs + v, prologue);
-          }
-        }
+  const int share = grid.share(split, shape.splits), share_end = grid.share(split + 1, shape.splits);
+  int next_unit = tables[0].template fill<Cols>(grid, share, share_end, shape.channels, shape.channels);
+  if (next_unit < share_end) {
+    next_unit = tables[1].template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
+  }
+  __syncthreads();
+  const int groups = share_end - share + (share_end - 1) / grid.steps - share / grid.steps + 1;  // leads included
+
+  // As in tensor_core_conv_kernel; a group that completes a step brings the step's rows of grad.
+  Cursor<Rows> ahead(tables), here(tables);
+  Ring ring(shape.prefetch);
+  const auto grad_place = [&](int group) { return grad_ring + group % (shape.prefetch + 1) * grad_group_bytes; };
+  const auto companion_place = [&](int group) { return companion_ring + group % shape.prefetch * grad_group_bytes; };
+  const auto stage_next = [&](int group) {
+    const StripTables& table = tables[ahead.table];
+    x_stager.template stage<Rows::advance>(x + table.source_base, shared_base + x_ring + ring.ahead * x_group_bytes,
+                                           x_row_bytes, table.source, grid.pixels, ahead.row,
+                                           ahead.group == 0 ? Rows::skipped : 0);
+    if (ahead.group > 0) {
+      const int row = ahead.step() * Rows::outputs;
+      grad_stager.template stage<Rows::outputs>(grad + table.output_base, shared_base + grad_place(group),
+                                                grad_row_bytes, table.output, kStripPositions, row, 0);
+      if (with_grad_prologue) {
+        grad_stager.template stage<Rows::outputs>(static_cast<const T*>(prologues.grad.z) + table.output_base,
+                                                  shared_base + companion_place(group), grad_row_bytes, table.output,
+                                                  kStripPositions, row, 0);
       }
-      __syncthreads();  // this step's rows are in place, and nobody reads the last step's any more
-      uint32_t x_rows[kRing], grad_rows[2][Rows::outputs];  // this step's, then the next one's
-#pragma unroll
-      for (int i = 0; i < kRing; ++i) {
-        x_rows[i] = x_ring + (head + i < kRing ? head + i : head + i - kRing) * x_row_bytes;
+    }
+    ring.next_ahead();
+    ahead.next(tables);
+  };
+  for (int group = 0; group < shape.prefetch; ++group) {
+    if (group < groups) {
+      stage_next(group);
+    }
+    cp_async_commit();
+  }
+
+  float acc[kTapCount][2][4] = {};
+  uint32_t x_address[kTiles];  // of this lane's rows for ldmatrix, in the unit
+  for (int group = 0; group < groups; ++group) {
+    const StripTables& table = tables[here.table];
+    wait_for_group(shape.prefetch);
+    if (with_x_prologue) {
+      const XPrologue prologue(x_vectors + x_stager.local * XPrologue::kVectors);
+      for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
+        x_stager.transform(shared + x_ring + ring.here * x_group_bytes + i * x_row_bytes, nullptr, table.source, grid.pixels, here.row + i,
+                           prologue);
       }
-#pragma unroll
+    }
+    if (with_grad_prologue && here.group > 0) {
+      const GradPrologue prologue(grad_vectors + grad_stager.local * GradPrologue::kVectors);
       for (int v = 0; v < Rows::outputs; ++v) {
-        grad_rows[0][v] = grad_buffers + (step % 2 * Rows::outputs + v) * grad_row_bytes;
-        grad_rows[1][v] = grad_buffers + ((step + 1) % 2 * Rows::outputs + v) * grad_row_bytes;
+        grad_stager.transform(shared + grad_place(group) + v * grad_row_bytes,
+                              shared + companion_place(group) + v * grad_row_bytes, table.output, kStripPositions,
+                              here.step() * Rows::outputs + v, prologue);
       }
-      if (step + 1 < unit.steps) {
-        uint32_t next_x_rows[Rows::advance];
+    }
+    __syncthreads();  // this group's rows are in place, and nobody reads those of the step before the last any more
+    if (group + shape.prefetch < groups) {
+      stage_next(group + shape.prefetch);
+    }
+    cp_async_commit();
+    if (here.group == 0) {
+      if (next_unit < share_end) {
+        StripTables& later = tables[here.table > 0 ? here.table - 1 : kTables - 1];
+        next_unit = later.template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
+      }
 #pragma unroll
-        for (int i = 0; i < Rows::advance; ++i) {
-          next_x_rows[i] = x_rows[Rows::inputs + i];
-        }
-        x_stager.stage(next_x_rows, tables.source, grid.pixels, first_row + step * Rows::advance + Rows::inputs);
-        grad_stager.stage(grad_rows[1], tables.output, kStripPositions, first_output + (step + 1) * Rows::outputs);
+      for (int m = 0; m < kTiles; ++m) {
+        const int pixel = table.pixel[m * kTile + lane % kTile];
+        x_address[m] = shared_base + x_ring + pixel * pitch + in_tile * 2 + lane / kTile * 16;
       }
-
+    } else if (active) {
       // One branch on the rows that exist, not one per product: mma wants the warp converged.
       const auto accumulate = [&](auto valid_rows) {
         constexpr int kRows = decltype(valid_rows)::value;
+        const uint32_t grad_rows = shared_base + grad_place(group);
 #pragma unroll
-        for (int m = 0; m < kStripPositions / kTile; ++m) {
+        for (int m = 0; m < kTiles; ++m) {
           uint32_t grad_tile[kRows][4];
           const int grad_position = m * kTile + lane % 8 + lane / 16 * 8;
 #pragma unroll
           for (int v = 0; v < kRows; ++v) {
-            ldmatrix_x4<true>(grad_tile[v],
-                              grad_rows[0][v] + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
+            ldmatrix_x4<true>(grad_tile[v], grad_rows + v * grad_row_bytes + grad_position * pitch + out_tile * 2 +
+                                                lane / 8 % 2 * 16);
           }
-          const int pixel = tables.pixel[m * kTile + lane % kTile];
-          const uint32_t x_offset = pixel * pitch + in_tile * 2 + lane / kTile * 16;
+          const uint32_t x_offset = x_address[m];
 #pragma unroll
           for (int i = 0; i < Rows::inputs; ++i) {
+            // Row i of the step: in the older group, or in the newer.
+            const int slot = i + Rows::skipped < Rows::advance ? ring.before : ring.here;
+            const uint32_t row = x_offset + slot * x_group_bytes + (i + Rows::skipped) % Rows::advance * x_row_bytes;
 #pragma unroll
             for (int j = 0; j < Cols::inputs; ++j) {
               uint32_t x_tile[4];
-              ldmatrix_x4<true>(x_tile, x_rows[i] + x_offset + j * pitch);
+              ldmatrix_x4<true>(x_tile, row + j * pitch);
 #pragma unroll
               for (int v = 0; v < kRows; ++v) {
                 if (Rows::tap(v, i) < 0) {
@@ -176,31 +209,37 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
           }
         }
       };
-      const bool odd_row = Rows::outputs > 1 && first_output + (step + 1) * Rows::outputs > grid.out_height;
-      if (active && !odd_row) {
+      const bool odd_row = Rows::outputs > 1 && (here.step() + 1) * Rows::outputs > grid.out_height;
+      if (!odd_row) {
         accumulate(std::integral_constant<int, Rows::outputs>());
-      } else if (active) {
+      } else {
         accumulate(std::integral_constant<int, 1>());
       }
-      head = head + Rows::advance < kRing ? head + Rows::advance : head + Rows::advance - kRing;
     }
+    here.next(tables);
+    ring.next();
   }
 
   if (!active) {
     return;
   }
-  float* const split_partial = partial + split * shape.channels * shape.group_width * 9;
+  // A lane's pairs are neighbours in a row of input channels; groups of one channel have no pairs.
+  float* const split_partial = partial + static_cast<int64_t>(split) * kTapCount * shape.channels * shape.group_width;
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const int o = slab_channel + out_block + out_tile + lane / 4 + e / 2 % 2 * 8;
-    const int i = slab_channel + in_block + in_tile + lane % 4 * 2 + e % 2 + e / 4 * 8;
-    if (o / shape.group_width != i / shape.group_width) {
-      continue;
-    }
-    float* const taps = split_partial + (static_cast<int64_t>(o) * shape.group_width + i % shape.group_width) * 9;
+  for (int pair = 0; pair < 4; ++pair) {
+    const int o = slab_channel + out_block + out_tile + lane / 4 + pair % 2 * 8;
+    const int i = slab_channel + in_block + in_tile + lane % 4 * 2 + pair / 2 * 8;
 #pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
-      taps[tap] = acc[tap][e / 4][e % 4];
+    for (int tap = 0; tap < kTapCount; ++tap) {
+      const float* const values = acc[tap][pair / 2] + pair % 2 * 2;
+      float* const row = split_partial + (static_cast<int64_t>(tap) * shape.channels + o) * shape.group_width;
+      if (shape.group_width > 1) {
+        if (o / shape.group_width == i / shape.group_width) {
+          store(row + i % shape.group_width, Vector<float, 2>{values[0], values[1]});
+        }
+      } else if (o - i == 0 || o - i == 1) {
+        row[0] = values[o - i];
+      }
     }
   }
 }

@@ -10,15 +10,18 @@ namespace {
 
 int64_t weight_elements(const GroupedConvShape& shape) { return shape.out_channels * shape.group_in() * 9; }
 
-template <int kStride>
-int64_t shared_bytes(const TensorCoreWgradShape& problem) {
+template <int kStride, bool kFused>
+int64_t shared_bytes(const TensorCoreWgradShape& problem, int prefetch) {
   using Rows = RowAxis<Pass::kForward, kStride>;
-  return int64_t{(Rows::inputs + Rows::advance) * problem.grid.pixels + 2 * Rows::outputs * kStripPositions} *
-         pixel_pitch(problem.tile_channels);
+  const int64_t grad_groups = prefetch + 1 + (kFused ? prefetch : 0);
+  const int64_t rows = int64_t{prefetch + 2} * Rows::advance * problem.grid.pixels +
+                       grad_groups * Rows::outputs * kStripPositions;
+  const int64_t vectors = kFused ? kVectorBytes<ActivationPrologue<float>> + kVectorBytes<StatisticsPrologue<float>> : 0;
+  return rows * pixel_pitch(problem.tile_channels) + problem.tile_channels * vectors;
 }
 
-// One wave of blocks: more would only add partial sums. No splits: not even one block fits.
-template <int kStride>
+// No splits: the kernel does not take the problem.
+template <int kStride, bool kFused>
 TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, const Device& device) {
   TensorCoreWgradShape problem{};
   problem.channels = static_cast<int>(shape.in_channels);
@@ -28,13 +31,16 @@ TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, const De
   problem.slab_channels = packed ? kPackedSlabChannels : problem.group_width;
   problem.slabs = static_cast<int>(ceil_div(problem.channels, problem.slab_channels));
   problem.slab_tiles = static_cast<int>(ceil_div(problem.slab_channels, problem.tile_channels));
-  const int64_t blocks_per_unit = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles;
-  problem.grid = make_strip_grid<RowAxis<Pass::kForward, kStride>, ColAxis<Pass::kForward, kStride>>(
-      shape, false, blocks_per_unit, int64_t{device.multiprocessors} * kWgradBlocksPerMultiprocessor);
-  const int64_t resident = resident_blocks(device, shared_bytes<kStride>(problem), kWgradBlocksPerMultiprocessor);
-  const int64_t splits =
-      std::clamp<int64_t>(device.multiprocessors * resident / blocks_per_unit, 1, problem.grid.units);
-  problem.splits = resident == 0 ? 0 : static_cast<int>(splits);
+  problem.grid = make_strip_grid<RowAxis<Pass::kForward, kStride>, ColAxis<Pass::kForward, kStride>>(shape, false);
+  const auto [prefetch, bytes, resident] =
+      deepest_prefetch(device, kWgradBlocksPerMultiprocessor,
+                       [&](int prefetch) { return shared_bytes<kStride, kFused>(problem, prefetch); });
+  problem.prefetch = prefetch;
+  if (resident > 0 && problem.grid.all_steps <= INT32_MAX) {
+    const int64_t blocks_per_split = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles;
+    problem.splits =
+        static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
+  }
   return problem;
 }
 
@@ -46,14 +52,14 @@ template <typename T, int kStride, bool kFused>
 std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context,
                                                const void* grad, const void* x, const WgradPrologues& prologues,
                                                Partial* partial) {
-  const TensorCoreWgradShape problem = tensor_core_problem<kStride>(shape, context.device);
+  const TensorCoreWgradShape problem = tensor_core_problem<kStride, kFused>(shape, context.device);
   if (problem.splits == 0) {
     return std::nullopt;
   }
   *partial = allocate_partial(shape, context, problem.splits);
   const int64_t blocks = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles * problem.splits;
   return launch(tensor_core_wgrad_kernel<T, kStride, kFused>, blocks, kMaxWarps * kWarpSize,
-                dynamic_shared(context.device, shared_bytes<kStride>(problem)), context.stream,
+                dynamic_shared(context.device, shared_bytes<kStride, kFused>(problem, problem.prefetch)), context.stream,
                 static_cast<const T*>(grad), static_cast<const T*>(x), partial->values, prologues, problem);
 }
 
@@ -89,8 +95,8 @@ cudaError_t launch_direct(const GroupedConvShape& shape, const Context& context,
 
 template <typename T>
 cudaError_t launch_sum(const GroupedConvShape& shape, const Context& context, const Partial& partial, void* out) {
-  return launch_sum_splits(partial.values, static_cast<T*>(out), weight_elements(shape), partial.splits,
-                           context.stream);
+  return launch_sum_splits<kTapCount>(partial.values, static_cast<T*>(out), weight_elements(shape), partial.splits,
+                                      context.stream);
 }
 
 template <typename T>

@@ -33,7 +33,7 @@ struct Copy {
 struct Fiber {
   jmp_buf resume;
   std::unique_ptr<unsigned char[]> stack;
-  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> copies{1};  // by groups; the last is still open
   bool done;  // with the present block
 };
 
@@ -97,9 +97,12 @@ void arrive_and_wait(Barrier& barrier, int size, OnLast on_last) {
 void fiber_main() {
   for (yield();; yield()) {
     (*body)();
-    if (!fibers[current].copies.empty()) {
-      fail("a thread ended with asynchronous copies in flight");
+    for (const auto& group : fibers[current].copies) {
+      if (!group.empty()) {
+        fail("a thread ended with asynchronous copies in flight");
+      }
     }
+    fibers[current].copies.resize(1);
     fibers[current].done = true;
     progress = true;
   }
@@ -203,15 +206,20 @@ void queue_copy(uint32_t shared, const void* source) {
   if (descending_order) {
     copy.land();
   } else {
-    fibers[current].copies.push_back(copy);
+    fibers[current].copies.back().push_back(copy);
   }
 }
 
-void finish_copies() {
-  for (const Copy& copy : fibers[current].copies) {
-    copy.land();
+void close_copies() { fibers[current].copies.emplace_back(); }
+
+void finish_copies(int pending) {
+  auto& groups = fibers[current].copies;
+  while (static_cast<int>(groups.size()) - 1 > pending) {
+    for (const Copy& copy : groups.front()) {
+      copy.land();
+    }
+    groups.pop_front();
   }
-  fibers[current].copies.clear();
 }
 
 }  // namespace resnext::cuda::emulation

@@ -52,7 +52,8 @@ void block_barrier();
 void warp_collective(void* operand, void (*combine)(void* const* operands));
 
 void queue_copy(uint32_t shared, const void* source);  // source null: zeros
-void finish_copies();
+void close_copies();
+void finish_copies(int pending);  // of all groups but the latest `pending`
 
 struct MatrixOperand {
   uint32_t address;
@@ -151,7 +152,17 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
   emulation::queue_copy(shared, valid ? global : nullptr);
 }
 
-inline void cp_async_wait_all() { emulation::finish_copies(); }
+inline void cp_async_commit() { emulation::close_copies(); }
+
+template <int kPending>
+void cp_async_wait_group() {
+  emulation::finish_copies(kPending);
+}
+
+template <typename T>
+T held(T value) {
+  return value;
+}
 
 template <bool kTranspose>
 void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t shared) {
@@ -168,6 +179,18 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 template <typename T>
 uint32_t pack2(float low, float high) {
   return T(low).x | static_cast<uint32_t>(T(high).x) << 16;
+}
+
+template <typename T>
+uint32_t pack2_relu(float low, float high) {
+  const auto relu = [](float value) { return value <= 0.0f ? 0.0f : value; };
+  return pack2<T>(relu(low), relu(high));
+}
+
+template <typename T>
+void unpack2(uint32_t bits, float& low, float& high) {
+  low = emulation::element<T>(bits, 0);
+  high = emulation::element<T>(bits, 1);
 }
 
 inline bool any_in_warp(bool predicate) {
