@@ -3,8 +3,8 @@
 //   Prologue   what happens to 8 neighbouring channels of the source once they are staged, where the member `prologue` is
 //              given. void: nothing, and no code for it
 //   Epilogue   what happens to kWidth neighbouring channels of a result, whose place is so many elements, and bytes, from
-//              the element that begin() was told: load_at() reads what else is needed there, ahead of the products;
-//              operator() is called before they are rounded and stored, stored() after
+//              the element that begin() was told: load_at() reads what else is needed there, if loads(), ahead of the
+//              products; operator() is called before they are rounded and stored, stored() after
 //   Totals     what the epilogue sums up, for the kernel to merge and write to `partial`; NoTotals: nothing
 //
 // A prologue has kVectors numbers per channel, which vectors() computes once per block and shared memory keeps, 8 of the
@@ -16,6 +16,27 @@
 namespace resnext::cuda {
 
 constexpr int kGranule = 8;  // channels of 16 bits that are staged at once
+
+// kWidth neighbours of a tensor as they are loaded: separated at once, they would have to be waited for at once.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Packed {
+  uint32_t pairs[kWidth / 2];
+
+  __device__ __forceinline__ void unpack(float (&values)[kWidth]) const {
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      unpack2<T>(pairs[i], values[2 * i], values[2 * i + 1]);
+    }
+  }
+};
+
+// One channel at a time, of any type: for the kernels without tensor cores.
+template <typename T>
+struct alignas(sizeof(T)) Packed<T, 1> {
+  T value;
+
+  __device__ __forceinline__ void unpack(float (&values)[1]) const { values[0] = static_cast<float>(value); }
+};
 
 struct alignas(16) Granule {
   uint32_t pairs[kGranule / 2];
@@ -149,6 +170,7 @@ struct PlainFusion {
     using Loaded = Nothing;
 
     __device__ __forceinline__ Epilogue(const PlainFusion&, int64_t) {}
+    __device__ __forceinline__ bool loads() const { return false; }
     __device__ __forceinline__ void begin(int64_t) {}
     __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
     __device__ __forceinline__ void operator()(float (&)[kWidth], const Loaded&, int, int, NoTotals&) const {}
@@ -178,6 +200,7 @@ struct BiasFusion {
       }
     }
 
+    __device__ __forceinline__ bool loads() const { return false; }
     __device__ __forceinline__ void begin(int64_t) {}
     __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
 
@@ -222,18 +245,19 @@ struct AffineFusion {
       }
     }
 
+    __device__ __forceinline__ bool loads() const { return false; }
     __device__ __forceinline__ void begin(int64_t element) { first = element; }
     __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
 
     __device__ __forceinline__ void operator()(float (&values)[kWidth], const Loaded&, int elements, int bytes,
                                                NoTotals&) const {
-      Vector<T, kWidth> added{};
+      float added[kWidth] = {};
       if (residual != nullptr) {
-        added = load<kWidth>(from(residual + first + elements, bytes));
+        reinterpret_cast<const Packed<T, kWidth>*>(from(residual + first + elements, bytes))->unpack(added);
       }
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const float value = fmaf(scale[c], values[c], shift[c]) + static_cast<float>(added.values[c]);
+        const float value = fmaf(scale[c], values[c], shift[c]) + added[c];
         values[c] = with_relu ? relu(value) : value;
       }
     }
@@ -260,6 +284,7 @@ struct ForwardFusion {
 
     __device__ __forceinline__ Epilogue(const ForwardFusion& fusion, int64_t) : statistics(fusion.partial != nullptr) {}
 
+    __device__ __forceinline__ bool loads() const { return false; }
     __device__ __forceinline__ void begin(int64_t) {}
     __device__ __forceinline__ Loaded load_at(int, int) const { return {}; }
 
@@ -289,7 +314,7 @@ struct GradientFusion {
 
   template <int kWidth>
   struct Epilogue {
-    using Loaded = Vector<T, kWidth>;
+    using Loaded = Packed<T, kWidth>;
 
     Activation<T, kWidth> activation;
     const T *x, *first;
@@ -297,10 +322,11 @@ struct GradientFusion {
     __device__ __forceinline__ Epilogue(const GradientFusion& fusion, int64_t channel)
         : activation(fusion.affine, channel), x(fusion.partial != nullptr ? fusion.x : nullptr) {}
 
+    __device__ __forceinline__ bool loads() const { return x != nullptr; }
     __device__ __forceinline__ void begin(int64_t element) { first = held(x + element); }
 
     __device__ __forceinline__ Loaded load_at(int elements, int bytes) const {
-      return x != nullptr ? load<kWidth>(from(first + elements, bytes)) : Loaded{};
+      return *reinterpret_cast<const Loaded*>(from(first + elements, bytes));
     }
 
     __device__ __forceinline__ void operator()(float (&values)[kWidth], const Loaded& raw, int, int,
@@ -308,9 +334,11 @@ struct GradientFusion {
       if (x == nullptr) {
         return;
       }
+      float inputs[kWidth];
+      raw.unpack(inputs);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const float input = static_cast<float>(raw.values[c]);
+        const float input = inputs[c];
         const float t = activation.passes(input, c) ? values[c] : 0.0f;
         totals.sums[0][c] += t;
         totals.sums[1][c] = fmaf(t, input - activation.affine.center[c], totals.sums[1][c]);

@@ -97,15 +97,10 @@ __device__ __forceinline__ WeightTile weight_tile(const T* staged, int tap, int 
 
 constexpr int kLaneChannels = 4;  // neighbours, of each result that a lane holds
 
-struct alignas(8) PackedChannels {
-  uint32_t pairs[2];
-};
-
 template <typename T>
-__device__ __forceinline__ PackedChannels round_channels(float (&values)[kLaneChannels]) {
-  const PackedChannels packed{pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3])};
-  unpack2<T>(packed.pairs[0], values[0], values[1]);
-  unpack2<T>(packed.pairs[1], values[2], values[3]);
+__device__ __forceinline__ Packed<T, kLaneChannels> round_channels(float (&values)[kLaneChannels]) {
+  const Packed<T, kLaneChannels> packed{pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3])};
+  packed.unpack(values);
   return packed;
 }
 
@@ -316,9 +311,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
       };
 
       typename Epilogue::Loaded loaded[kTiles][kHalves][Rows::outputs][Cols::outputs];
-      for_results([&](int m, int half, int v, int h, int elements, int bytes) {
-        loaded[m][half][v][h] = epilogue.load_at(elements, bytes);
-      });
+      if (epilogue.loads()) {
+        for_results([&](int m, int half, int v, int h, int elements, int bytes) {
+          loaded[m][half][v][h] = epilogue.load_at(elements, bytes);
+        });
+      }
 
       float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
       for (int d = 0; d < depth; ++d) {
@@ -385,7 +382,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
       const auto finish = [&](float (&values)[kLaneChannels], const typename Epilogue::Loaded& added, int elements,
                               int bytes) {
         epilogue(values, added, elements, bytes, totals);
-        *reinterpret_cast<PackedChannels*>(from(first_out + elements, bytes)) = round_channels<T>(values);
+        *reinterpret_cast<Packed<T, kLaneChannels>*>(from(first_out + elements, bytes)) = round_channels<T>(values);
         epilogue.stored(values, totals, step);
       };
       if (!mixed) {
@@ -423,7 +420,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
             }
           }
           const int elements = v * row_stride + h * shape.channels;
-          finish(values, epilogue.load_at(elements, bytes), elements, bytes);
+          finish(values, epilogue.loads() ? epilogue.load_at(elements, bytes) : typename Epilogue::Loaded{}, elements, bytes);
         }
       }
       if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
