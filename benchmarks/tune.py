@@ -7,6 +7,7 @@ Every candidate (kernels/candidates.py) is compiled ahead of time, and left out 
 left is checked (verify.py), then timed, the best few once more beside PyTorch and the other backends. The file is
 written after each pass of a layer: a run that is stopped, or stops itself after --seconds, goes on where it was.
 --candidates-to says what was found about every candidate, for whoever improves the heuristic (kernels/config.py).
+`--again --candidates 1` only compares backends anew, with the settings that the file has.
 """
 
 from __future__ import annotations
@@ -198,6 +199,9 @@ class Tuner:
         if most is not None and len(configs) > most:
             kept = [configs[index * len(configs) // most] for index in range(most)]
         left_out = Counter({f"beyond --candidates {most}": len(configs) - len(kept)})
+        known = self.entries.get((target.key, target.batch))
+        if configs and known is not None and known.config is not None and known.config not in kept:
+            kept = [*kept, known.config]  # --again: what was the best before
         futures = {}
         for config in kept if self.pool is not None else ():
             key = specialization(target.launch(config), target.dtype)

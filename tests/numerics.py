@@ -61,7 +61,7 @@ def assert_close(actual: Tensor, expected: Exact, *, out_roundings: float = 1.0,
         expected: Its oracle.
         out_roundings: Unit roundoffs of the output dtype allowed: 1 for one rounding to nearest; 2 where the platform
             truncates instead (Triton's interpreter, bfloat16).
-        u_acc: Unit roundoff of the products and sums: 2**-24 in float32; 2**-11 where TF32 rounds the operands.
+        u_acc: Unit roundoff of the products and sums: 2**-24 in float32; 2**-10 where TF32 cuts the operands off.
     """
     assert actual.shape == expected.value.shape, f"shape {tuple(actual.shape)}, not {tuple(expected.value.shape)}"
     info = torch.finfo(actual.dtype)

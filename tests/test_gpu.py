@@ -24,7 +24,7 @@ from .numerics import assert_close, exact
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TF32 = 2.0**-11  # unit roundoff of an operand rounded to TF32
+TF32 = 2.0**-10  # what an operand loses at most: the matrix units cut off what TF32 has no bits for
 STAGE1 = Case("resnext50-stage1", 4, 128, 128, 56, 56, 32)
 LAYERS = [
     STAGE1,
@@ -105,7 +105,7 @@ def test_tf32_follows_pytorchs_flag(monkeypatch):
         tf32 = grouped_conv2d(t["x"], t["weight"], groups=32)
     oracle = exact("fwd", STAGE1, tensors)
     assert_close(ieee, oracle)
-    # Both operands of a product are rounded: twice TF32's roundoff per product, however many are summed.
+    # Both operands of a product lose that, however many are summed.
     assert_close(tf32, type(oracle)(oracle.value, oracle.magnitude, 1), u_acc=TF32)
     assert not torch.equal(ieee, tf32)
 
@@ -113,18 +113,18 @@ def test_tf32_follows_pytorchs_flag(monkeypatch):
 def test_nan_stays_in_its_group(backend):
     tensors = make_tensors(STAGE1, torch.bfloat16, channels_last=True)
     t = on_gpu(tensors)
-    clean = {op: run_pass(op, STAGE1, t) for op in ("fwd", "dgrad", "wgrad")}
+    clean = {op: exact(op, STAGE1, tensors) for op in ("fwd", "dgrad", "wgrad")}
+    group = slice(4, 8)
     for value in (float("nan"), float("inf"), -float("inf")):
         bad = {name: None if v is None else v.clone() for name, v in t.items()}
-        bad["x"][1, 5, 3, 4] = value  # group 1 of 32: channels 4 to 7
+        bad["x"][1, 5, 3, 4] = value  # group 1 of 32
         bad["grad"][1, 5, 3, 4] = value
         for op in ("fwd", "dgrad", "wgrad"):
-            out, channels = run_pass(op, STAGE1, bad), 0 if op == "wgrad" else 1
-            others = [c for c in range(128) if c // 4 != 1]
-            assert torch.equal(
-                out.index_select(channels, torch.tensor(others, device="cuda")),
-                clean[op].index_select(channels, torch.tensor(others, device="cuda")),
-            )
+            out = run_pass(op, STAGE1, bad)
+            # What had to be computed again, apart from the bad group, may be rounded otherwise.
+            others, place = out.cpu(), group if op == "wgrad" else (slice(None), group)
+            others[place] = clean[op].value[place].to(out.dtype)
+            assert_close(others, clean[op])
             with use_backend("torch"):
                 wanted = run_pass(op, STAGE1, {k: None if v is None else v.float() for k, v in bad.items()})
             assert torch.equal(out.isfinite(), wanted.isfinite())

@@ -96,7 +96,7 @@ struct StatisticsGradient {
 };
 
 // Running totals of a thread, per channel. merge() adds those of a later part of the data, in a fixed order; store()
-// writes one split's totals, as planes (split, channel) of the partial results that reduce.cuh brings together. Step:
+// writes them to row `split` of the partial results (split, plane, channel) that reduce.cuh brings together. Step:
 // what is not in the totals yet, of moments only.
 struct NoTotals {
   struct Step {};
@@ -176,12 +176,13 @@ struct Moments {
     }
   }
 
-  __device__ __forceinline__ void store(float* partial, int64_t plane, int64_t index) const {
+  __device__ __forceinline__ void store(float* partial, int64_t split, int64_t channels, int64_t channel) const {
+    float* const row = partial + split * kPlanes * channels + channel;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      partial[index + c] = count;
-      partial[plane + index + c] = mean[c];
-      partial[2 * plane + index + c] = squares[c];
+      row[c] = count;
+      row[channels + c] = mean[c];
+      row[2 * channels + c] = squares[c];
     }
   }
 };
@@ -204,12 +205,13 @@ struct Sums {
     }
   }
 
-  __device__ __forceinline__ void store(float* partial, int64_t plane, int64_t index) const {
+  __device__ __forceinline__ void store(float* partial, int64_t split, int64_t channels, int64_t channel) const {
+    float* const row = partial + split * kPlanes * channels + channel;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        partial[s * plane + index + c] = sums[s][c];
+        row[s * channels + c] = sums[s][c];
       }
     }
   }

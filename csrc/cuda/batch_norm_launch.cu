@@ -5,21 +5,34 @@
 namespace resnext::cuda {
 namespace {
 
-constexpr int kMomentRows = 16;
+constexpr int kMomentLanes = 8;
+constexpr int kMomentRows = 64;
+constexpr int kMomentsAtOnce = 4;
 
-// Thread row y merges splits y, y + 16, ..., then the rows are merged.
-__global__ void __launch_bounds__(kMomentRows* kWarpSize)
+// Thread row y merges splits y, y + 64, ..., of which a few are on their way at once; then the rows are merged.
+__global__ void __launch_bounds__(kMomentRows* kMomentLanes)
     merge_moments_kernel(const float* __restrict__ partial, float* __restrict__ mean, float* __restrict__ var,
                          int64_t channels, int splits) {
-  const int row = threadIdx.x / kWarpSize;
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarpSize + threadIdx.x % kWarpSize;
-  const int64_t plane = splits * channels;
+  constexpr int kPlanes = Moments<1>::kPlanes;
+  const int row = threadIdx.x / kMomentLanes;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kMomentLanes + threadIdx.x % kMomentLanes;
   Moments<1> moments = {};
-  for (int split = row; split < splits && channel < channels; split += kMomentRows) {
-    const int64_t index = split * channels + channel;
-    moments.merge({partial[index], {partial[plane + index]}, {partial[2 * plane + index]}});
+  for (int first = row; first < splits && channel < channels; first += kMomentsAtOnce * kMomentRows) {
+    float planes[kMomentsAtOnce][kPlanes];
+#pragma unroll
+    for (int i = 0; i < kMomentsAtOnce; ++i) {
+      const int split = first + i * kMomentRows;
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p) {
+        planes[i][p] = split < splits ? partial[(static_cast<int64_t>(split) * kPlanes + p) * channels + channel] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMomentsAtOnce; ++i) {
+      moments.merge({planes[i][0], {planes[i][1]}, {planes[i][2]}});
+    }
   }
-  merge_rows<kMomentRows * kWarpSize>(moments, row, kMomentRows, kWarpSize);
+  merge_rows<kMomentRows * kMomentLanes>(moments, row, kMomentRows, kMomentLanes);
   if (row == 0 && channel < channels) {
     mean[channel] = moments.mean[0];
     var[channel] = moments.squares[0] / moments.count;
@@ -30,7 +43,7 @@ __global__ void __launch_bounds__(kMomentRows* kWarpSize)
 
 cudaError_t launch_merge_moments(const Partial& partial, int64_t channels, const Context& context, float* mean,
                                  float* var) {
-  return launch(merge_moments_kernel, ceil_div(channels, kWarpSize), kMomentRows * kWarpSize, DynamicShared{},
+  return launch(merge_moments_kernel, ceil_div(channels, kMomentLanes), kMomentRows * kMomentLanes, DynamicShared{},
                 context.stream, partial.values, mean, var, channels, partial.splits);
 }
 

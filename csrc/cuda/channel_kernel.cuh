@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerMultiprocess
   if constexpr (!std::is_empty_v<Totals>) {
     merge_rows<kChannelThreads>(totals, row, rows, grid.lanes);
     if (active && row == 0 && partial != nullptr) {
-      totals.store(partial, grid.splits * grid.channels, split * grid.channels + channel);
+      totals.store(partial, split, grid.channels, channel);
     }
   }
 }

@@ -104,7 +104,7 @@ cudaError_t launch_conv_stats_wgrad(const GroupedConvShape& shape, Dtype dtype, 
 cudaError_t launch_statistics(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
                               float* mean, float* var);
 
-// Totals of a tensor's splits, planes of (splits, channels) float32, for a second stage to bring together.
+// Partial results of a tensor's splits, float32, of which a second stage makes one: totals (splits, planes, channels).
 struct Partial {
   float* values;
   int splits;

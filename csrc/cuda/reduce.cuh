@@ -6,20 +6,32 @@
 
 namespace resnext::cuda {
 
-constexpr int kSumRows = 8;
+// Few elements have many splits: a block takes few, and its loads do not wait for each other.
+constexpr int kSumLanes = 8;
+constexpr int kSumRows = 32;
+constexpr int kSumsAtOnce = 4;
 
-// out[e, p] = sum over splits of partial[split, p, e], p one of kPlanes: thread row y adds splits y, y + 8, ..., then the
-// rows are added in order.
-template <int kPlanes, typename T>
-__global__ void __launch_bounds__(kSumRows* kWarpSize)
-    sum_splits_kernel(const float* __restrict__ partial, T* __restrict__ out, int64_t elements, int splits) {
-  __shared__ float sums[kSumRows][kWarpSize];
-  const int lane = threadIdx.x % kWarpSize;
-  const int row = threadIdx.x / kWarpSize;
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+// keep(e, sum over splits of partial[split, e]): thread row y adds splits y, y + 32, ..., then the rows are added in
+// order.
+template <typename Keep>
+__global__ void __launch_bounds__(kSumRows* kSumLanes)
+    sum_splits_kernel(const float* __restrict__ partial, Keep keep, int64_t elements, int splits) {
+  __shared__ float sums[kSumRows][kSumLanes];
+  const int lane = threadIdx.x % kSumLanes;
+  const int row = threadIdx.x / kSumLanes;
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * kSumLanes + lane;
   float sum = 0.0f;
-  for (int split = row; split < splits && element < elements; split += kSumRows) {
-    sum += partial[split * elements + element];
+  for (int first = row; first < splits && element < elements; first += kSumsAtOnce * kSumRows) {
+    float values[kSumsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kSumsAtOnce; ++i) {
+      const int split = first + i * kSumRows;
+      values[i] = split < splits ? partial[split * elements + element] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kSumsAtOnce; ++i) {
+      sum += values[i];
+    }
   }
   sums[row][lane] = sum;
   __syncthreads();
@@ -28,31 +40,38 @@ __global__ void __launch_bounds__(kSumRows* kWarpSize)
     for (int r = 0; r < kSumRows; ++r) {
       sum += sums[r][lane];
     }
-    const int64_t plane = elements / kPlanes;
-    out[element % plane * kPlanes + element / plane] = static_cast<T>(sum);
+    keep(element, sum);
   }
 }
 
-template <int kPlanes = 1, typename T>
-cudaError_t launch_sum_splits(const float* partial, T* out, int64_t elements, int splits, cudaStream_t stream) {
-  return launch(sum_splits_kernel<kPlanes, T>, ceil_div(elements, kWarpSize), kSumRows * kWarpSize, DynamicShared{}, stream,
-                partial, out, elements, splits);
+template <typename Keep>
+cudaError_t launch_sum_splits(const Partial& partial, const Keep& keep, int64_t elements, cudaStream_t stream) {
+  return launch(sum_splits_kernel<Keep>, ceil_div(elements, kSumLanes), kSumRows * kSumLanes, DynamicShared{}, stream,
+                partial.values, keep, elements, partial.splits);
 }
 
-// out[s] (channels) from plane s; null: not wanted.
+// out[s] (channels) from totals' planes s (batch_norm.cuh); null: not wanted.
+template <int kSums>
+struct KeepPlanes {
+  float* out[kSums];
+  int64_t channels;
+
+  __device__ __forceinline__ void operator()(int64_t element, float sum) const {
+    float* const plane = out[element / channels];
+    if (plane != nullptr) {
+      plane[element % channels] = sum;
+    }
+  }
+};
+
 template <int kSums>
 cudaError_t launch_sum_planes(const Partial& partial, float* const (&out)[kSums], int64_t channels,
                               cudaStream_t stream) {
+  KeepPlanes<kSums> keep{{}, channels};
   for (int s = 0; s < kSums; ++s) {
-    if (out[s] != nullptr) {
-      const float* const plane = partial.values + s * partial.splits * channels;
-      const cudaError_t error = launch_sum_splits(plane, out[s], channels, partial.splits, stream);
-      if (error != cudaSuccess) {
-        return error;
-      }
-    }
+    keep.out[s] = out[s];
   }
-  return cudaSuccess;
+  return launch_sum_splits(partial, keep, kSums * channels, stream);
 }
 
 }  // namespace resnext::cuda

@@ -435,8 +435,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     if (active && fusion.partial != nullptr) {
       merge_lanes(totals, 4);
       if (lane < 4) {
-        totals.store(fusion.partial, static_cast<int64_t>(shape.splits) * shape.channels,
-                     static_cast<int64_t>(split) * shape.channels + lane_channel);
+        totals.store(fusion.partial, split, shape.channels, lane_channel);
       }
     }
   }

@@ -8,7 +8,7 @@
 namespace resnext::cuda {
 namespace {
 
-int64_t weight_elements(const GroupedConvShape& shape) { return shape.out_channels * shape.group_in() * 9; }
+int64_t weight_elements(const GroupedConvShape& shape) { return shape.out_channels * shape.group_in() * kTapCount; }
 
 template <int kStride, bool kFused>
 int64_t shared_bytes(const TensorCoreWgradShape& problem, int prefetch) {
@@ -93,10 +93,22 @@ cudaError_t launch_direct(const GroupedConvShape& shape, const Context& context,
                 partial->values, shape, partial->splits);
 }
 
+// out (C_out, C_in/groups, 3, 3) from partial results of which the taps come first.
+template <typename T>
+struct KeepWeight {
+  T* out;
+  int64_t plane;  // elements of a tap
+
+  __device__ __forceinline__ void operator()(int64_t element, float sum) const {
+    out[element % plane * kTapCount + element / plane] = static_cast<T>(sum);
+  }
+};
+
 template <typename T>
 cudaError_t launch_sum(const GroupedConvShape& shape, const Context& context, const Partial& partial, void* out) {
-  return launch_sum_splits<kTapCount>(partial.values, static_cast<T*>(out), weight_elements(shape), partial.splits,
-                                      context.stream);
+  const int64_t elements = weight_elements(shape);
+  return launch_sum_splits(partial, KeepWeight<T>{static_cast<T*>(out), elements / kTapCount}, elements,
+                           context.stream);
 }
 
 template <typename T>
