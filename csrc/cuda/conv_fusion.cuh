@@ -156,6 +156,11 @@ constexpr bool kHasCompanion = Prologue::kCompanion;
 template <>
 inline constexpr bool kHasCompanion<void> = false;
 
+// Bytes from one tensor to another of the same layout.
+__device__ __forceinline__ int64_t bytes_between(const void* first, const void* second) {
+  return reinterpret_cast<intptr_t>(second) - reinterpret_cast<intptr_t>(first);
+}
+
 struct Nothing {};
 
 // The plain convolution.

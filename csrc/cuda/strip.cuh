@@ -209,10 +209,12 @@ struct RowStager {
     pitch = pixel_pitch(count);
   }
 
-  // Stages rows row + skipped, ..., row + kRows - 1 of the images at `images`, `row_bytes` apart from `shared` on.
-  template <int kRows>
+  // Stages rows row + skipped, ..., row + kRows - 1 of the images at `images`, `row_bytes` apart from `shared` on; and,
+  // with a companion, those of a tensor like it that lies so many bytes further, as far further from `shared`.
+  template <int kRows, bool kCompanion = false>
   __device__ __forceinline__ void stage(const T* images, uint32_t shared, uint32_t row_bytes, const int* offsets,
-                                        int pixels, int row, int skipped) const {
+                                        int pixels, int row, int skipped, int64_t companion = 0,
+                                        uint32_t companion_shared = 0) const {
     const T* rows[kRows];
     bool valid[kRows];
 #pragma unroll
@@ -226,7 +228,13 @@ struct RowStager {
       const int offset = offsets[p];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        cp_async_16(place + i * row_bytes, from(rows[i], offset), valid[i] && offset >= 0);
+        const T* const source = from(rows[i], offset);
+        cp_async_16(place + i * row_bytes, source, valid[i] && offset >= 0);
+        if constexpr (kCompanion) {
+          cp_async_16(place + companion_shared + i * row_bytes,
+                      reinterpret_cast<const T*>(reinterpret_cast<intptr_t>(source) + companion),
+                      valid[i] && offset >= 0);
+        }
       }
       place += pixel_step * pitch;
     }

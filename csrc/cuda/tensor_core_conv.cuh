@@ -211,15 +211,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   const auto stage_next = [&](int group) {
     const StripTables& table = tables[ahead.table];
     const int skipped = ahead.group == 0 ? Rows::skipped : 0;
-    stager.template stage<Rows::advance>(source + table.source_base,
-                                         shared_base + ring_offset + ring.ahead * group_bytes, row_bytes, table.source,
-                                         grid.pixels, ahead.row, skipped);
+    const T* const images = source + table.source_base;
+    const uint32_t place = shared_base + ring_offset + ring.ahead * group_bytes;
     if constexpr (kHasCompanion<Prologue>) {
       if (with_prologue) {
-        stager.template stage<Rows::advance>(static_cast<const T*>(fusion.prologue.z) + table.source_base,
-                                             shared_base + companion_place(group), row_bytes, table.source, grid.pixels,
-                                             ahead.row, skipped);
+        stager.template stage<Rows::advance, true>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped,
+                                                   bytes_between(source, fusion.prologue.z),
+                                                   shared_base + companion_place(group) - place);
+      } else {
+        stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped);
       }
+    } else {
+      stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped);
     }
     ahead.next(tables);
     ring.next_ahead();

@@ -119,12 +119,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
                                            ahead.group == 0 ? Rows::skipped : 0);
     if (ahead.group > 0) {
       const int row = ahead.step() * Rows::outputs;
-      grad_stager.template stage<Rows::outputs>(grad + table.output_base, shared_base + grad_place(group),
-                                                grad_row_bytes, table.output, kStripPositions, row, 0);
+      const T* const images = grad + table.output_base;
+      const uint32_t place = shared_base + grad_place(group);
       if (with_grad_prologue) {
-        grad_stager.template stage<Rows::outputs>(static_cast<const T*>(prologues.grad.z) + table.output_base,
-                                                  shared_base + companion_place(group), grad_row_bytes, table.output,
-                                                  kStripPositions, row, 0);
+        grad_stager.template stage<Rows::outputs, true>(images, place, grad_row_bytes, table.output, kStripPositions, row,
+                                                        0, bytes_between(grad, prologues.grad.z),
+                                                        shared_base + companion_place(group) - place);
+      } else {
+        grad_stager.template stage<Rows::outputs>(images, place, grad_row_bytes, table.output, kStripPositions, row, 0);
       }
     }
     ring.next_ahead();
