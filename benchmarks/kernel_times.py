@@ -32,6 +32,7 @@ from roofline import measure_roofline
 from resnext.kernels.launch import Launch
 
 SMALL = 2  # Images of the step that shows what the host takes.
+WARM_UP = 3  # Steps until the allocator has all the memory that a step wants.
 Record = dict[str, Any]
 
 
@@ -94,7 +95,8 @@ def matched(events: Sequence[Record], launches: Sequence[Record]) -> list[Record
 
 
 def _seconds(step: Callable[[], object], repeats: int) -> float:
-    step()
+    for _ in range(WARM_UP):
+        step()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):

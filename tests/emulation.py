@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # resnext::cud
 HOPPER_SHARED, ADA_SHARED, TURING_SHARED = 227 * 1024, 99 * 1024, 64 * 1024
 
 # Where in an operator's tensors its images before and after are (which give the shape), and its weight or the gradient
-# of it: the launchers know that in OIHW order only.
+# of it.
 IMAGES = {
     "grouped_conv2d_fwd": (0, 3),
     "grouped_conv2d_dgrad": (2, 0),
@@ -112,11 +112,10 @@ class Emulator:
         tensors = [a for a in arguments if a is None or isinstance(a, Tensor)]
         options = [a for a in arguments if isinstance(a, int)]
         sizes = [(ctypes.c_int64 * 4)(*tensors[i].shape) for i in IMAGES[name]]
-        weight = None
+        weight_channels_last = False
         if name in WEIGHTS:
             assert options[-1], "the emulated convolutions are those of channels_last"
-            weight = tensors[WEIGHTS[name]]
-            tensors[WEIGHTS[name]] = weight.contiguous()
+            weight_channels_last = not tensors[WEIGHTS[name]].is_contiguous()
         device = self._device
         self.launches = self._library.run_operator(
             name.encode(),
@@ -124,14 +123,13 @@ class Emulator:
             DTYPES[tensors[0].dtype],
             (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors)),
             (ctypes.c_int64 * len(options))(*options),
+            weight_channels_last,
             device.multiprocessors,
             device.shared_memory,
             device.tensor_cores,
             device.descending,
         )
         assert self.launches >= 0, f"{name}: launch failed with CUDA error {-self.launches}"
-        if name.endswith("wgrad"):
-            weight.copy_(tensors[WEIGHTS[name]])
         return results[0] if len(results) == 1 else tuple(results)
 
 

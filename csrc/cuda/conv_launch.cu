@@ -7,7 +7,7 @@ namespace {
 // make_fusion(T{}) is the fusion for elements of type T; fused_tensor, what it reads.
 template <Pass kPass, typename MakeFusion>
 cudaError_t launch_conv(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* source,
-                        const void* weight, void* out, const void* fused_tensor, const MakeFusion& make_fusion) {
+                        const Weight& weight, void* out, const void* fused_tensor, const MakeFusion& make_fusion) {
   if (!axes_fit_int(shape)) {
     return cudaErrorInvalidValue;
   }
@@ -25,7 +25,7 @@ cudaError_t launch_conv(const GroupedConvShape& shape, Dtype dtype, const Contex
 }  // namespace
 
 cudaError_t launch_fwd(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                       const void* weight, const void* bias, void* out) {
+                       const Weight& weight, const void* bias, void* out) {
   if (bias == nullptr) {
     return launch_conv<Pass::kForward>(shape, dtype, context, x, weight, out, nullptr,
                                        [](auto element) { return PlainFusion<decltype(element)>{}; });
@@ -37,13 +37,13 @@ cudaError_t launch_fwd(const GroupedConvShape& shape, Dtype dtype, const Context
 }
 
 cudaError_t launch_dgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
-                         const void* weight, void* out) {
+                         const Weight& weight, void* out) {
   return launch_conv<Pass::kDgrad>(shape, dtype, context, grad, weight, out, nullptr,
                                    [](auto element) { return PlainFusion<decltype(element)>{}; });
 }
 
 cudaError_t launch_conv_affine(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                               const void* weight, const Affine& affine, const void* residual, bool relu, void* y) {
+                               const Weight& weight, const Affine& affine, const void* residual, bool relu, void* y) {
   return launch_conv<Pass::kForward>(shape, dtype, context, x, weight, y, residual, [&](auto element) {
     using T = decltype(element);
     return AffineFusion<T>{affine, static_cast<const T*>(residual), relu};

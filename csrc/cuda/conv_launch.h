@@ -15,7 +15,7 @@ namespace resnext::cuda {
 
 template <typename T, Pass kPass, typename Out, typename Fusion>
 cudaError_t launch_direct_conv(const GroupedConvShape& shape, const Context& context, const void* source,
-                               const void* weight, Out* out, const Fusion& fusion) {
+                               const Weight& weight, Out* out, const Fusion& fusion) {
   constexpr bool kDgrad = kPass == Pass::kDgrad;
   const auto axis = [](int64_t size) { return static_cast<int>(size); };
   GatherShape gather{};
@@ -30,10 +30,11 @@ cudaError_t launch_direct_conv(const GroupedConvShape& shape, const Context& con
   gather.pixels = shape.batch * gather.out_height * gather.out_width;
   gather.stride_h = static_cast<int>(shape.stride_h);
   gather.stride_w = static_cast<int>(shape.stride_w);
+  gather.weight_channels_last = weight.channels_last;
   const int64_t blocks =
       ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
   return launch(direct_conv_kernel<T, kDgrad, Out, Fusion>, blocks, kDirectThreads, DynamicShared{}, context.stream,
-                static_cast<const T*>(source), static_cast<const T*>(weight), out, fusion, gather);
+                static_cast<const T*>(source), static_cast<const T*>(weight.data), out, fusion, gather);
 }
 
 struct TensorCoreConvPlan {
@@ -94,13 +95,14 @@ std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& 
 
 template <typename T, Pass kPass, int kStride, typename Fusion>
 std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context,
-                                               const void* source, const void* weight, void* out, Fusion fusion,
+                                               const void* source, const Weight& weight, void* out, Fusion fusion,
                                                Partial* partial) {
   using Totals = typename Fusion::template Totals<kLaneChannels>;
-  const auto plan = plan_tensor_core_conv<kPass, kStride, Fusion>(shape, context.device);
+  auto plan = plan_tensor_core_conv<kPass, kStride, Fusion>(shape, context.device);
   if (!plan.has_value()) {
     return std::nullopt;
   }
+  plan->problem.weight_channels_last = weight.channels_last;
   if constexpr (!std::is_empty_v<Totals>) {
     if (partial != nullptr) {
       const int64_t plane = plan->problem.splits * int64_t{plan->problem.channels};
@@ -111,7 +113,7 @@ std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, co
   return launch(shape.group_in() <= kTile ? tensor_core_conv_kernel<T, kPass, kStride, true, Fusion>
                                           : tensor_core_conv_kernel<T, kPass, kStride, false, Fusion>,
                 plan->blocks, plan->threads, dynamic_shared(context.device, plan->shared_bytes), context.stream,
-                static_cast<const T*>(source), static_cast<const T*>(weight), static_cast<T*>(out), fusion,
+                static_cast<const T*>(source), static_cast<const T*>(weight.data), static_cast<T*>(out), fusion,
                 plan->problem);
 }
 
@@ -119,11 +121,11 @@ std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, co
 // null: they are not wanted. fused_tensors are those that the fusion reads (or null).
 template <typename T, Pass kPass, typename Fusion>
 std::optional<cudaError_t> try_tensor_cores(const GroupedConvShape& shape, Dtype dtype, const Context& context,
-                                            const void* source, const void* weight, void* out, const Fusion& fusion,
+                                            const void* source, const Weight& weight, void* out, const Fusion& fusion,
                                             Partial* partial, std::initializer_list<const void*> fused_tensors) {
   if constexpr (!std::is_same_v<T, float>) {
     const auto fits = [](const void* tensor) { return aligned(tensor, 16); };
-    if (tensor_cores_serve(shape, dtype, context.device) && fits(source) && fits(weight) && fits(out) &&
+    if (tensor_cores_serve(shape, dtype, context.device) && fits(source) && fits(weight.data) && fits(out) &&
         std::all_of(fused_tensors.begin(), fused_tensors.end(), fits)) {
       return shape.stride_h == 1
                  ? launch_tensor_cores<T, kPass, 1>(shape, context, source, weight, out, fusion, partial)

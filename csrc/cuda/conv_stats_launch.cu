@@ -10,7 +10,7 @@ namespace {
 
 template <typename T>
 cudaError_t launch_forward(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                           const Affine& prologue, const void* weight, void* z, float* mean, float* var) {
+                           const Affine& prologue, const Weight& weight, void* z, float* mean, float* var) {
   Partial partial;
   const auto status = try_tensor_cores<T, Pass::kForward>(shape, dtype, context, x, weight, z,
                                                           ForwardFusion<T>{prologue, nullptr},
@@ -38,7 +38,7 @@ cudaError_t launch_forward(const GroupedConvShape& shape, Dtype dtype, const Con
 
 template <typename T>
 cudaError_t launch_input_gradient(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
-                                  const StatisticsGradients& statistics, const void* weight, const void* x,
+                                  const StatisticsGradients& statistics, const Weight& weight, const void* x,
                                   const Affine& prologue, void* dx, float* dscale, float* dshift) {
   Partial partial;
   const GradientFusion<T> fusion{statistics, static_cast<const T*>(x), prologue, nullptr};
@@ -77,7 +77,7 @@ cudaError_t launch_input_gradient(const GroupedConvShape& shape, Dtype dtype, co
 }  // namespace
 
 cudaError_t launch_conv_stats_fwd(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                                  const Affine& prologue, const void* weight, void* z, float* mean, float* var) {
+                                  const Affine& prologue, const Weight& weight, void* z, float* mean, float* var) {
   if (!axes_fit_int(shape)) {
     return cudaErrorInvalidValue;
   }
@@ -87,7 +87,7 @@ cudaError_t launch_conv_stats_fwd(const GroupedConvShape& shape, Dtype dtype, co
 }
 
 cudaError_t launch_conv_stats_dgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
-                                    const StatisticsGradients& statistics, const void* weight, const void* x,
+                                    const StatisticsGradients& statistics, const Weight& weight, const void* x,
                                     const Affine& prologue, void* dx, float* dscale, float* dshift) {
   if (!axes_fit_int(shape)) {
     return cudaErrorInvalidValue;

@@ -26,6 +26,7 @@ struct GatherShape {
   int out_height, out_width, out_channels;
   int source_group, out_group;  // channels per group
   int stride_h, stride_w;
+  bool weight_channels_last;
 };
 
 // Source coordinate that tap `tap` of output coordinate `out` reads along one axis, or -1, which is also what the
@@ -87,8 +88,8 @@ __global__ void __launch_bounds__(kDirectThreads, 2)
         const int weight_row = kDgrad ? o / shape.out_group * shape.source_group + k : o;
         const int weight_col = kDgrad ? o % shape.out_group : k;
         const int weight_cols = kDgrad ? shape.out_group : shape.source_group;
-        const int64_t index = static_cast<int64_t>(weight_row) * weight_cols + weight_col;
-        value = static_cast<float>(weight[index * kTaps + entry % kTaps]);
+        const WeightOrder order(weight_cols, shape.weight_channels_last);
+        value = static_cast<float>(weight[order.index(weight_row, weight_col, entry % kTaps)]);
       }
       weights[entry][i / (kDepth * kTaps)] = value;
     }

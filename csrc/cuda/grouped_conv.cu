@@ -11,7 +11,7 @@ void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTen
   const GroupedConvShape shape = check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   const Call call(x);
   Output target(out, channels_last, MemoryFormat::ChannelsLast);
-  STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), to_oihw(weight).const_data_ptr(),
+  STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), weight_of(weight),
                             data(bias), target.data()));
   target.store();
 }
@@ -22,7 +22,7 @@ void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor
   const Call call(grad);
   Output target(out, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_dgrad(shape, kernel_dtype(grad), call, to_nhwc(grad).const_data_ptr(),
-                              to_oihw(weight).const_data_ptr(), target.data()));
+                              weight_of(weight), target.data()));
   target.store();
 }
 
@@ -30,10 +30,8 @@ void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, const Tensor& out
                           int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_wgrad(grad, x, out, stride_h, stride_w, groups, channels_last);
   const Call call(grad);
-  Output target(out, out.is_contiguous(), MemoryFormat::Contiguous);
   STD_CUDA_CHECK(launch_wgrad(shape, kernel_dtype(grad), call, to_nhwc(grad).const_data_ptr(),
-                              to_nhwc(x).const_data_ptr(), target.data()));
-  target.store();
+                              to_nhwc(x).const_data_ptr(), weight_result(out)));
 }
 
 void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
@@ -44,7 +42,7 @@ void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const Optiona
   const Call call(x);
   Output target(z, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_conv_stats_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),
-                                       affine_of(center, scale, shift), to_oihw(weight).const_data_ptr(), target.data(),
+                                       affine_of(center, scale, shift), weight_of(weight), target.data(),
                                        mutable_vector_data(mean), mutable_vector_data(var)));
   target.store();
 }
@@ -61,7 +59,7 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
   const OptionalTensor z_nhwc = to_nhwc(z);
   Output target(dx, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_conv_stats_dgrad(shape, kernel_dtype(dz), call, to_nhwc(dz).const_data_ptr(),
-                                         statistics_of(z_nhwc, mean, dmean, dvar), to_oihw(weight).const_data_ptr(),
+                                         statistics_of(z_nhwc, mean, dmean, dvar), weight_of(weight),
                                          data(to_nhwc(x)), affine_of(center, scale, shift), target.data(),
                                          mutable_vector_data(dscale), mutable_vector_data(dshift)));
   target.store();
@@ -75,11 +73,9 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
                                                         stride_w, groups, channels_last);
   const Call call(dz);
   const OptionalTensor z_nhwc = to_nhwc(z);
-  Output target(dw, dw.is_contiguous(), MemoryFormat::Contiguous);
   STD_CUDA_CHECK(launch_conv_stats_wgrad(shape, kernel_dtype(dz), call, to_nhwc(dz).const_data_ptr(),
                                          statistics_of(z_nhwc, mean, dmean, dvar), to_nhwc(x).const_data_ptr(),
-                                         affine_of(center, scale, shift), target.data()));
-  target.store();
+                                         affine_of(center, scale, shift), weight_result(dw)));
 }
 
 void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
@@ -90,7 +86,7 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
   const Call call(x);
   Output target(y, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_conv_affine(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),
-                                    to_oihw(weight).const_data_ptr(), affine_of(std::nullopt, scale, shift),
+                                    weight_of(weight), affine_of(std::nullopt, scale, shift),
                                     data(to_nhwc(residual)), relu, target.data()));
   target.store();
 }

@@ -1,5 +1,5 @@
 // Launchers of the CUDA kernels. Tensors are raw device pointers, not null unless it says so; those of convolutions are
-// in NHWC order (weights OIHW). Nothing here needs PyTorch, so that the same launchers run on the emulated device of
+// in NHWC order. Nothing here needs PyTorch, so that the same launchers run on the emulated device of
 // tests/cuda_emulation.
 #pragma once
 
@@ -64,6 +64,17 @@ struct ImageShape {
   int64_t elements() const { return batch * channels * area(); }
 };
 
+// A weight (C_out, C_in/groups, 3, 3), dense in OIHW order or, channels_last, in OHWI order.
+struct Weight {
+  const void* data;
+  bool channels_last;
+};
+
+struct WeightResult {
+  void* data;
+  bool channels_last;
+};
+
 inline ImageShape input_image(const GroupedConvShape& shape) {
   return {shape.batch, shape.in_channels, shape.height, shape.width, /*channels_last=*/true};
 }
@@ -74,32 +85,32 @@ inline ImageShape output_image(const GroupedConvShape& shape) {
 
 // out (N, H_out, W_out, C_out) from x (N, H, W, C_in), weight and bias (C_out) or null.
 cudaError_t launch_fwd(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                       const void* weight, const void* bias, void* out);
+                       const Weight& weight, const void* bias, void* out);
 
 // out (N, H, W, C_in) from grad (N, H_out, W_out, C_out) and weight.
 cudaError_t launch_dgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
-                         const void* weight, void* out);
+                         const Weight& weight, void* out);
 
 // out (C_out, C_in/groups, 3, 3) from grad (N, H_out, W_out, C_out) and x (N, H, W, C_in).
 cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
-                         const void* x, void* out);
+                         const void* x, const WeightResult& out);
 
 // y = relu?(affine(conv(x, weight)) + residual); residual may be null.
 cudaError_t launch_conv_affine(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                               const void* weight, const Affine& affine, const void* residual, bool relu, void* y);
+                               const Weight& weight, const Affine& affine, const void* residual, bool relu, void* y);
 
 // z = conv(relu(prologue(x)), weight) with mean and var (C_out), both or neither null. No prologue: x as it is.
 cudaError_t launch_conv_stats_fwd(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
-                                  const Affine& prologue, const void* weight, void* z, float* mean, float* var);
+                                  const Affine& prologue, const Weight& weight, void* z, float* mean, float* var);
 
 // dx and, with a prologue, dscale and dshift (C_in); x is read only with a prologue.
 cudaError_t launch_conv_stats_dgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
-                                    const StatisticsGradients& statistics, const void* weight, const void* x,
+                                    const StatisticsGradients& statistics, const Weight& weight, const void* x,
                                     const Affine& prologue, void* dx, float* dscale, float* dshift);
 
 cudaError_t launch_conv_stats_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
                                     const StatisticsGradients& statistics, const void* x, const Affine& prologue,
-                                    void* dw);
+                                    const WeightResult& dw);
 
 cudaError_t launch_statistics(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
                               float* mean, float* var);

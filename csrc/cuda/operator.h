@@ -83,7 +83,10 @@ inline OptionalTensor to_nhwc(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(to_nhwc(*tensor)) : std::nullopt;
 }
 
-inline Tensor to_oihw(const Tensor& weight) { return torch::stable::contiguous(weight, MemoryFormat::Contiguous); }
+// Of a weight that is dense in either order (checked).
+inline Weight weight_of(const Tensor& weight) { return {weight.const_data_ptr(), !weight.is_contiguous()}; }
+
+inline WeightResult weight_result(const Tensor& weight) { return {weight.mutable_data_ptr(), !weight.is_contiguous()}; }
 
 inline const void* data(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;

@@ -40,36 +40,39 @@ struct TensorCoreConvShape {
   int part_tiles;  // 16-channel output tiles per block = its warps
   int splits;      // blocks that share the steps of a part
   int prefetch;    // groups of rows that copies run ahead
+  bool weight_channels_last;
 };
 
 struct alignas(16) WeightTile {  // operands of two m16n8k16 for one lane
   uint32_t b[4];
 };
 
-constexpr int kStagedWeightBytes = kTile * kTile * kTapCount * 2;  // a warp's 16x16 weights in OIHW order
+constexpr int kStagedWeightBytes = kTile * kTile * kTapCount * 2;  // a warp's 16x16 weights
 
-// Index in the OIHW weight of the scalar that joins source channel k and output channel o (same group), tap 0.
+// Index in the weight of the scalar that joins source channel k and output channel o (same group).
 template <Pass kPass>
-__device__ __forceinline__ int64_t weight_index(int k, int o, int group_width) {
-  const int64_t row = kPass == Pass::kDgrad ? k : o;
-  const int col = (kPass == Pass::kDgrad ? o : k) % group_width;
-  return (row * group_width + col) * kTapCount;
+__device__ __forceinline__ int64_t weight_index(const WeightOrder& order, int k, int o, int tap) {
+  const int row = kPass == Pass::kDgrad ? k : o;
+  return order.index(row, (kPass == Pass::kDgrad ? o : k) % order.columns, tap);
 }
 
 // Asynchronously copies the weights that join source channels k0 .. k0+15 with output channels o0 .. o0+15, by one
-// warp: 16 rows of min(width, 16) x 9 scalars, dense in `shared`.
+// warp: 16 rows of min(width, 16) x 9 scalars, dense in `shared` and in the weight's order.
 template <typename T, Pass kPass>
-__device__ __forceinline__ void stage_weights(const T* __restrict__ weight, int k0, int o0, int group_width, int lane,
-                                              uint32_t shared) {
+__device__ __forceinline__ void stage_weights(const T* __restrict__ weight, const WeightOrder& order, int k0, int o0,
+                                              int lane, uint32_t shared) {
   constexpr int kScalarsPerCopy = 8;
-  const int copies = kTile * (group_width < kTile ? group_width : kTile) * kTapCount / kScalarsPerCopy;
-  const T* const first = weight + weight_index<kPass>(k0, o0, group_width);
+  constexpr int kCopiesPerWideRow = kTile * kTapCount / kScalarsPerCopy;
+  const bool wide = order.columns > kTile;
+  const int copies = kTile * (wide ? kTile : order.columns) * kTapCount / kScalarsPerCopy;
+  const T* const first = weight + weight_index<kPass>(order, k0, o0, 0);
   for (int copy = lane; copy < copies; copy += kWarpSize) {
-    constexpr int kCopiesPerWideRow = kTile * kTapCount / kScalarsPerCopy;
-    const int64_t offset = group_width <= kTile
-                               ? copy * kScalarsPerCopy  // whole rows: one contiguous piece
-                               : static_cast<int64_t>(copy / kCopiesPerWideRow) * group_width * kTapCount +
-                                     copy % kCopiesPerWideRow * kScalarsPerCopy;
+    int64_t offset = copy * kScalarsPerCopy;  // whole rows: one contiguous piece
+    if (wide) {
+      const int scalar = copy % kCopiesPerWideRow * kScalarsPerCopy;  // of a row's 16 columns
+      offset = order.index(copy / kCopiesPerWideRow, 0, 0) +
+               (order.column == 1 ? scalar / kTile * order.tap + scalar % kTile : scalar);
+    }
     cp_async_16(shared + copy * 16, first + offset, true);
   }
 }
@@ -78,8 +81,8 @@ __device__ __forceinline__ void stage_weights(const T* __restrict__ weight, int 
 // the two 8-wide products holds channel 4*(n/2) + n%2, and 2 more in the second, so that a lane ends with 4
 // neighbouring channels to store. k0 and o0 are multiples of 16, and so of every packed width.
 template <typename T, Pass kPass>
-__device__ __forceinline__ WeightTile weight_tile(const T* staged, int tap, int group_width, int lane) {
-  const int width = group_width < kTile ? group_width : kTile;
+__device__ __forceinline__ WeightTile weight_tile(const T* staged, const WeightOrder& order, int tap, int lane) {
+  const int width = order.columns;
   WeightTile tile;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -88,7 +91,7 @@ __device__ __forceinline__ WeightTile weight_tile(const T* staged, int tap, int 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int k = 2 * (lane % 4) + 8 * (r % 2) + e;
-      pair[e] = k / width == o / width ? static_cast<float>(staged[weight_index<kPass>(k, o, width) + tap]) : 0.0f;
+      pair[e] = k / width == o / width ? static_cast<float>(staged[weight_index<kPass>(order, k, o, tap)]) : 0.0f;
     }
     tile.b[r] = pack2<T>(pair[0], pair[1]);
   }
@@ -123,7 +126,7 @@ __device__ __forceinline__ bool any_nan(const Values& values) {
 template <Pass kPass, int kStride, typename Fusion>
 constexpr int kConvBlocksPerMultiprocessor =
     RowAxis<kPass, kStride>::outputs * ColAxis<kPass, kStride>::outputs == 1
-        ? 4
+        ? 4 - !std::is_empty_v<typename Fusion::template Totals<kLaneChannels>>
         : (RowAxis<kPass, kStride>::kParity ? 3 : 4) -
               !(std::is_empty_v<typename Fusion::template Totals<kLaneChannels>> &&
                 std::is_empty_v<typename Fusion::template Epilogue<kLaneChannels>::Loaded>);
@@ -161,9 +164,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   const uint32_t shared_base = shared_address(shared);
   WeightTile weights[kTapCount];
   for (int d = 0; d < depth; ++d) {
+    const WeightOrder order(shape.group_width, shape.weight_channels_last);
+    const WeightOrder staged_order(shape.group_width < kTile ? shape.group_width : kTile, shape.weight_channels_last);
     const uint32_t staged = warp * kStagedWeightBytes;  // in the ring, which is not in use yet
     if (active) {
-      stage_weights<T, kPass>(weight, slab_channel + (first_depth + d) * kTile, channel, shape.group_width, lane,
+      stage_weights<T, kPass>(weight, order, slab_channel + (first_depth + d) * kTile, channel, lane,
                               shared_base + ring_offset + staged);
     }
     cp_async_commit();
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
 #pragma unroll
     for (int tap = 0; tap < kTapCount && active; ++tap) {
       weights[tap] =
-          weight_tile<T, kPass>(reinterpret_cast<const T*>(shared + ring_offset + staged), tap, shape.group_width, lane);
+          weight_tile<T, kPass>(reinterpret_cast<const T*>(shared + ring_offset + staged), staged_order, tap, lane);
       if (!kPacked) {
         warp_weights[(d * kTapCount + tap) * kWarpSize] = weights[tap];
       }
@@ -404,6 +409,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
           if (bytes < 0 || v >= rows_inside || h >= table.output_cols[position]) {
             continue;
           }
+          const WeightOrder order(shape.group_width, shape.weight_channels_last);
           float values[kLaneChannels] = {};
 #pragma unroll 1
           for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
@@ -417,7 +423,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
               for (int c = 0; c < kLaneChannels; ++c) {
                 const int o = lane_channel + c;
                 const int group_k = o / shape.group_width * shape.group_width + k;
-                const int64_t scalar = weight_index<kPass>(group_k, o, shape.group_width) + r * 3 + s;
+                const int64_t scalar = weight_index<kPass>(order, group_k, o, r * 3 + s);
                 values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
               }
             }

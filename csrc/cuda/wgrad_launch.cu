@@ -97,23 +97,29 @@ cudaError_t launch_direct(const GroupedConvShape& shape, const Context& context,
 template <typename T>
 struct KeepWeight {
   T* out;
+  WeightOrder order;
   int64_t plane;  // elements of a tap
 
   __device__ __forceinline__ void operator()(int64_t element, float sum) const {
-    out[element % plane * kTapCount + element / plane] = static_cast<T>(sum);
+    const int64_t of_tap = element % plane;
+    const int column = static_cast<int>(of_tap % order.columns);
+    out[order.index(of_tap / order.columns, column, static_cast<int>(element / plane))] = static_cast<T>(sum);
   }
 };
 
 template <typename T>
-cudaError_t launch_sum(const GroupedConvShape& shape, const Context& context, const Partial& partial, void* out) {
+cudaError_t launch_sum(const GroupedConvShape& shape, const Context& context, const Partial& partial,
+                       const WeightResult& out) {
   const int64_t elements = weight_elements(shape);
-  return launch_sum_splits(partial, KeepWeight<T>{static_cast<T*>(out), elements / kTapCount}, elements,
+  const WeightOrder order(static_cast<int>(shape.group_in()), out.channels_last);
+  return launch_sum_splits(partial, KeepWeight<T>{static_cast<T*>(out.data), order, elements / kTapCount}, elements,
                            context.stream);
 }
 
 template <typename T>
 cudaError_t launch_composed(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
-                            const StatisticsGradients& statistics, const void* x, const Affine& prologue, void* dw) {
+                            const StatisticsGradients& statistics, const void* x, const Affine& prologue,
+                            const WeightResult& dw) {
   if (statistics.given()) {
     const ImageShape image = output_image(shape);
     T* const gradient = context.scratch.allocate_array<T>(image.elements());
@@ -139,7 +145,7 @@ cudaError_t launch_composed(const GroupedConvShape& shape, Dtype dtype, const Co
 }  // namespace
 
 cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
-                         const void* x, void* out) {
+                         const void* x, const WeightResult& out) {
   if (!axes_fit_int(shape)) {
     return cudaErrorInvalidValue;
   }
@@ -155,7 +161,7 @@ cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Conte
 
 cudaError_t launch_conv_stats_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* dz,
                                     const StatisticsGradients& statistics, const void* x, const Affine& prologue,
-                                    void* dw) {
+                                    const WeightResult& dw) {
   if (!axes_fit_int(shape)) {
     return cudaErrorInvalidValue;
   }

@@ -40,6 +40,10 @@ struct Call {
   const Context& context;
   void* const* tensors;
   const int64_t* options;
+  bool weight_channels_last;
+
+  Weight weight(int index) const { return {tensors[index], weight_channels_last}; }
+  WeightResult weight_result(int index) const { return {tensors[index], weight_channels_last}; }
 
   template <typename T = void>
   T* get(int index) const {
@@ -68,30 +72,30 @@ struct Call {
 const std::map<std::string, std::function<cudaError_t(const Call&)>> kOperators = {
     {"grouped_conv2d_fwd",
      [](const Call& c) {
-       return launch_fwd(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.get(2), c.get(3));
+       return launch_fwd(c.conv(), c.dtype, c.context, c.get(0), c.weight(1), c.get(2), c.get(3));
      }},
     {"grouped_conv2d_dgrad",
-     [](const Call& c) { return launch_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.get(2)); }},
+     [](const Call& c) { return launch_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.weight(1), c.get(2)); }},
     {"grouped_conv2d_wgrad",
-     [](const Call& c) { return launch_wgrad(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.get(2)); }},
+     [](const Call& c) { return launch_wgrad(c.conv(), c.dtype, c.context, c.get(0), c.get(1), c.weight_result(2)); }},
     {"conv_stats_fwd",
      [](const Call& c) {
-       return launch_conv_stats_fwd(c.conv(), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.get(4), c.get(5),
+       return launch_conv_stats_fwd(c.conv(), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.weight(4), c.get(5),
                                     c.get<float>(6), c.get<float>(7));
      }},
     {"conv_stats_dgrad",
      [](const Call& c) {
-       return launch_conv_stats_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.statistics(1), c.get(5), c.get(6),
+       return launch_conv_stats_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.statistics(1), c.weight(5), c.get(6),
                                       c.affine(7, 8, 9), c.get(10), c.get<float>(11), c.get<float>(12));
      }},
     {"conv_stats_wgrad",
      [](const Call& c) {
        return launch_conv_stats_wgrad(c.conv(), c.dtype, c.context, c.get(0), c.statistics(1), c.get(5),
-                                      c.affine(6, 7, 8), c.get(9));
+                                      c.affine(6, 7, 8), c.weight_result(9));
      }},
     {"conv_affine",
      [](const Call& c) {
-       return launch_conv_affine(c.conv(1), c.dtype, c.context, c.get(0), c.get(1), c.affine(-1, 3, 4), c.get(5),
+       return launch_conv_affine(c.conv(1), c.dtype, c.context, c.get(0), c.weight(1), c.affine(-1, 3, 4), c.get(5),
                                  c.options[0] != 0, c.get(6));
      }},
     {"statistics",
@@ -131,13 +135,14 @@ extern "C" {
 
 // Returns the number of kernels it launched, or a CUDA error, negative. dtype: a value of Dtype.
 int run_operator(const char* name, const int64_t* x_sizes, const int64_t* out_sizes, int dtype, void* const* tensors,
-                 const int64_t* options, int multiprocessors, int shared_memory, int tensor_cores, int descending) {
+                 const int64_t* options, int weight_channels_last, int multiprocessors, int shared_memory,
+                 int tensor_cores, int descending) {
   emulation::set_descending_order(descending != 0);
   PoisonedScratch scratch;
   const Context context{{multiprocessors, shared_memory, tensor_cores != 0}, scratch, nullptr};
   const int64_t launches = emulation::launch_count();
   const cudaError_t error =
-      kOperators.at(name)({x_sizes, out_sizes, static_cast<Dtype>(dtype), context, tensors, options});
+      kOperators.at(name)({x_sizes, out_sizes, static_cast<Dtype>(dtype), context, tensors, options, weight_channels_last != 0});
   return error != cudaSuccess ? -error : static_cast<int>(emulation::launch_count() - launches);
 }
 
@@ -145,7 +150,7 @@ int run_operator(const char* name, const int64_t* x_sizes, const int64_t* out_si
 int serves_tensor_cores(const int64_t* x_sizes, const int64_t* out_sizes, int dtype, const int64_t* options) {
   PoisonedScratch scratch;
   const Context context{{1, 0, true}, scratch, nullptr};
-  const Call call{x_sizes, out_sizes, static_cast<Dtype>(dtype), context, nullptr, options};
+  const Call call{x_sizes, out_sizes, static_cast<Dtype>(dtype), context, nullptr, options, false};
   return tensor_cores_serve(call.conv(), call.dtype, context.device);
 }
 }
