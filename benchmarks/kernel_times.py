@@ -131,6 +131,17 @@ def by_gain(rows: Sequence[Record], bytes_per_second: float) -> list[tuple[float
     return sorted(found, key=lambda each: -each[0])
 
 
+def merged(rows: Sequence[Record]) -> list[Record]:
+    """Equal kernels as one row, with how often they ran and their microseconds together; the longest first."""
+    found: dict[str, Record] = {}
+    for row in rows:
+        kind = {key: value for key, value in row.items() if key != "microseconds"}
+        one = found.setdefault(json.dumps(kind, default=str), kind | {"count": 0, "microseconds": 0.0})
+        one["count"] += 1
+        one["microseconds"] = round(one["microseconds"] + row["microseconds"], 3)
+    return sorted(found.values(), key=lambda row: -row["microseconds"])
+
+
 def _show(name: str, result: Record, bytes_per_second: float, lines: int) -> None:
     rows = result["kernels"]
     total = sum(row["microseconds"] for row in rows)
@@ -186,14 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line.prepare(args.device)
     bandwidth = measure_roofline(args.device, args.dtype).copy_bytes_per_second
     pair = networks.model_pair(args.model[0])
-    steps: Record = {}
+    rows: list[Record] = []
     for mode in args.mode:
         for contender in args.contenders:
-            steps[f"{mode} {contender}"] = _measure(args, mode, contender, pair)
-            _show(f"{mode} {contender}", steps[f"{mode} {contender}"], bandwidth, args.lines)
+            row = _measure(args, mode, contender, pair)
+            _show(f"{mode} {contender}", row, bandwidth, args.lines)
+            seconds = sum(kernel["microseconds"] for kernel in row["kernels"]) * 1e-6
+            row |= {"kernel_seconds": seconds, "kernels": merged(row["kernels"])}
+            rows.append({"model": args.model[0], "mode": mode, "contender": contender, **row})
     if args.json is not None:
-        about = environment.describe(args.device)
-        result = {"environment": about, "copy_bytes_per_second": bandwidth, "steps": steps}
+        arguments = {"batch": args.batch[0], "size": args.size, "dtype": str(args.dtype), "backend": args.backend}
+        about = {"environment": environment.describe(args.device), "arguments": arguments}
+        result = {**about, "copy_bytes_per_second": bandwidth, "rows": rows}
         Path(args.json).write_text(json.dumps(result, default=str) + "\n")
     return 0
 

@@ -3,8 +3,9 @@
 python benchmarks/readme.py            rewrite
 python benchmarks/readme.py --check    say whether they are up to date (exit code 1 if not)
 
-Every folder below benchmarks/results is a device, and the program that wrote a file is the beginning of its name. In a
-page, <!-- results: NAME --> ... <!-- end of results --> holds what `SECTIONS` makes of all folders.
+Every folder below benchmarks/results is a device, and the program that wrote a file is the beginning of its name;
+launch settings are those of kernels/tuned. In a page, <!-- results: NAME --> ... <!-- end of results --> holds what
+`SECTIONS` makes of all of them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def discover(root: Path, program: str) -> list[Run]:
     """Every result of a program that has rows, of all devices: the largest images and batches first, then by name."""
     paths = root.glob(f"benchmarks/results/*/{program}*.json")
     runs = [Run(PurePosixPath(path.relative_to(root).as_posix()), json.loads(path.read_text())) for path in paths]
+    runs = [run for run in runs if "rows" in run.result]
 
     def order(run: Run) -> tuple[int, int, PurePosixPath]:
         return -int(run.result["arguments"].get("size", 0)), -max(run.batches), run.path
@@ -98,9 +100,35 @@ def _memory(runs: Sequence[Run]) -> list[str]:
     return paragraphs
 
 
+def _kernel_times(runs: Sequence[Run]) -> list[str]:
+    paragraphs = [
+        "**Kernels of a step**, in milliseconds, eager, by PyTorch's profiler. What a step takes beyond its kernels, "
+        "and a step of two images, is what Python and PyTorch need to start them."
+    ]
+    for run in runs:
+        paragraphs += [run.source, tables.kernel_times(run)]
+    return paragraphs
+
+
+def _settings(root: Path) -> list[str]:
+    paragraphs = []
+    for path in sorted(root.glob("kernels/tuned/*.json")):
+        measured = json.loads(path.read_text())
+        if any(entry["kernel_size"] == 3 for entry in measured["entries"]):
+            commits = sorted({entry["measured"]["commit"][:10] for entry in measured["entries"]})
+            paragraphs += [
+                f"**Measured launch settings** ([{path.name}]({path.relative_to(root).as_posix()}), "
+                f"{tables.escaped(measured['device'])}, commits {', '.join(commits)}) of grouped 3x3 convolutions, in "
+                "microseconds: our fastest / PyTorch's faster layout / **ratio**, and which backend serves. In "
+                "training and inference with what blocks fuse; PyTorch's then with separate passes of ours.",
+                tables.settings(measured),
+            ]
+    return paragraphs
+
+
 def performance(root: Path) -> list[str]:
     """Of every device: grouped convolutions, networks, memory. And of all together: what is not faster."""
-    kinds = {"grouped_conv": _grouped, "model": _networks, "memory": _memory}
+    kinds = {"grouped_conv": _grouped, "model": _networks, "memory": _memory, "kernel_times": _kernel_times}
     found = {program: discover(root, program) for program in (*kinds, "block")}
     every = [run for runs in found.values() for run in runs]
     paragraphs = []
@@ -111,6 +139,8 @@ def performance(root: Path) -> list[str]:
                 paragraphs += write(runs)
     if not any("gpu" in run.result["environment"] for run in every):
         paragraphs += ["### GPU", "Not yet measured."]
+    if found_settings := _settings(root):
+        paragraphs += ["### Launch settings", *found_settings]
     timed = [run for program in ("grouped_conv", "block", "model") for run in found[program]]
     return [*paragraphs, "### What is not faster", *tables.not_faster(timed)]
 

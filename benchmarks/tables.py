@@ -151,6 +151,47 @@ def memory(run: Run) -> str:
     return table(["model", "batch", *map(escaped, names), "ratio"], rows)
 
 
+def kernel_times(run: Run) -> str:
+    """One run of kernel_times.py: a line per mode and contender, in milliseconds."""
+    rows = []
+    for row in run.result["rows"]:
+        times = [row[f"{name}_seconds"] * 1e3 for name in ("step", "kernel", "small_step")]
+        rows.append([escaped(row["model"]), row["mode"], escaped(row["contender"]), *(f"{time:.1f}" for time in times)])
+    return table(["model", "mode", "", "a step", "its kernels", "a step of two images"], rows)
+
+
+# What `settings` shows of an entry of tuning.py: column -> (fusion, op).
+_MEASURED = {
+    "forward": ("plain", "fwd"),
+    "input gradient": ("plain", "dgrad"),
+    "weight gradient": ("plain", "wgrad"),
+    "training, forward": ("stats", "fwd"),
+    "training, gradients": ("stats", "bwd"),
+    "inference": ("affine", "fwd"),
+}
+
+
+def settings(measured: Mapping[str, Any]) -> str:
+    """A file of kernels/tuned: a line per grouped 3x3 layer, in microseconds: ours / PyTorch's, ratio, who serves.
+
+    PyTorch's: the faster layout, of what is fused by its convolution and separate passes of ours.
+    """
+    lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for entry in measured["entries"]:
+        if entry["kernel_size"] != 3:
+            continue
+        times = entry["microseconds"]
+        theirs = min(time for name, time in times.items() if name.startswith("torch"))
+        ours = min(time for name, time in times.items() if not name.startswith("torch"))
+        channels, groups, stride = entry["in_channels"], entry["groups"], entry["stride"][0]
+        name = f"{channels}x{entry['height']}x{entry['width']}_s{stride}_gw{channels // groups}"
+        line = (name, str(entry["batch"]), entry["dtype"])
+        cell = f"{ours:.0f} / {theirs:.0f} / **{theirs / ours:.2f}** {escaped(entry['backend'])}"
+        lines.setdefault(line, {})[entry["fusion"], entry["op"]] = cell
+    rows = [[*map(escaped, line), *(cells.get(of, "-") for of in _MEASURED.values())] for line, cells in lines.items()]
+    return table(["layer", "batch", "dtype", *_MEASURED], rows)
+
+
 def zoo(run: Run) -> str:
     """One run of zoo.py: a line per network."""
 

@@ -123,8 +123,8 @@ def _interleave_cpu(contenders: Contenders, budget: Budget) -> dict[str, Timing]
 
 
 def _interleave_cuda(contenders: Contenders, device: torch.device, budget: Budget) -> dict[str, Timing]:
-    # Overwriting four times the L2, a few times, also keeps the GPU busy while the CPU queues the call that is measured:
-    # once (60 us on an H200) was less than two small operators in C++ and one in PyTorch take to be queued.
+    # Overwriting four times the L2, a few times, also keeps the GPU busy while the CPU queues what is measured: once
+    # (60 us on an H200) was less than it takes to queue two small operators in C++ and one in PyTorch.
     size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
     flush = torch.empty(size, dtype=torch.int8, device=device)
 

@@ -120,6 +120,28 @@ def test_without_tensor_cores_or_alignment_the_direct_kernels_serve(emulator: Em
         torch.testing.assert_close(run(op, case, shifted), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("case", [*CASES, *TENSOR_CORE_CASES], ids=lambda case: case.id)
+def test_weights_in_either_order(emulator: Emulator, case: Case):
+    """Of weights in OIHW order the same bits as of those in OHWI order, which are the other tests'."""
+    tensors = make_tensors(case, torch.bfloat16, channels_last=True)
+    outside = tensors | {"weight": tensors["weight"].contiguous()}
+    for op in ("fwd", "dgrad"):
+        assert torch.equal(run(op, case, tensors), run(op, case, outside))
+    dw = torch.empty(case.weight_shape, dtype=torch.bfloat16)
+    emulator.grouped_conv2d_wgrad(tensors["grad"], tensors["x"], dw, *case.stride, case.groups, True)
+    assert torch.equal(dw, run("wgrad", case, tensors))
+
+
+@pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: case.id)
+def test_little_shared_memory(emulator: Emulator, case: Case):
+    """Copies then run one group of rows ahead instead of two, or nothing is left of the tensor cores."""
+    sizes = (case.batch, case.in_channels, case.out_channels, case.height, case.width, case.groups)
+    fused = FusedCase("little", *sizes, stride=case.stride)
+    for shared_memory in (16 * 1024, 20 * 1024, 28 * 1024):
+        with emulator.on(shared_memory=shared_memory, descending=shared_memory == 20 * 1024):
+            fused_numerics.check_conv_stats(extension, fused, torch.bfloat16)
+
+
 def misaligned(tensor: Tensor) -> Tensor:
     """The same values, one element off a 16-byte boundary."""
     storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)

@@ -64,6 +64,18 @@ def test_what_is_to_gain():
     ]
 
 
+def test_equal_kernels_are_one_row():
+    rows = [
+        {"name": "a", "microseconds": 1.0},
+        {"name": "b", "microseconds": 5.0, "bytes": 7},
+        {"name": "a", "microseconds": 3.5},
+    ]
+    assert kernel_times.merged(rows) == [
+        {"name": "b", "bytes": 7, "count": 1, "microseconds": 5.0},
+        {"name": "a", "count": 2, "microseconds": 4.5},
+    ]
+
+
 def test_launches_are_watched():
     """Each tensor's bytes once, whatever names it has; afterwards nothing is watched."""
 

@@ -189,6 +189,40 @@ def test_long_tables_are_collapsed(root):
     assert layer not in outside
 
 
+def test_kernels_of_a_step_in_milliseconds(root):
+    times = {"step_seconds": 0.02, "kernel_seconds": 0.015, "small_step_seconds": 0.01}
+    result = {**_networks(), "rows": [{"model": "net|1", "mode": "training", "contender": "ours", **times}]}
+    (root / "benchmarks/results/cpu/kernel_times.json").write_text(json.dumps(result))
+    (root / "benchmarks/results/cpu/kernel_times_old.json").write_text(json.dumps({"steps": {}}))  # has no rows
+    readme.main([], root)
+    page = (root / "README.md").read_text()
+    assert "| net\\|1 | training | ours | 20.0 | 15.0 | 10.0 |" in page
+    assert "kernel_times_old" not in page
+
+
+def test_settings_are_those_of_the_tuned_files(root):
+    def entry(fusion, op, backend, kernel_size=3, **microseconds):
+        about = {"fusion": fusion, "op": op, "kernel_size": kernel_size, "batch": 256, "dtype": "bfloat16"}
+        layer = {"in_channels": 128, "groups": 32, "height": 56, "width": 56, "stride": [1, 1]}
+        return {**about, **layer, "backend": backend, "microseconds": microseconds, "measured": {"commit": "c" * 40}}
+
+    folder = root / "kernels/tuned"
+    folder.mkdir(parents=True)
+    entries = [
+        entry("plain", "fwd", "triton", triton=10.0, cuda=12.0, torch=30.0, torch_nchw=25.0),
+        entry("stats", "bwd", "torch", triton=40.0, torch=30.0),
+        entry("stats", "fwd", "triton", kernel_size=1, triton=1.0, torch=2.0),
+    ]
+    (folder / "gpu_1.json").write_text(json.dumps({"device": "GPU 1", "entries": entries}))
+    (folder / "gpu_2.json").write_text(json.dumps({"device": "GPU 2", "entries": entries[2:]}))
+    readme.main([], root)
+    page = (root / "README.md").read_text()
+    assert "([gpu_1.json](kernels/tuned/gpu_1.json), GPU 1, commits cccccccccc)" in page
+    cells = ["10 / 25 / **2.50** triton", "-", "-", "-", "40 / 30 / **0.75** torch", "-"]
+    assert f"| 128x56x56_s1_gw4 | 256 | bfloat16 | {' | '.join(cells)} |" in page
+    assert "gpu_2.json" not in page
+
+
 def test_zoo_links_nothing_from_its_other_folder(root):
     row = {
         "name": "lib/<net>",

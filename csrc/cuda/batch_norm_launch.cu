@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kMomentRows* kMomentLanes)
       const int split = first + i * kMomentRows;
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p) {
-        planes[i][p] = split < splits ? partial[(static_cast<int64_t>(split) * kPlanes + p) * channels + channel] : 0.0f;
+        planes[i][p] =
+            split < splits ? partial[(static_cast<int64_t>(split) * kPlanes + p) * channels + channel] : 0.0f;
       }
     }
 #pragma unroll
@@ -47,8 +48,8 @@ cudaError_t launch_merge_moments(const Partial& partial, int64_t channels, const
                 context.stream, partial.values, mean, var, channels, partial.splits);
 }
 
-cudaError_t launch_statistics(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
-                              float* mean, float* var) {
+cudaError_t launch_statistics(const ImageShape& shape, Dtype dtype, const Context& context, const void* z, float* mean,
+                              float* var) {
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);
     return with_layout<T, true>(shape, {z}, [&](auto layout) {
@@ -82,8 +83,7 @@ cudaError_t launch_affine_add_relu(const ImageShape& shape, Dtype dtype, const C
     return with_layout<T, true>(shape, {z, residual, out}, [&](auto layout) {
       using Layout = decltype(layout);
       const AffineAddReluJob<T, Layout::kWidth, Layout::kAcross> job{
-          {},  static_cast<const T*>(z), affine, static_cast<const T*>(residual), residual_affine,
-          static_cast<T*>(out)};
+          {}, static_cast<const T*>(z), affine, static_cast<const T*>(residual), residual_affine, static_cast<T*>(out)};
       return launch_job(job, shape, context, nullptr);
     });
   });
@@ -95,19 +95,19 @@ template <typename T, typename Grad>
 cudaError_t launch_add_relu_grad(const ImageShape& shape, const Context& context, const void* dout, const void* out,
                                  const void* z, const Affine& affine, const void* residual,
                                  const Affine& residual_affine, const AffineAddReluGrads& grads) {
-  const auto tensors = {dout, out, z, residual, static_cast<const void*>(grads.dz),
-                        static_cast<const void*>(grads.dresidual)};
+  const auto tensors = {
+      dout, out, z, residual, static_cast<const void*>(grads.dz), static_cast<const void*>(grads.dresidual)};
   return with_layout<T, true>(shape, tensors, [&](auto layout) {
     using Layout = decltype(layout);
     const AffineAddReluGradJob<T, Layout::kWidth, Layout::kAcross, Grad> job{{},
-                                                                            static_cast<const Grad*>(dout),
-                                                                            static_cast<const T*>(out),
-                                                                            static_cast<const T*>(z),
-                                                                            affine,
-                                                                            static_cast<const T*>(residual),
-                                                                            residual_affine,
-                                                                            static_cast<T*>(grads.dz),
-                                                                            static_cast<T*>(grads.dresidual)};
+                                                                             static_cast<const Grad*>(dout),
+                                                                             static_cast<const T*>(out),
+                                                                             static_cast<const T*>(z),
+                                                                             affine,
+                                                                             static_cast<const T*>(residual),
+                                                                             residual_affine,
+                                                                             static_cast<T*>(grads.dz),
+                                                                             static_cast<T*>(grads.dresidual)};
     float* const sums[] = {grads.dshift, grads.dscale, grads.dresidual_scale};
     const bool sums_wanted = std::any_of(std::begin(sums), std::end(sums), [](float* sum) { return sum != nullptr; });
     Partial partial;
@@ -121,9 +121,9 @@ cudaError_t launch_add_relu_grad(const ImageShape& shape, const Context& context
 
 }  // namespace
 
-cudaError_t launch_affine_add_relu_bwd(const ImageShape& shape, Dtype dtype, const Context& context,
-                                       const void* dout, bool wide_dout, const void* out, const void* z,
-                                       const Affine& affine, const void* residual, const Affine& residual_affine,
+cudaError_t launch_affine_add_relu_bwd(const ImageShape& shape, Dtype dtype, const Context& context, const void* dout,
+                                       bool wide_dout, const void* out, const void* z, const Affine& affine,
+                                       const void* residual, const Affine& residual_affine,
                                        const AffineAddReluGrads& grads) {
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);

@@ -212,8 +212,8 @@ struct AffineAddReluGradJob : ChannelJob<T, kVectorWidth, kAcross> {
                                          : constants.activation.passes(input.values[e], c);
       const float t = passes ? static_cast<float>(grad.values[e]) : 0.0f;
       totals.sums[0][c] += t;
-      totals.sums[1][c] = fmaf(t, static_cast<float>(input.values[e]) - constants.activation.affine.center[c],
-                               totals.sums[1][c]);
+      totals.sums[1][c] =
+          fmaf(t, static_cast<float>(input.values[e]) - constants.activation.affine.center[c], totals.sums[1][c]);
       if (residual != nullptr) {
         totals.sums[2][c] =
             fmaf(t, static_cast<float>(added.values[e]) - constants.residual.center[c], totals.sums[2][c]);

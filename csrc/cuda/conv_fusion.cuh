@@ -1,14 +1,16 @@
 // What a convolution kernel does besides convolving, as a policy of the kernel. A fusion has
 //
-//   Prologue   what happens to 8 neighbouring channels of the source once they are staged, where the member `prologue` is
+//   Prologue   what happens to 8 neighbouring channels of the source once they are staged, where the member `prologue`
+//   is
 //              given. void: nothing, and no code for it
-//   Epilogue   what happens to kWidth neighbouring channels of a result, whose place is so many elements, and bytes, from
+//   Epilogue   what happens to kWidth neighbouring channels of a result, whose place is so many elements, and bytes,
+//   from
 //              the element that begin() was told: load_at() reads what else is needed there, if loads(), ahead of the
 //              products; operator() is called before they are rounded and stored, stored() after
 //   Totals     what the epilogue sums up, for the kernel to merge and write to `partial`; NoTotals: nothing
 //
-// A prologue has kVectors numbers per channel, which vectors() computes once per block and shared memory keeps, 8 of the
-// first, 8 of the second and so on; and, kCompanion, a second tensor, staged beside the source.
+// A prologue has kVectors numbers per channel, which vectors() computes once per block and shared memory keeps, 8 of
+// the first, 8 of the second and so on; and, kCompanion, a second tensor, staged beside the source.
 #pragma once
 
 #include "batch_norm.cuh"
@@ -129,11 +131,11 @@ struct StatisticsPrologue {
   }
 };
 
-// The numbers of `Prologue` for channels first, first + 1, ..., first + count - 1 of a tensor of `channels` channels, by
-// all threads of the block.
+// The numbers of `Prologue` for channels first, first + 1, ..., first + count - 1 of a tensor of `channels` channels,
+// by all threads of the block.
 template <typename Prologue>
-__device__ __forceinline__ void fill_vectors(const typename Prologue::Source& source, int first, int count, int channels,
-                                             float* shared) {
+__device__ __forceinline__ void fill_vectors(const typename Prologue::Source& source, int first, int count,
+                                             int channels, float* shared) {
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     float vectors[Prologue::kVectors] = {};
     if (first + c < channels) {

@@ -31,8 +31,7 @@ cudaError_t launch_direct_conv(const GroupedConvShape& shape, const Context& con
   gather.stride_h = static_cast<int>(shape.stride_h);
   gather.stride_w = static_cast<int>(shape.stride_w);
   gather.weight_channels_last = weight.channels_last;
-  const int64_t blocks =
-      ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
+  const int64_t blocks = ceil_div(gather.out_channels, kDirectChannels) * ceil_div(gather.pixels, kDirectPixels);
   return launch(direct_conv_kernel<T, kDgrad, Out, Fusion>, blocks, kDirectThreads, DynamicShared{}, context.stream,
                 static_cast<const T*>(source), static_cast<const T*>(weight.data), out, fusion, gather);
 }
@@ -56,8 +55,8 @@ std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& 
   TensorCoreConvShape& problem = plan.problem;
   problem.channels = static_cast<int>(shape.in_channels);
   problem.group_width = group_width;
-  problem.slab_channels = group_width > kPackedSlabChannels ? group_width
-                                                            : kPackedSlabChannels / group_width * group_width;
+  problem.slab_channels =
+      group_width > kPackedSlabChannels ? group_width : kPackedSlabChannels / group_width * group_width;
   problem.slabs = static_cast<int>(ceil_div(problem.channels, problem.slab_channels));
 
   problem.grid = make_strip_grid<Rows, Cols>(shape, kPass == Pass::kDgrad);
@@ -71,10 +70,9 @@ std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& 
     problem.parts = static_cast<int>(ceil_div(slab_tiles, problem.part_tiles));
     const int64_t blocks_per_split = int64_t{problem.slabs} * problem.parts;
     const int64_t group_bytes = int64_t{Rows::advance} * problem.grid.pixels * pixel_pitch(problem.slab_channels);
-    const int64_t weights_bytes =
-        packed ? 0
-               : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize *
-                     static_cast<int64_t>(sizeof(WeightTile));
+    const int64_t weights_bytes = packed ? 0
+                                         : int64_t{problem.part_tiles} * (group_width / kTile) * kTapCount * kWarpSize *
+                                               static_cast<int64_t>(sizeof(WeightTile));
     int64_t resident = 0;
     std::tie(problem.prefetch, plan.shared_bytes, resident) = deepest_prefetch(device, kResident, [&](int prefetch) {
       const int64_t rings_bytes = (prefetch + 2 + (kHasCompanion<Prologue> ? prefetch : 0)) * group_bytes;
@@ -85,8 +83,7 @@ std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& 
     if (resident == 0 || problem.slab_channels / kGranule > plan.threads) {
       continue;
     }
-    problem.splits =
-        static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
+    problem.splits = static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
     plan.blocks = blocks_per_split * problem.splits;
     return plan;
   }

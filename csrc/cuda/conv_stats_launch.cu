@@ -12,9 +12,9 @@ template <typename T>
 cudaError_t launch_forward(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
                            const Affine& prologue, const Weight& weight, void* z, float* mean, float* var) {
   Partial partial;
-  const auto status = try_tensor_cores<T, Pass::kForward>(shape, dtype, context, x, weight, z,
-                                                          ForwardFusion<T>{prologue, nullptr},
-                                                          mean != nullptr ? &partial : nullptr, {});
+  const auto status =
+      try_tensor_cores<T, Pass::kForward>(shape, dtype, context, x, weight, z, ForwardFusion<T>{prologue, nullptr},
+                                          mean != nullptr ? &partial : nullptr, {});
   if (status.has_value()) {
     return *status != cudaSuccess || mean == nullptr
                ? *status
@@ -23,17 +23,15 @@ cudaError_t launch_forward(const GroupedConvShape& shape, Dtype dtype, const Con
   if (prologue.given()) {
     const ImageShape image = input_image(shape);
     T* const activation = context.scratch.allocate_array<T>(image.elements());
-    const cudaError_t error =
-        launch_affine_add_relu(image, dtype, context, x, prologue, nullptr, Affine{}, activation);
+    const cudaError_t error = launch_affine_add_relu(image, dtype, context, x, prologue, nullptr, Affine{}, activation);
     if (error != cudaSuccess) {
       return error;
     }
     x = activation;
   }
   const cudaError_t error = launch_fwd(shape, dtype, context, x, weight, nullptr, z);
-  return error != cudaSuccess || mean == nullptr
-             ? error
-             : launch_statistics(output_image(shape), dtype, context, z, mean, var);
+  return error != cudaSuccess || mean == nullptr ? error
+                                                 : launch_statistics(output_image(shape), dtype, context, z, mean, var);
 }
 
 template <typename T>
@@ -42,9 +40,8 @@ cudaError_t launch_input_gradient(const GroupedConvShape& shape, Dtype dtype, co
                                   const Affine& prologue, void* dx, float* dscale, float* dshift) {
   Partial partial;
   const GradientFusion<T> fusion{statistics, static_cast<const T*>(x), prologue, nullptr};
-  const auto status =
-      try_tensor_cores<T, Pass::kDgrad>(shape, dtype, context, dz, weight, dx, fusion,
-                                        prologue.given() ? &partial : nullptr, {statistics.z, x});
+  const auto status = try_tensor_cores<T, Pass::kDgrad>(shape, dtype, context, dz, weight, dx, fusion,
+                                                        prologue.given() ? &partial : nullptr, {statistics.z, x});
   if (status.has_value()) {
     float* const sums[] = {dshift, dscale};
     return *status != cudaSuccess || !prologue.given()
@@ -66,8 +63,7 @@ cudaError_t launch_input_gradient(const GroupedConvShape& shape, Dtype dtype, co
   // In float32, so that dx is rounded once.
   const ImageShape image = input_image(shape);
   float* const gradient = context.scratch.allocate_array<float>(image.elements());
-  const cudaError_t error =
-      launch_direct_conv<T, Pass::kDgrad>(shape, context, dz, weight, gradient, PlainFusion<T>{});
+  const cudaError_t error = launch_direct_conv<T, Pass::kDgrad>(shape, context, dz, weight, gradient, PlainFusion<T>{});
   return error != cudaSuccess
              ? error
              : launch_affine_add_relu_bwd(image, dtype, context, gradient, /*wide_dout=*/true, nullptr, x, prologue,

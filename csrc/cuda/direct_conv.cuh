@@ -21,7 +21,7 @@ constexpr int kDirectPixels = 32;
 
 // The convolution as a gather from `source` to `out`, whichever of the two passes it is.
 struct GatherShape {
-  int64_t pixels;  // of out, over the whole batch
+  int64_t pixels;                                    // of out, over the whole batch
   int source_height, source_width, source_channels;  // one axis always fits into 32 bits (launchers check)
   int out_height, out_width, out_channels;
   int source_group, out_group;  // channels per group
@@ -48,8 +48,8 @@ __device__ __forceinline__ int source_coordinate(int out, int tap, int stride, i
 
 template <typename T, bool kDgrad, typename Out, typename Fusion>
 __global__ void __launch_bounds__(kDirectThreads, 2)
-    direct_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, Out* __restrict__ out,
-                       Fusion fusion, GatherShape shape) {
+    direct_conv_kernel(const T* __restrict__ source, const T* __restrict__ weight, Out* __restrict__ out, Fusion fusion,
+                       GatherShape shape) {
   constexpr int kDepth = 8;  // source channels per pass through shared memory
   constexpr int kTaps = 9;
   constexpr int kWarps = kDirectThreads / kWarpSize;

@@ -11,8 +11,8 @@ void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTen
   const GroupedConvShape shape = check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   const Call call(x);
   Output target(out, channels_last, MemoryFormat::ChannelsLast);
-  STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), weight_of(weight),
-                            data(bias), target.data()));
+  STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), weight_of(weight), data(bias),
+                            target.data()));
   target.store();
 }
 
@@ -21,8 +21,8 @@ void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor
   const GroupedConvShape shape = check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   const Call call(grad);
   Output target(out, channels_last, MemoryFormat::ChannelsLast);
-  STD_CUDA_CHECK(launch_dgrad(shape, kernel_dtype(grad), call, to_nhwc(grad).const_data_ptr(),
-                              weight_of(weight), target.data()));
+  STD_CUDA_CHECK(
+      launch_dgrad(shape, kernel_dtype(grad), call, to_nhwc(grad).const_data_ptr(), weight_of(weight), target.data()));
   target.store();
 }
 
@@ -59,9 +59,9 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
   const OptionalTensor z_nhwc = to_nhwc(z);
   Output target(dx, channels_last, MemoryFormat::ChannelsLast);
   STD_CUDA_CHECK(launch_conv_stats_dgrad(shape, kernel_dtype(dz), call, to_nhwc(dz).const_data_ptr(),
-                                         statistics_of(z_nhwc, mean, dmean, dvar), weight_of(weight),
-                                         data(to_nhwc(x)), affine_of(center, scale, shift), target.data(),
-                                         mutable_vector_data(dscale), mutable_vector_data(dshift)));
+                                         statistics_of(z_nhwc, mean, dmean, dvar), weight_of(weight), data(to_nhwc(x)),
+                                         affine_of(center, scale, shift), target.data(), mutable_vector_data(dscale),
+                                         mutable_vector_data(dshift)));
   target.store();
 }
 
@@ -85,9 +85,9 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
       check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
   const Call call(x);
   Output target(y, channels_last, MemoryFormat::ChannelsLast);
-  STD_CUDA_CHECK(launch_conv_affine(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),
-                                    weight_of(weight), affine_of(std::nullopt, scale, shift),
-                                    data(to_nhwc(residual)), relu, target.data()));
+  STD_CUDA_CHECK(launch_conv_affine(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), weight_of(weight),
+                                    affine_of(std::nullopt, scale, shift), data(to_nhwc(residual)), relu,
+                                    target.data()));
   target.store();
 }
 

@@ -112,8 +112,8 @@ cudaError_t launch_conv_stats_wgrad(const GroupedConvShape& shape, Dtype dtype, 
                                     const StatisticsGradients& statistics, const void* x, const Affine& prologue,
                                     const WeightResult& dw);
 
-cudaError_t launch_statistics(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
-                              float* mean, float* var);
+cudaError_t launch_statistics(const ImageShape& shape, Dtype dtype, const Context& context, const void* z, float* mean,
+                              float* var);
 
 // Partial results of a tensor's splits, float32, of which a second stage makes one: totals (splits, planes, channels).
 struct Partial {
@@ -141,9 +141,9 @@ struct AffineAddReluGrads {  // null: not wanted
 
 // dout is of dtype, or float32 if wide_dout. out null: what forward makes of z without a residual; residual null: none
 // with an affine.
-cudaError_t launch_affine_add_relu_bwd(const ImageShape& shape, Dtype dtype, const Context& context,
-                                       const void* dout, bool wide_dout, const void* out, const void* z,
-                                       const Affine& affine, const void* residual, const Affine& residual_affine,
+cudaError_t launch_affine_add_relu_bwd(const ImageShape& shape, Dtype dtype, const Context& context, const void* dout,
+                                       bool wide_dout, const void* out, const void* z, const Affine& affine,
+                                       const void* residual, const Affine& residual_affine,
                                        const AffineAddReluGrads& grads);
 
 // 3x3, stride 2, padding 1: out and taps (N, C, (H - 1) / 2 + 1, (W - 1) / 2 + 1); taps may be null.

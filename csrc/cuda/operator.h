@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -75,9 +74,7 @@ class Call {
   Context context_;
 };
 
-inline Tensor to_nhwc(const Tensor& tensor) {
-  return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-}
+inline Tensor to_nhwc(const Tensor& tensor) { return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast); }
 
 inline OptionalTensor to_nhwc(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(to_nhwc(*tensor)) : std::nullopt;
@@ -98,9 +95,7 @@ inline void* mutable_data(const OptionalTensor& tensor) {
 
 inline const float* vector_data(const OptionalTensor& vector) { return static_cast<const float*>(data(vector)); }
 
-inline float* mutable_vector_data(const OptionalTensor& vector) {
-  return static_cast<float*>(mutable_data(vector));
-}
+inline float* mutable_vector_data(const OptionalTensor& vector) { return static_cast<float*>(mutable_data(vector)); }
 
 inline Affine affine_of(const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift) {
   return {vector_data(center), vector_data(scale), vector_data(shift)};

@@ -5,13 +5,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #define RESNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -32,13 +31,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // Copies 16 bytes from global to shared memory without passing through registers; writes zeros where !valid.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   RESNEXT_SM80(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-                            "r"(valid ? 16 : 0)
-                            : "memory"));
+                            "r"(valid ? 16 : 0) : "memory"));
 }
 
 // Closes a group: this thread's copies since it closed the last one.
 __device__ __forceinline__ void cp_async_commit() {
-  RESNEXT_SM80(asm volatile("cp.async.commit_group;" ::: "memory"));
+  RESNEXT_SM80(asm volatile("cp.async.commit_group;" :: : "memory"));
 }
 
 // Waits until all groups of this thread but the latest kPending have landed.
@@ -66,15 +64,12 @@ __device__ __forceinline__ int held(int value) {
 template <bool kTranspose>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t shared) {
   if constexpr (kTranspose) {
-    RESNEXT_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                              : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
-                              : "r"(shared)
-                              : "memory"));
+    RESNEXT_SM80(
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(matrix[0]),
+                     "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3]) : "r"(shared) : "memory"));
   } else {
-    RESNEXT_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                              : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
-                              : "r"(shared)
-                              : "memory"));
+    RESNEXT_SM80(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(matrix[0]),
+                              "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3]) : "r"(shared) : "memory"));
   }
 }
 
@@ -82,15 +77,15 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t shar
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, c10::Half>) {
-    RESNEXT_SM80(asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)));
+    RESNEXT_SM80(
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
+            "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)));
   } else {
-    RESNEXT_SM80(asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)));
+    RESNEXT_SM80(
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]),
+            "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)));
   }
 }
 
@@ -155,8 +150,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, D
     return cudaErrorInvalidConfiguration;
   }
   if (shared.bytes > 0) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared.limit));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared.limit));
     if (error != cudaSuccess) {
       return error;
     }

@@ -69,9 +69,7 @@ struct StripGrid {
   int pixels;            // of a staged row: images * pixels_per_image, then zeros for idle positions
 
   // Where the share of block `index` of `blocks` begins.
-  __host__ __device__ int share(int index, int blocks) const {
-    return static_cast<int>(all_steps * index / blocks);
-  }
+  __host__ __device__ int share(int index, int blocks) const { return static_cast<int>(all_steps * index / blocks); }
 };
 
 // Of a unit, so that no inner loop divides.
@@ -114,8 +112,8 @@ struct StripTables {
       const int cols_left = grid.out_width - out_col;
       output[p] = valid ? static_cast<int>((local * out_area + out_col) * out_channels * kElementBytes) : -1;
       output_cols[p] = cols_left < Cols::outputs ? cols_left : Cols::outputs;
-      pixel[p] = valid ? local * grid.pixels_per_image + p % grid.cols * Cols::advance
-                       : grid.images * grid.pixels_per_image;
+      pixel[p] =
+          valid ? local * grid.pixels_per_image + p % grid.cols * Cols::advance : grid.images * grid.pixels_per_image;
     }
     return at + left;
   }

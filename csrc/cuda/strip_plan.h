@@ -26,7 +26,7 @@ inline bool tensor_cores_serve(const GroupedConvShape& shape, Dtype dtype, const
   const int64_t width = shape.group_in();
   const bool tiles = width <= kTile ? kTile % width == 0 && shape.in_channels % kTile == 0 : width % kTile == 0;
   return device.tensor_cores && dtype != Dtype::kFloat && width == shape.group_out() && tiles &&
-   shape.stride_h == shape.stride_w && shape.height < kMaxRow && shape.width < kMaxRow / shape.in_channels;
+         shape.stride_h == shape.stride_w && shape.height < kMaxRow && shape.width < kMaxRow / shape.in_channels;
 }
 
 inline DynamicShared dynamic_shared(const Device& device, int64_t bytes) {
@@ -41,7 +41,8 @@ inline int64_t resident_blocks(const Device& device, int64_t dynamic_shared_byte
 // How many groups of rows copies run ahead, the dynamic shared memory that this takes, shared_bytes(prefetch), and how
 // many blocks are then resident: as far ahead as costs no resident block.
 template <typename SharedBytes>
-std::tuple<int, int64_t, int64_t> deepest_prefetch(const Device& device, int64_t most, const SharedBytes& shared_bytes) {
+std::tuple<int, int64_t, int64_t> deepest_prefetch(const Device& device, int64_t most,
+                                                   const SharedBytes& shared_bytes) {
   const int64_t least_resident = resident_blocks(device, shared_bytes(1), most);
   int prefetch = kMaxPrefetch;
   while (prefetch > 1 && resident_blocks(device, shared_bytes(prefetch), most) < least_resident) {
@@ -64,9 +65,11 @@ StripGrid make_strip_grid(const GroupedConvShape& shape, bool dgrad) {
   grid.col_strips = static_cast<int>(ceil_div(grid.position_cols, kStripPositions));
   grid.cols = static_cast<int>(ceil_div(grid.position_cols, grid.col_strips));
   // Offsets within a strip are 32 bits wide.
-  const int64_t largest_image = shape.in_channels * std::max(shape.height * shape.width, shape.out_height * shape.out_width);
-  grid.images = static_cast<int>(std::max<int64_t>(
-      1, std::min<int64_t>({kStripPositions / grid.cols, kMaxStripImages, shape.batch, INT32_MAX / kElementBytes / largest_image})));
+  const int64_t largest_image =
+      shape.in_channels * std::max(shape.height * shape.width, shape.out_height * shape.out_width);
+  grid.images = static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>({kStripPositions / grid.cols, kMaxStripImages, shape.batch,
+                                              INT32_MAX / kElementBytes / largest_image})));
   grid.pixels_per_image = (grid.cols - 1) * Cols::advance + Cols::inputs;
   grid.pixels = grid.images * grid.pixels_per_image + Cols::inputs;
   const int64_t strips = ceil_div(shape.batch, grid.images) * grid.col_strips;

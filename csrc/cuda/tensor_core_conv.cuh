@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   __syncthreads();
   const int groups = share_end - share + (share_end - 1) / grid.steps - share / grid.steps + 1;  // leads included
 
-  // The group that is copied next, and the one at hand. The companion's ring has a slot less: each of its pieces is read
-  // by the thread that has staged it, and by no other.
+  // The group that is copied next, and the one at hand. The companion's ring has a slot less: each of its pieces is
+  // read by the thread that has staged it, and by no other.
   Cursor<Rows> ahead(tables), here(tables);
   Ring ring(shape.prefetch);
   const auto companion_place = [&](int group) {
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     const uint32_t place = shared_base + ring_offset + ring.ahead * group_bytes;
     if constexpr (kHasCompanion<Prologue>) {
       if (with_prologue) {
-        stager.template stage<Rows::advance, true>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped,
-                                                   bytes_between(source, fusion.prologue.z),
+        stager.template stage<Rows::advance, true>(images, place, row_bytes, table.source, grid.pixels, ahead.row,
+                                                   skipped, bytes_between(source, fusion.prologue.z),
                                                    shared_base + companion_place(group) - place);
       } else {
         stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped);
@@ -296,8 +296,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
       const int rows_inside = held(rows_left < Rows::outputs ? rows_left : Rows::outputs);
       const int64_t first_element = output_base + static_cast<int64_t>(first_output) * row_stride;
       epilogue.begin(first_element);
-      // Calls each(m, half, v, h, elements, bytes) for those of this lane's results that are inside the image: where they
-      // are from first_element.
+      // Calls each(m, half, v, h, elements, bytes) for those of this lane's results that are inside the image: where
+      // they are from first_element.
       const auto for_results = [&](const auto& each) {
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
@@ -415,8 +415,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
           for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
             const int i = ij / Cols::inputs, j = ij % Cols::inputs;
             const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-            const T* const pixel = reinterpret_cast<const T*>(shared + ring_offset + row_offset(i) +
-                                                              (table.pixel[position] + j) * pitch);
+            const T* const pixel =
+                reinterpret_cast<const T*>(shared + ring_offset + row_offset(i) + (table.pixel[position] + j) * pitch);
 #pragma unroll 1
             for (int k = 0; r >= 0 && s >= 0 && k < shape.group_width; ++k) {
 #pragma unroll
@@ -429,7 +429,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
             }
           }
           const int elements = v * row_stride + h * shape.channels;
-          finish(values, epilogue.loads() ? epilogue.load_at(elements, bytes) : typename Epilogue::Loaded{}, elements, bytes);
+          finish(values, epilogue.loads() ? epilogue.load_at(elements, bytes) : typename Epilogue::Loaded{}, elements,
+                 bytes);
         }
       }
       if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {

@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
       const T* const images = grad + table.output_base;
       const uint32_t place = shared_base + grad_place(group);
       if (with_grad_prologue) {
-        grad_stager.template stage<Rows::outputs, true>(images, place, grad_row_bytes, table.output, kStripPositions, row,
-                                                        0, bytes_between(grad, prologues.grad.z),
+        grad_stager.template stage<Rows::outputs, true>(images, place, grad_row_bytes, table.output, kStripPositions,
+                                                        row, 0, bytes_between(grad, prologues.grad.z),
                                                         shared_base + companion_place(group) - place);
       } else {
         grad_stager.template stage<Rows::outputs>(images, place, grad_row_bytes, table.output, kStripPositions, row, 0);
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
     if (with_x_prologue) {
       const XPrologue prologue(x_vectors + x_stager.local * XPrologue::kVectors);
       for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
-        x_stager.transform(shared + x_ring + ring.here * x_group_bytes + i * x_row_bytes, nullptr, table.source, grid.pixels, here.row + i,
-                           prologue);
+        x_stager.transform(shared + x_ring + ring.here * x_group_bytes + i * x_row_bytes, nullptr, table.source,
+                           grid.pixels, here.row + i, prologue);
       }
     }
     if (with_grad_prologue && here.group > 0) {

@@ -14,9 +14,10 @@ template <int kStride, bool kFused>
 int64_t shared_bytes(const TensorCoreWgradShape& problem, int prefetch) {
   using Rows = RowAxis<Pass::kForward, kStride>;
   const int64_t grad_groups = prefetch + 1 + (kFused ? prefetch : 0);
-  const int64_t rows = int64_t{prefetch + 2} * Rows::advance * problem.grid.pixels +
-                       grad_groups * Rows::outputs * kStripPositions;
-  const int64_t vectors = kFused ? kVectorBytes<ActivationPrologue<float>> + kVectorBytes<StatisticsPrologue<float>> : 0;
+  const int64_t rows =
+      int64_t{prefetch + 2} * Rows::advance * problem.grid.pixels + grad_groups * Rows::outputs * kStripPositions;
+  const int64_t vectors =
+      kFused ? kVectorBytes<ActivationPrologue<float>> + kVectorBytes<StatisticsPrologue<float>> : 0;
   return rows * pixel_pitch(problem.tile_channels) + problem.tile_channels * vectors;
 }
 
@@ -32,14 +33,13 @@ TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, const De
   problem.slabs = static_cast<int>(ceil_div(problem.channels, problem.slab_channels));
   problem.slab_tiles = static_cast<int>(ceil_div(problem.slab_channels, problem.tile_channels));
   problem.grid = make_strip_grid<RowAxis<Pass::kForward, kStride>, ColAxis<Pass::kForward, kStride>>(shape, false);
-  const auto [prefetch, bytes, resident] =
-      deepest_prefetch(device, kWgradBlocksPerMultiprocessor,
-                       [&](int prefetch) { return shared_bytes<kStride, kFused>(problem, prefetch); });
+  const auto [prefetch, bytes, resident] = deepest_prefetch(device, kWgradBlocksPerMultiprocessor, [&](int prefetch) {
+    return shared_bytes<kStride, kFused>(problem, prefetch);
+  });
   problem.prefetch = prefetch;
   if (resident > 0 && problem.grid.all_steps <= INT32_MAX) {
     const int64_t blocks_per_split = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles;
-    problem.splits =
-        static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
+    problem.splits = static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
   }
   return problem;
 }
@@ -49,9 +49,8 @@ Partial allocate_partial(const GroupedConvShape& shape, const Context& context, 
 }
 
 template <typename T, int kStride, bool kFused>
-std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context,
-                                               const void* grad, const void* x, const WgradPrologues& prologues,
-                                               Partial* partial) {
+std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context, const void* grad,
+                                               const void* x, const WgradPrologues& prologues, Partial* partial) {
   const TensorCoreWgradShape problem = tensor_core_problem<kStride, kFused>(shape, context.device);
   if (problem.splits == 0) {
     return std::nullopt;
@@ -59,8 +58,9 @@ std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, co
   *partial = allocate_partial(shape, context, problem.splits);
   const int64_t blocks = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles * problem.splits;
   return launch(tensor_core_wgrad_kernel<T, kStride, kFused>, blocks, kMaxWarps * kWarpSize,
-                dynamic_shared(context.device, shared_bytes<kStride, kFused>(problem, problem.prefetch)), context.stream,
-                static_cast<const T*>(grad), static_cast<const T*>(x), partial->values, prologues, problem);
+                dynamic_shared(context.device, shared_bytes<kStride, kFused>(problem, problem.prefetch)),
+                context.stream, static_cast<const T*>(grad), static_cast<const T*>(x), partial->values, prologues,
+                problem);
 }
 
 template <typename T, bool kFused>
@@ -70,9 +70,8 @@ std::optional<cudaError_t> try_tensor_cores(const GroupedConvShape& shape, Dtype
   if constexpr (!std::is_same_v<T, float>) {
     if (tensor_cores_serve(shape, dtype, context.device) && aligned(grad, 16) && aligned(x, 16) &&
         aligned(prologues.grad.z, 16)) {
-      return shape.stride_h == 1
-                 ? launch_tensor_cores<T, 1, kFused>(shape, context, grad, x, prologues, partial)
-                 : launch_tensor_cores<T, 2, kFused>(shape, context, grad, x, prologues, partial);
+      return shape.stride_h == 1 ? launch_tensor_cores<T, 1, kFused>(shape, context, grad, x, prologues, partial)
+                                 : launch_tensor_cores<T, 2, kFused>(shape, context, grad, x, prologues, partial);
     }
   }
   return std::nullopt;
@@ -86,11 +85,11 @@ cudaError_t launch_direct(const GroupedConvShape& shape, const Context& context,
   const int64_t blocks_per_split = ceil_div(shape.out_channels, kWarpSize) * shape.group_in();
   const int64_t wave = context.device.multiprocessors * kBlocksPerMultiprocessor;
   const int64_t most = std::max<int64_t>(1, shape.batch * shape.out_height / kMinRowsPerSplit);
-  *partial = allocate_partial(
-      shape, context, static_cast<int>(std::clamp<int64_t>(ceil_div(wave, blocks_per_split), 1, most)));
+  *partial = allocate_partial(shape, context,
+                              static_cast<int>(std::clamp<int64_t>(ceil_div(wave, blocks_per_split), 1, most)));
   return launch(direct_wgrad_kernel<T>, blocks_per_split * partial->splits, kDirectWgradWarps * kWarpSize,
-                DynamicShared{}, context.stream, static_cast<const T*>(grad), static_cast<const T*>(x),
-                partial->values, shape, partial->splits);
+                DynamicShared{}, context.stream, static_cast<const T*>(grad), static_cast<const T*>(x), partial->values,
+                shape, partial->splits);
 }
 
 // out (C_out, C_in/groups, 3, 3) from partial results of which the taps come first.
@@ -132,8 +131,7 @@ cudaError_t launch_composed(const GroupedConvShape& shape, Dtype dtype, const Co
   if (prologue.given()) {
     const ImageShape image = input_image(shape);
     T* const activation = context.scratch.allocate_array<T>(image.elements());
-    const cudaError_t error =
-        launch_affine_add_relu(image, dtype, context, x, prologue, nullptr, Affine{}, activation);
+    const cudaError_t error = launch_affine_add_relu(image, dtype, context, x, prologue, nullptr, Affine{}, activation);
     if (error != cudaSuccess) {
       return error;
     }
@@ -153,8 +151,7 @@ cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Conte
     using T = decltype(element);
     Partial partial;
     const auto status = try_tensor_cores<T, false>(shape, dtype, context, grad, x, WgradPrologues{}, &partial);
-    const cudaError_t error =
-        status.has_value() ? *status : launch_direct<T>(shape, context, grad, x, &partial);
+    const cudaError_t error = status.has_value() ? *status : launch_direct<T>(shape, context, grad, x, &partial);
     return error != cudaSuccess ? error : launch_sum<T>(shape, context, partial, out);
   });
 }

@@ -34,7 +34,7 @@ struct Fiber {
   jmp_buf resume;
   std::unique_ptr<unsigned char[]> stack;
   std::deque<std::vector<Copy>> copies{1};  // by groups; the last is still open
-  bool done;  // with the present block
+  bool done;                                // with the present block
 };
 
 // Counts arrivals; the last of `size` opens the barrier by moving to the next generation.

@@ -6,6 +6,9 @@
 // once: a missing wait or barrier shows as a wrong result. Misaligned or out-of-range shared addresses abort.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,9 +16,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #define __global__
 #define __device__

@@ -62,7 +62,7 @@ struct Call {
   // first_option: that of stride_h, stride_w, groups, channels_last.
   GroupedConvShape conv(int first_option = 0) const {
     const int64_t* const option = options + first_option;
-    return {x_sizes[0],   x_sizes[1], out_sizes[1], x_sizes[2], x_sizes[3],    out_sizes[2],
+    return {x_sizes[0],   x_sizes[1], out_sizes[1], x_sizes[2], x_sizes[3],     out_sizes[2],
             out_sizes[3], option[2],  option[0],    option[1],  option[3] != 0, 3};
   }
 
@@ -71,9 +71,7 @@ struct Call {
 
 const std::map<std::string, std::function<cudaError_t(const Call&)>> kOperators = {
     {"grouped_conv2d_fwd",
-     [](const Call& c) {
-       return launch_fwd(c.conv(), c.dtype, c.context, c.get(0), c.weight(1), c.get(2), c.get(3));
-     }},
+     [](const Call& c) { return launch_fwd(c.conv(), c.dtype, c.context, c.get(0), c.weight(1), c.get(2), c.get(3)); }},
     {"grouped_conv2d_dgrad",
      [](const Call& c) { return launch_dgrad(c.conv(), c.dtype, c.context, c.get(0), c.weight(1), c.get(2)); }},
     {"grouped_conv2d_wgrad",
@@ -141,8 +139,8 @@ int run_operator(const char* name, const int64_t* x_sizes, const int64_t* out_si
   PoisonedScratch scratch;
   const Context context{{multiprocessors, shared_memory, tensor_cores != 0}, scratch, nullptr};
   const int64_t launches = emulation::launch_count();
-  const cudaError_t error =
-      kOperators.at(name)({x_sizes, out_sizes, static_cast<Dtype>(dtype), context, tensors, options, weight_channels_last != 0});
+  const cudaError_t error = kOperators.at(name)(
+      {x_sizes, out_sizes, static_cast<Dtype>(dtype), context, tensors, options, weight_channels_last != 0});
   return error != cudaSuccess ? -error : static_cast<int>(emulation::launch_count() - launches);
 }
 
