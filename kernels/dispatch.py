@@ -136,8 +136,8 @@ def choose(problem: ConvProblem, device: torch.device, fusion: str = "plain", ke
     name = forced_backend()
     if name is None:
         entry = measured(problem, device, fusion, kernel_size)
-        fitting = (name for name in BACKENDS if not unsupported(name, problem.dtype, device))
-        return next(name for name in fitting if not not_chosen(name, problem, fusion != "plain", entry))
+        fitting = [name for name in BACKENDS if not unsupported(name, problem.dtype, device)]
+        return next(name for name in fitting if not not_chosen(name, problem, fusion != "plain", entry, fitting))
     if reason := unsupported(name, problem.dtype, device):
         raise BackendError(
             f"grouped_conv2d: the {name} backend was asked for and cannot serve this {problem.op}: {reason}; "
@@ -281,7 +281,13 @@ def unsupported(name: str, dtype: torch.dtype, device: torch.device) -> str | No
     return None
 
 
-def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuning.Entry | None = None) -> str | None:
+def not_chosen(
+    name: str,
+    problem: ConvProblem,
+    fused: bool = False,
+    entry: tuning.Entry | None = None,
+    fitting: Sequence[str] = BACKENDS,
+) -> str | None:
     """Why the automatic choice passes over a backend that could serve a problem, or None.
 
     Args:
@@ -289,6 +295,7 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuni
         problem: What to compute.
         fused: Whether anything is computed with the convolution.
         entry: What was measured for the problem, by `measured`.
+        fitting: The backends that could serve it.
     """
     if entry is not None and BACKENDS.index(name) < BACKENDS.index(entry.backend):
         fastest = "PyTorch" if entry.backend == "torch" else entry.backend
@@ -297,8 +304,10 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuni
         return f"{fastest} was measured to be faster on this GPU: {entry.microseconds[entry.backend]:.1f} us{against}"
     if name == "triton" and problem.device_type == "cpu":
         return "Triton's interpreter is for checking kernels; it serves CPU tensors only when asked for by name"
-    if name in ("triton", "cuda") and entry is None and not fused and _faster_in_cudnn(problem):
-        return "cuDNN was measured to be faster on an H200, in 16 bits and with 8 channels per group or more"
+    if name == "triton" and "cuda" in fitting and entry is None and _faster_in_cuda(problem, fused):
+        return "CUDA C++ was measured to be faster on an H200: gradients in 16 bits with up to 32 channels per group"
+    if name in ("triton", "cuda") and entry is None and not fused and _faster_in_cudnn(name, problem):
+        return "cuDNN was measured to be faster on an H200, in 16 bits and with this many channels per group"
     if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
         return None
     width = min(problem.group_in, problem.group_out)
@@ -311,12 +320,25 @@ def not_chosen(name: str, problem: ConvProblem, fused: bool = False, entry: tuni
     return None
 
 
-def _faster_in_cudnn(problem: ConvProblem) -> bool:
-    """Weight gradients, and forward passes with stride 2, of all but the narrowest groups; measured in ResNeXt-50."""
-    narrowest = min(problem.group_in, problem.group_out) < 8
-    if problem.groups == 1 or problem.dtype.itemsize != 2 or not problem.channels_last or narrowest:
+def _faster_in_cuda(problem: ConvProblem, fused: bool) -> bool:
+    """Weight gradients, and the input gradients of what is fused, by the kernels on tensor cores; as below."""
+    width = problem.group_in
+    if problem.dtype.itemsize != 2 or not problem.channels_last or width != problem.group_out:
         return False
-    return problem.op == "wgrad" or (problem.op == "fwd" and problem.stride == (2, 2))
+    if width not in (1, 2, 4, 8, 16, 32) or problem.in_channels % 16 or problem.stride not in ((1, 1), (2, 2)):
+        return False
+    return problem.op == "wgrad" or (fused and problem.op == "dgrad")
+
+
+def _faster_in_cudnn(name: str, problem: ConvProblem) -> bool:
+    """Weight gradients, and forward passes with stride 2, from some width of groups on; measured in ResNeXt-50."""
+    if problem.groups == 1 or problem.dtype.itemsize != 2 or not problem.channels_last:
+        return False
+    strided = problem.stride == (2, 2)
+    if problem.op != "wgrad" and not (problem.op == "fwd" and strided):
+        return False
+    least = 8 if name == "triton" else 16 if strided else 32
+    return min(problem.group_in, problem.group_out) >= least
 
 
 def _least_width_of_pytorch(problem: ConvProblem, width: int) -> int:

@@ -48,8 +48,10 @@ def explain(
         if forced is None:
             chosen = dispatch.choose(problem, x.device)
             entry = dispatch.measured(problem, x.device)
+            fitting = [name for name, reason in reasons.items() if reason is None]
             reasons = {
-                name: reason or dispatch.not_chosen(name, problem, entry=entry) for name, reason in reasons.items()
+                name: reason or dispatch.not_chosen(name, problem, entry=entry, fitting=fitting)
+                for name, reason in reasons.items()
             }
         else:
             chosen = forced if reasons[forced] is None else "an error"

@@ -102,24 +102,59 @@ def test_where_pytorch_was_measured_faster_it_serves():
         assert (dispatch.not_chosen("cpu", problem(**wider)) is not None) is reason
 
 
-def test_where_cudnn_was_measured_faster_it_serves():
+def on_cuda(width: int, stride: int = 1, **changes):
+    """A problem of ResNeXt-50's kind, in 16 bits and channels_last."""
+    sizes = {"input_shape": (2, 32 * width, 28, 28), "weight_shape": (32 * width, width, 3, 3), "groups": 32}
+    options = {"dtype": torch.bfloat16, "channels_last": True, "stride": (stride, stride)}
+    return dataclasses.replace(problem(**(sizes | options | changes)), device_type="cuda")
+
+
+@pytest.mark.parametrize(("name", "least", "least_strided"), [("triton", 8, 8), ("cuda", 32, 16)])
+def test_where_cudnn_was_measured_faster_it_serves(name: str, least: int, least_strided: int):
     """Weight gradients and strided forward passes, in 16 bits and channels_last, alone, unless measured otherwise."""
+    others = ["triton", "torch"] if name == "triton" else ["cuda", "torch"]
+    for width in (4, 8, 16, 32, 64):
+        for op, stride, slower in (
+            ("wgrad", 1, width >= least),
+            ("wgrad", 2, width >= least_strided),
+            ("fwd", 2, width >= least_strided),
+            *(("fwd", 1, False), ("dgrad", 1, False), ("dgrad", 2, False)),
+        ):
+            reason = dispatch.not_chosen(name, on_cuda(width, stride, op=op), fitting=others)
+            assert ("cuDNN" in reason) if slower else (reason is None), (width, op, stride)
+            assert dispatch.not_chosen(name, on_cuda(width, stride, op=op), fused=True, fitting=others) is None
+    for other in ({"dtype": torch.float32}, {"channels_last": False}):
+        assert dispatch.not_chosen(name, on_cuda(32, op="wgrad", **other), fitting=others) is None
+    entry = SimpleNamespace(backend=name, microseconds={name: 1.0})
+    assert dispatch.not_chosen(name, on_cuda(32, op="wgrad"), entry=entry, fitting=others) is None
 
-    def on_cuda(**changes):
-        return dataclasses.replace(problem(**changes), device_type="cuda")
 
-    sizes = {"input_shape": (2, 256, 28, 28), "weight_shape": (256, 8, 3, 3), "groups": 32}
-    served = sizes | {"dtype": torch.bfloat16, "channels_last": True, "op": "wgrad"}
-    strided = served | {"op": "fwd", "stride": (2, 2)}
-    for name in ("triton", "cuda"):
-        for each in (served, strided):
-            assert "cuDNN" in dispatch.not_chosen(name, on_cuda(**each))
-            assert dispatch.not_chosen(name, on_cuda(**each), fused=True) is None
-        narrow = {"input_shape": (2, 128, 28, 28), "weight_shape": (128, 4, 3, 3)}
-        for other in ({"dtype": torch.float32}, {"channels_last": False}, {"op": "dgrad"}, {"op": "fwd"}, narrow):
-            assert dispatch.not_chosen(name, on_cuda(**(served | other))) is None
+def test_where_cuda_was_measured_faster_than_triton_it_serves():
+    """Gradients, where it can serve; with what is fused those of the input too."""
+    both = ["triton", "cuda", "torch"]
+    for width, op, fused, faster in (
+        *((4, "wgrad", False, True), (32, "wgrad", True, True), (16, "dgrad", True, True)),
+        *(
+            (16, "dgrad", False, False),
+            (16, "fwd", True, False),
+            (64, "wgrad", True, False),
+            (24, "dgrad", True, False),
+        ),
+    ):
+        for stride in (1, 2):
+            asked = on_cuda(width, stride, op=op)
+            reason = dispatch.not_chosen("triton", asked, fused, fitting=both)
+            assert ("CUDA C++" in reason) if faster else (reason is None), (width, op, fused)
+            assert dispatch.not_chosen("cuda", asked, True, fitting=both) is None
+            if fused:
+                assert dispatch.not_chosen("triton", asked, fused, fitting=["triton", "torch"]) is None
+    others = ({"dtype": torch.float32}, {"channels_last": False}, {"stride": (2, 1)})
+    few = {"input_shape": (2, 8, 28, 28), "weight_shape": (8, 4, 3, 3), "groups": 2}
+    wider = {"weight_shape": (256, 4, 3, 3)}
+    for other in (*others, few, wider):
+        assert dispatch.not_chosen("triton", on_cuda(4, op="wgrad", **other), True, fitting=both) is None
     entry = SimpleNamespace(backend="triton", microseconds={"triton": 1.0})
-    assert dispatch.not_chosen("triton", on_cuda(**served), entry=entry) is None
+    assert dispatch.not_chosen("triton", on_cuda(4, op="wgrad"), True, entry, both) is None
 
 
 def test_forced_backend_is_used_and_restored(monkeypatch):
