@@ -190,6 +190,7 @@ MOST_REGISTERS = 255  # Of a thread, on every GPU.
 DESCRIPTOR_ALIGNMENT = 16  # Bytes, of the address and of the rows that a tensor descriptor describes.
 _WAVES = 2  # Programs per program that a device holds at once; measured on an H200, bands of half an image do best.
 _STRIPS_PER_SM = 10  # Warps of the strips kernels that one multiprocessor holds at 168-200 registers a thread.
+_CROWDED_PER_SM = 8  # The same at `MOST_REGISTERS`.
 
 
 def round_up_to_block(channels: int) -> int:
@@ -257,10 +258,11 @@ def strips_config(
     bands = max(1, min(math.ceil(wanted / (tiles * blocks_m)), height // 4))
     band = math.ceil(height / bands)
     splits = 1
-    if problem.op == "wgrad":
-        work = blocks_m * math.ceil(height / band)
-        splits = min(work, math.ceil(wanted / _WAVES / tiles))
     limited = num_warps == 1 and (crowded or problem.dtype == torch.float32)
+    if problem.op == "wgrad":
+        # As many programs as run at once: all have the same work, and a few more would take as long again.
+        held = num_sms * (_CROWDED_PER_SM if limited else _STRIPS_PER_SM) // num_warps
+        splits = min(blocks_m * math.ceil(height / band), math.ceil(held / tiles))
     max_registers = MOST_REGISTERS if limited else None
     return StripsConfig(merged, strip, band, block_m, num_warps, 3, splits, max_registers)
 

@@ -29,7 +29,9 @@ from .tuning import tf32_allowed
 
 merges = True  # As of batch_norm.py.
 _COMPOSED = Composed(batch_norm)
-_PROGRAMS_PER_SM = 4  # Of four warps at 128 registers a thread.
+# Programs of four warps that one multiprocessor holds: at up to 128 registers a thread; with statistics at 143; and of
+# the weight gradient at 192. All have the same work: a few more would take as long again.
+_PROGRAMS_PER_SM = {"fwd": 4, "statistics": 3, "wgrad": 2}
 _OPTIONAL = {
     "fwd": ("y_scale_ptr", "y_shift_ptr", "residual_ptr", "partials_ptr"),
     "wgrad": ("z_ptr", "z_center_ptr", "z_scale_ptr", "z_shift_ptr"),
@@ -66,7 +68,8 @@ def plan(
     skipped = before % 2 if pairs else 0
     taps = kernel[1] * channels
     blocks, blocks_n = triton.cdiv(pixels, block_m), triton.cdiv(problem.out_channels, block_n)
-    shares = min(blocks, triton.cdiv(_PROGRAMS_PER_SM * num_sms, blocks_n))
+    held = _PROGRAMS_PER_SM["statistics" if "partials_ptr" in fused and problem.op == "fwd" else problem.op]
+    shares = min(blocks, max(1, held * num_sms // blocks_n))
     sizes = {"pixels": pixels, "height": problem.height, "row_size": row_size}
     sizes |= {"out_height": problem.out_height, "out_width": problem.out_width, "out_channels": problem.out_channels}
     constants: dict[str, Any] = {name: None for name in _OPTIONAL[problem.op] if name not in fused}
