@@ -114,8 +114,8 @@ def _settings(root: Path) -> list[str]:
     paragraphs = []
     for path in sorted(root.glob("kernels/tuned/*.json")):
         measured = json.loads(path.read_text())
-        if any(entry["kernel_size"] == 3 for entry in measured["entries"]):
-            commits = sorted({entry["measured"]["commit"][:10] for entry in measured["entries"]})
+        if entries := [entry for entry in measured["entries"] if entry["kernel_size"] == 3]:
+            commits = sorted({entry["measured"]["commit"][:10] for entry in entries})
             paragraphs += [
                 f"**Measured launch settings** ([{path.name}]({path.relative_to(root).as_posix()}), "
                 f"{tables.escaped(measured['device'])}, commits {', '.join(commits)}) of grouped 3x3 convolutions, in "

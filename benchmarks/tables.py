@@ -183,8 +183,10 @@ def settings(measured: Mapping[str, Any]) -> str:
         times = entry["microseconds"]
         theirs = min(time for name, time in times.items() if name.startswith("torch"))
         ours = min(time for name, time in times.items() if not name.startswith("torch"))
-        channels, groups, stride = entry["in_channels"], entry["groups"], entry["stride"][0]
-        name = f"{channels}x{entry['height']}x{entry['width']}_s{stride}_gw{channels // groups}"
+        inputs, outputs = entry["in_channels"], entry["out_channels"]
+        channels = str(inputs) if inputs == outputs else f"{inputs}to{outputs}"
+        stride = "x".join(map(str, sorted(set(entry["stride"]))))
+        name = f"{channels}x{entry['height']}x{entry['width']}_s{stride}_gw{inputs // entry['groups']}"
         line = (name, str(entry["batch"]), entry["dtype"])
         cell = f"{ours:.0f} / {theirs:.0f} / **{theirs / ours:.2f}** {escaped(entry['backend'])}"
         lines.setdefault(line, {})[entry["fusion"], entry["op"]] = cell

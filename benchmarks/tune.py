@@ -198,10 +198,10 @@ class Tuner:
         kept = configs
         if most is not None and len(configs) > most:
             kept = [configs[index * len(configs) // most] for index in range(most)]
-        left_out = Counter({f"beyond --candidates {most}": len(configs) - len(kept)})
         known = self.entries.get((target.key, target.batch))
         if configs and known is not None and known.config is not None and known.config not in kept:
             kept = [*kept, known.config]  # --again: what was the best before
+        left_out = Counter({f"beyond --candidates {most}": max(0, len(configs) - len(kept))})
         futures = {}
         for config in kept if self.pool is not None else ():
             key = specialization(target.launch(config), target.dtype)

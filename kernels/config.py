@@ -262,7 +262,7 @@ def strips_config(
     if problem.op == "wgrad":
         # As many programs as run at once: all have the same work, and a few more would take as long again.
         held = num_sms * (_CROWDED_PER_SM if limited else _STRIPS_PER_SM) // num_warps
-        splits = min(blocks_m * math.ceil(height / band), math.ceil(held / tiles))
+        splits = min(blocks_m * math.ceil(height / band), max(1, held // tiles))
     max_registers = MOST_REGISTERS if limited else None
     return StripsConfig(merged, strip, band, block_m, num_warps, 3, splits, max_registers)
 

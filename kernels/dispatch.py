@@ -320,14 +320,21 @@ def not_chosen(
     return None
 
 
+def _on_tensor_cores_of_cuda(problem: ConvProblem) -> bool:
+    """Whether a grouped convolution is for those kernels of csrc/cuda that were measured, up to 32 channels per group.
+
+    Those with 1 and 2 are the kernels of 4: groups share a tile of 16 channels.
+    """
+    if problem.groups == 1 or problem.dtype.itemsize != 2 or not problem.channels_last:
+        return False
+    tiles = problem.group_in in (1, 2, 4, 8, 16, 32) and problem.in_channels % 16 == 0
+    return tiles and problem.group_in == problem.group_out and problem.stride in ((1, 1), (2, 2))
+
+
 def _faster_in_cuda(problem: ConvProblem, fused: bool) -> bool:
-    """Weight gradients, and the input gradients of what is fused, by the kernels on tensor cores; as below."""
-    width = problem.group_in
-    if problem.dtype.itemsize != 2 or not problem.channels_last or width != problem.group_out:
-        return False
-    if width not in (1, 2, 4, 8, 16, 32) or problem.in_channels % 16 or problem.stride not in ((1, 1), (2, 2)):
-        return False
-    return problem.op == "wgrad" or (fused and problem.op == "dgrad")
+    """Weight gradients, and the input gradients of what is fused; measured in ResNeXt-50."""
+    gradient = problem.op == "wgrad" or (fused and problem.op == "dgrad")
+    return gradient and _on_tensor_cores_of_cuda(problem)
 
 
 def _faster_in_cudnn(name: str, problem: ConvProblem) -> bool:
@@ -337,7 +344,9 @@ def _faster_in_cudnn(name: str, problem: ConvProblem) -> bool:
     strided = problem.stride == (2, 2)
     if problem.op != "wgrad" and not (problem.op == "fwd" and strided):
         return False
-    least = 8 if name == "triton" else 16 if strided else 32
+    least = 8
+    if name == "cuda" and _on_tensor_cores_of_cuda(problem):
+        least = 16 if strided else 32
     return min(problem.group_in, problem.group_out) >= least
 
 

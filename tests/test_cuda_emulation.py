@@ -304,6 +304,22 @@ def test_what_is_not_finite_stays_in_its_group_fused(emulator: Emulator, width: 
             torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("stride", [1, 2], ids=["stride1", "stride2"])
+def test_statistics_beside_a_bad_group_are_as_good(emulator: Emulator, stride: int):
+    """Also where the first results of all had to be computed again, and far from zero."""
+    x = make((4, 16, 9, 11), torch.float32, torch.Generator().manual_seed(7), channels_last=True).add_(1e3)
+    x[:, 2] = 1000.5
+    x[:, 9] = float("nan")
+    x = x.to(torch.float16)
+    weight = torch.zeros(16, 1, 3, 3, dtype=torch.float16)
+    weight[:, :, 1, 1] = 1
+    z, mean, var = extension.conv_stats_fwd(x, None, weight, (stride, stride), 16, True, True)
+    others = [channel for channel in range(16) if channel != 9]
+    assert_statistics(z[:, others], mean[others], var[others])
+    assert var[2] == 0
+    assert var[9].isnan()
+
+
 # --- the elementwise passes ---
 
 

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ["sm_80", "sm_90a"]
 INSTANTIATIONS = {
-    "direct_conv": 11,  # 3 dtypes x (2 passes + inference), and 16-bit gradients in float32
-    "tensor_core_conv": 40,  # 2 dtypes x 2 strides x packed or not x (2 passes, plain and training, + inference)
+    "direct_conv": 14,  # 3 dtypes x (2 passes + bias + inference), and 16-bit gradients in float32
+    "tensor_core_conv": 48,  # 2 dtypes x 2 strides x packed or not x (2 passes, plain and training, + bias + inference)
     "direct_wgrad": 3,
     "tensor_core_wgrad": 8,  # 2 dtypes x 2 strides x plain or training
     "channel": 54,  # 3 dtypes x (4 jobs x 3 layouts + 2 pools x 2 layouts), and those of wide gradients
-    "sum_splits": 3,
+    "sum_splits": 5,  # 3 dtypes of weights, and 2 or 3 sums per channel
     "merge_moments": 1,
 }
 

@@ -125,6 +125,12 @@ def test_where_cudnn_was_measured_faster_it_serves(name: str, least: int, least_
             assert dispatch.not_chosen(name, on_cuda(width, stride, op=op), fused=True, fitting=others) is None
     for other in ({"dtype": torch.float32}, {"channels_last": False}):
         assert dispatch.not_chosen(name, on_cuda(32, op="wgrad", **other), fitting=others) is None
+    # What the measured kernels of csrc/cuda are not for.
+    for other in (on_cuda(24, op="wgrad"), on_cuda(12, op="wgrad"), on_cuda(12, 2, op="fwd")):
+        assert "cuDNN" in dispatch.not_chosen(name, other, fitting=others)
+    widens = {"weight_shape": (512, 8, 3, 3)}
+    for other in (on_cuda(8, op="wgrad", **widens), on_cuda(16, op="wgrad", stride=(2, 1))):
+        assert "cuDNN" in dispatch.not_chosen(name, other, fitting=others)
     entry = SimpleNamespace(backend=name, microseconds={name: 1.0})
     assert dispatch.not_chosen(name, on_cuda(32, op="wgrad"), entry=entry, fitting=others) is None
 
@@ -151,7 +157,8 @@ def test_where_cuda_was_measured_faster_than_triton_it_serves():
     others = ({"dtype": torch.float32}, {"channels_last": False}, {"stride": (2, 1)})
     few = {"input_shape": (2, 8, 28, 28), "weight_shape": (8, 4, 3, 3), "groups": 2}
     wider = {"weight_shape": (256, 4, 3, 3)}
-    for other in (*others, few, wider):
+    dense = {"input_shape": (2, 32, 28, 28), "weight_shape": (32, 32, 1, 1), "groups": 1}
+    for other in (*others, few, wider, dense):
         assert dispatch.not_chosen("triton", on_cuda(4, op="wgrad", **other), True, fitting=both) is None
     entry = SimpleNamespace(backend="triton", microseconds={"triton": 1.0})
     assert dispatch.not_chosen("triton", on_cuda(4, op="wgrad"), True, entry, both) is None

@@ -203,7 +203,8 @@ def test_kernels_of_a_step_in_milliseconds(root):
 def test_settings_are_those_of_the_tuned_files(root):
     def entry(fusion, op, backend, kernel_size=3, **microseconds):
         about = {"fusion": fusion, "op": op, "kernel_size": kernel_size, "batch": 256, "dtype": "bfloat16"}
-        layer = {"in_channels": 128, "groups": 32, "height": 56, "width": 56, "stride": [1, 1]}
+        channels = {"in_channels": 128, "out_channels": 128, "groups": 32}
+        layer = {**channels, "height": 56, "width": 56, "stride": [1, 1]}
         return {**about, **layer, "backend": backend, "microseconds": microseconds, "measured": {"commit": "c" * 40}}
 
     folder = root / "kernels/tuned"

@@ -1,12 +1,10 @@
 // What a convolution kernel does besides convolving, as a policy of the kernel. A fusion has
 //
 //   Prologue   what happens to 8 neighbouring channels of the source once they are staged, where the member `prologue`
-//   is
-//              given. void: nothing, and no code for it
+//              is given. void: nothing, and no code for it
 //   Epilogue   what happens to kWidth neighbouring channels of a result, whose place is so many elements, and bytes,
-//   from
-//              the element that begin() was told: load_at() reads what else is needed there, if loads(), ahead of the
-//              products; operator() is called before they are rounded and stored, stored() after
+//              from the element that begin() was told: load_at() reads what else is needed there, if loads(), ahead of
+//              the products; operator() is called before they are rounded and stored, stored() after
 //   Totals     what the epilogue sums up, for the kernel to merge and write to `partial`; NoTotals: nothing
 //
 // A prologue has kVectors numbers per channel, which vectors() computes once per block and shared memory keeps, 8 of
@@ -40,9 +38,8 @@ struct alignas(sizeof(T)) Packed<T, 1> {
   __device__ __forceinline__ void unpack(float (&values)[1]) const { values[0] = static_cast<float>(value); }
 };
 
-struct alignas(16) Granule {
-  uint32_t pairs[kGranule / 2];
-};
+template <typename T>
+using Granule = Packed<T, kGranule>;
 
 template <int kVectors>
 struct GranuleVectors {
@@ -78,18 +75,17 @@ struct ActivationPrologue {
     vectors[2] = one.shift[0];
   }
 
-  __device__ __forceinline__ Granule operator()(const Granule& x, const Granule&) const {
-    Granule result;
+  __device__ __forceinline__ Granule<T> operator()(const Granule<T>& x, const Granule<T>&) const {
+    float values[kGranule];
+    x.unpack(values);
+#pragma unroll
+    for (int c = 0; c < kGranule; ++c) {
+      values[c] = fmaf(of.values[1][c], values[c] - of.values[0][c], of.values[2][c]);
+    }
+    Granule<T> result;
 #pragma unroll
     for (int i = 0; i < kGranule / 2; ++i) {
-      float values[2];
-      unpack2<T>(x.pairs[i], values[0], values[1]);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = 2 * i + e;
-        values[e] = fmaf(of.values[1][c], values[e] - of.values[0][c], of.values[2][c]);
-      }
-      result.pairs[i] = pack2_relu<T>(values[0], values[1]);
+      result.pairs[i] = pack2_relu<T>(values[2 * i], values[2 * i + 1]);
     }
     return result;
   }
@@ -113,19 +109,18 @@ struct StatisticsPrologue {
     vectors[2] = one.slope[0];
   }
 
-  __device__ __forceinline__ Granule operator()(const Granule& dz, const Granule& z) const {
-    Granule result;
+  __device__ __forceinline__ Granule<T> operator()(const Granule<T>& dz, const Granule<T>& z) const {
+    float values[kGranule], raw[kGranule];
+    dz.unpack(values);
+    z.unpack(raw);
+#pragma unroll
+    for (int c = 0; c < kGranule; ++c) {
+      values[c] = fmaf(of.values[2][c], raw[c] - of.values[0][c], values[c] + of.values[1][c]);
+    }
+    Granule<T> result;
 #pragma unroll
     for (int i = 0; i < kGranule / 2; ++i) {
-      float values[2], raw[2];
-      unpack2<T>(dz.pairs[i], values[0], values[1]);
-      unpack2<T>(z.pairs[i], raw[0], raw[1]);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = 2 * i + e;
-        values[e] = fmaf(of.values[2][c], raw[e] - of.values[0][c], values[e] + of.values[1][c]);
-      }
-      result.pairs[i] = pack2<T>(values[0], values[1]);
+      result.pairs[i] = pack2<T>(values[2 * i], values[2 * i + 1]);
     }
     return result;
   }
@@ -330,7 +325,7 @@ struct GradientFusion {
         : activation(fusion.affine, channel), x(fusion.partial != nullptr ? fusion.x : nullptr) {}
 
     __device__ __forceinline__ bool loads() const { return x != nullptr; }
-    __device__ __forceinline__ void begin(int64_t element) { first = held(x + element); }
+    __device__ __forceinline__ void begin(int64_t element) { first = loads() ? held(x + element) : nullptr; }
 
     __device__ __forceinline__ Loaded load_at(int elements, int bytes) const {
       return *reinterpret_cast<const Loaded*>(from(first + elements, bytes));

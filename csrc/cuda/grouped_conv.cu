@@ -10,7 +10,7 @@ void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTen
                         int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   const Call call(x);
-  Output target(out, channels_last, MemoryFormat::ChannelsLast);
+  Output target(out, channels_last);
   STD_CUDA_CHECK(launch_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), weight_of(weight), data(bias),
                             target.data()));
   target.store();
@@ -20,7 +20,7 @@ void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor
                           int64_t stride_w, int64_t groups, bool channels_last) {
   const GroupedConvShape shape = check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   const Call call(grad);
-  Output target(out, channels_last, MemoryFormat::ChannelsLast);
+  Output target(out, channels_last);
   STD_CUDA_CHECK(
       launch_dgrad(shape, kernel_dtype(grad), call, to_nhwc(grad).const_data_ptr(), weight_of(weight), target.data()));
   target.store();
@@ -40,7 +40,7 @@ void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const Optiona
   const GroupedConvShape shape =
       check_conv_stats_fwd(x, center, scale, shift, weight, z, mean, var, stride_h, stride_w, groups, channels_last);
   const Call call(x);
-  Output target(z, channels_last, MemoryFormat::ChannelsLast);
+  Output target(z, channels_last);
   STD_CUDA_CHECK(launch_conv_stats_fwd(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(),
                                        affine_of(center, scale, shift), weight_of(weight), target.data(),
                                        mutable_vector_data(mean), mutable_vector_data(var)));
@@ -57,7 +57,7 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
                                                         dscale, dshift, stride_h, stride_w, groups, channels_last);
   const Call call(dz);
   const OptionalTensor z_nhwc = to_nhwc(z);
-  Output target(dx, channels_last, MemoryFormat::ChannelsLast);
+  Output target(dx, channels_last);
   STD_CUDA_CHECK(launch_conv_stats_dgrad(shape, kernel_dtype(dz), call, to_nhwc(dz).const_data_ptr(),
                                          statistics_of(z_nhwc, mean, dmean, dvar), weight_of(weight), data(to_nhwc(x)),
                                          affine_of(center, scale, shift), target.data(), mutable_vector_data(dscale),
@@ -84,7 +84,7 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
   const GroupedConvShape shape =
       check_conv_affine(x, weight, packed, scale, shift, residual, y, stride_h, stride_w, groups, channels_last);
   const Call call(x);
-  Output target(y, channels_last, MemoryFormat::ChannelsLast);
+  Output target(y, channels_last);
   STD_CUDA_CHECK(launch_conv_affine(shape, kernel_dtype(x), call, to_nhwc(x).const_data_ptr(), weight_of(weight),
                                     affine_of(std::nullopt, scale, shift), data(to_nhwc(residual)), relu,
                                     target.data()));

@@ -95,7 +95,7 @@ cudaError_t launch_dgrad(const GroupedConvShape& shape, Dtype dtype, const Conte
 cudaError_t launch_wgrad(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* grad,
                          const void* x, const WeightResult& out);
 
-// y = relu?(affine(conv(x, weight)) + residual); residual may be null.
+// y = relu?(affine(conv(x, weight)) + residual); residual may be null, the affine has no center.
 cudaError_t launch_conv_affine(const GroupedConvShape& shape, Dtype dtype, const Context& context, const void* x,
                                const Weight& weight, const Affine& affine, const void* residual, bool relu, void* y);
 

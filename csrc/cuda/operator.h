@@ -110,15 +110,15 @@ inline StatisticsGradients statistics_of(const OptionalTensor& z, const Optional
   return {z->const_data_ptr(), vector_data(mean), vector_data(dmean), vector_data(dvar), count};
 }
 
-// The tensor the kernels fill: `out` itself if it has the layout they write, else one that store() copies into it.
+// The tensor the kernels fill: `out` itself if it is in NHWC order, else one that store() copies into it.
 class Output {
  public:
-  Output(const Tensor& out, bool has_layout, MemoryFormat layout)
+  Output(const Tensor& out, bool channels_last)
       : out_(out),
-        target_(has_layout ? out
-                           : torch::stable::empty(out.sizes(), out.scalar_type(), std::nullopt, out.device(),
-                                                  std::nullopt, layout)),
-        copy_(!has_layout) {}
+        target_(channels_last ? out
+                              : torch::stable::empty(out.sizes(), out.scalar_type(), std::nullopt, out.device(),
+                                                     std::nullopt, MemoryFormat::ChannelsLast)),
+        copy_(!channels_last) {}
 
   void* data() const { return target_.mutable_data_ptr(); }
 

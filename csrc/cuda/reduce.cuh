@@ -57,7 +57,11 @@ struct KeepPlanes {
   int64_t channels;
 
   __device__ __forceinline__ void operator()(int64_t element, float sum) const {
-    float* const plane = out[element / channels];
+    float* plane = nullptr;
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {  // indexed by a constant: an index in a register needs memory
+      plane = element / channels == s ? out[s] : plane;
+    }
     if (plane != nullptr) {
       plane[element % channels] = sum;
     }

@@ -23,6 +23,7 @@ constexpr int kMaxStripPixels = 80;  // (32 positions, stride 2, 4 images) + zer
 constexpr int kMaxWarps = 4;
 constexpr int kTapCount = 9;
 constexpr int kElementBytes = 2;
+constexpr int kNothing = -16;  // bytes to no pixel; aligned, as copies that only write zeros are told an address too
 
 enum class Pass { kForward, kDgrad };
 
@@ -75,8 +76,8 @@ struct StripGrid {
 // Of a unit, so that no inner loop divides.
 struct StripTables {
   int64_t source_base, output_base;  // elements before the first image
-  int source[kMaxStripPixels];       // bytes from there to a staged pixel in row 0, -1: zeros
-  int output[kStripPositions];       // bytes from there to a position's first result in row 0, -1: idle position
+  int source[kMaxStripPixels];       // bytes from there to a staged pixel in row 0, kNothing: zeros
+  int output[kStripPositions];       // bytes from there to a position's first result in row 0, kNothing: idle position
   int output_cols[kStripPositions];  // results of the position along its row that lie inside the image
   int pixel[kStripPositions];        // staged pixel of source entry 0; idle positions point at zeros
   int first_step, steps;             // of the strip
@@ -102,7 +103,7 @@ struct StripTables {
       const int local = p / grid.pixels_per_image;
       const int col = first_col * Cols::advance + Cols::origin + p % grid.pixels_per_image;
       const bool valid = local < grid.images && image + local < grid.batch && col >= 0 && col < grid.source_width;
-      source[p] = valid ? static_cast<int>((local * source_area + col) * source_channels * kElementBytes) : -1;
+      source[p] = valid ? static_cast<int>((local * source_area + col) * source_channels * kElementBytes) : kNothing;
     }
     for (int p = threadIdx.x; p < kStripPositions; p += blockDim.x) {
       const int local = p / grid.cols;
@@ -110,7 +111,7 @@ struct StripTables {
       const bool valid = local < grid.images && image + local < grid.batch && col < grid.position_cols;
       const int out_col = col * Cols::outputs;
       const int cols_left = grid.out_width - out_col;
-      output[p] = valid ? static_cast<int>((local * out_area + out_col) * out_channels * kElementBytes) : -1;
+      output[p] = valid ? static_cast<int>((local * out_area + out_col) * out_channels * kElementBytes) : kNothing;
       output_cols[p] = cols_left < Cols::outputs ? cols_left : Cols::outputs;
       pixel[p] =
           valid ? local * grid.pixels_per_image + p % grid.cols * Cols::advance : grid.images * grid.pixels_per_image;
@@ -123,6 +124,34 @@ struct StripTables {
 // which is filled while the first is computed: copies are never more than two groups ahead, and a unit has two or more.
 constexpr int kTables = 3;
 constexpr int kMaxPrefetch = 2;
+
+// A block's share of all steps: fills the tables of its units, two before anything is copied, the others in time.
+template <typename Cols>
+struct Share {
+  int next, end;  // where the first unit without tables begins; where the share ends
+  int groups;     // of all units, leads included
+
+  // All threads of the block call it, and find the tables after the next barrier.
+  __device__ Share(const StripGrid& grid, int index, int blocks, int channels, StripTables (&tables)[kTables])
+      : next(grid.share(index, blocks)), end(grid.share(index + 1, blocks)) {
+    groups = end - next + (end - 1) / grid.steps - next / grid.steps + 1;
+    for (int unit = 0; unit < 2; ++unit) {
+      fill(grid, channels, tables[unit]);
+    }
+  }
+
+  // In the lead of the unit of tables[here]: nobody reads those of the unit before it any more.
+  __device__ void fill_later(const StripGrid& grid, int channels, StripTables (&tables)[kTables], int here) {
+    fill(grid, channels, tables[here > 0 ? here - 1 : kTables - 1]);
+  }
+
+ private:
+  __device__ void fill(const StripGrid& grid, int channels, StripTables& table) {
+    if (next < end) {
+      next = table.template fill<Cols>(grid, next, end, channels, channels);
+    }
+  }
+};
 
 // A place in a block's share.
 template <typename Rows>
@@ -250,10 +279,10 @@ struct RowStager {
     int place = first_pixel * pitch + local * 2;
     for (int p = first_pixel; p < pixels; p += pixel_step) {
       if (offsets[p] >= 0) {
-        auto* const granule = reinterpret_cast<Granule*>(shared + place);
-        Granule other{};
+        auto* const granule = reinterpret_cast<Granule<T>*>(shared + place);
+        Granule<T> other{};
         if constexpr (Prologue::kCompanion) {
-          other = *reinterpret_cast<const Granule*>(companion + place);
+          other = *reinterpret_cast<const Granule<T>*>(companion + place);
         }
         *granule = prologue(*granule, other);
       }

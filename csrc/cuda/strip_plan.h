@@ -12,7 +12,7 @@
 namespace resnext::cuda {
 
 constexpr int kPackedSlabChannels = 64;
-constexpr int kStaticSharedBytes = 5 * 1024;  // StripTables and the kilobyte that CUDA adds to each block, rounded up
+constexpr int kStaticSharedBytes = 4 * 1024;  // StripTables and the kilobyte that CUDA adds to each block, rounded up
 static_assert(kTables * sizeof(StripTables) + 1024 <= kStaticSharedBytes);
 
 // Kernels count along one axis in 32 bits; offsets over several axes are 64 bits wide.

@@ -198,21 +198,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     }
   }
 
-  const int share = grid.share(split, shape.splits), share_end = grid.share(split + 1, shape.splits);
-  int next_unit = tables[0].template fill<Cols>(grid, share, share_end, shape.channels, shape.channels);
-  if (next_unit < share_end) {
-    next_unit = tables[1].template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
-  }
+  Share<Cols> share(grid, split, shape.splits, shape.channels, tables);
+  const int groups = share.groups;
   __syncthreads();
-  const int groups = share_end - share + (share_end - 1) / grid.steps - share / grid.steps + 1;  // leads included
 
-  // The group that is copied next, and the one at hand. The companion's ring has a slot less: each of its pieces is
-  // read by the thread that has staged it, and by no other.
+  // The group that is copied next, and the one at hand. The companion's ring has two slots less: each of its pieces
+  // is read by the thread that has staged it, and by no other.
   Cursor<Rows> ahead(tables), here(tables);
   Ring ring(shape.prefetch);
-  const auto companion_place = [&](int group) {
-    return companion_offset + (shape.prefetch > 1 ? group % kMaxPrefetch : 0) * group_bytes;
-  };
+  const auto companion_place = [&](int group) { return companion_offset + group % shape.prefetch * group_bytes; };
   const auto stage_next = [&](int group) {
     const StripTables& table = tables[ahead.table];
     const int skipped = ahead.group == 0 ? Rows::skipped : 0;
@@ -267,10 +261,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     }
     cp_async_commit();
     if (here.group == 0) {
-      if (next_unit < share_end) {
-        StripTables& later = tables[here.table > 0 ? here.table - 1 : kTables - 1];
-        next_unit = later.template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
-      }
+      share.fill_later(grid, shape.channels, tables, here.table);
       output_base = table.output_base + lane_channel;
       lane_positions = 0;
 #pragma unroll
@@ -401,6 +392,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
         });
       } else {
         // Rare: each result again, from the products of its own group only.
+        bool begun = false;
 #pragma unroll 1
         for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
           const int position = e % kStripPositions;
@@ -426,6 +418,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
                 const int64_t scalar = weight_index<kPass>(order, group_k, o, r * 3 + s);
                 values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
               }
+            }
+          }
+          if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
+            if (totals.empty() && !begun) {
+              float first[kLaneChannels] = {values[0], values[1], values[2], values[3]};
+              round_channels<T>(first);
+              totals.begin(first);
+              begun = true;
             }
           }
           const int elements = v * row_stride + h * shape.channels;

@@ -92,20 +92,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const bool with_x_prologue = kFused && prologues.x.given() && x_stager.channels_valid;
   const bool with_grad_prologue = kFused && prologues.grad.given() && grad_stager.channels_valid;
   if constexpr (kFused) {
-    fill_vectors<XPrologue>(prologues.x, slab_channel + in_block, shape.tile_channels, shape.channels, x_vectors);
+    if (prologues.x.given()) {
+      fill_vectors<XPrologue>(prologues.x, slab_channel + in_block, shape.tile_channels, shape.channels, x_vectors);
+    }
     if (prologues.grad.given()) {
       fill_vectors<GradPrologue>(prologues.grad, slab_channel + out_block, shape.tile_channels, shape.channels,
                                  grad_vectors);
     }
   }
 
-  const int share = grid.share(split, shape.splits), share_end = grid.share(split + 1, shape.splits);
-  int next_unit = tables[0].template fill<Cols>(grid, share, share_end, shape.channels, shape.channels);
-  if (next_unit < share_end) {
-    next_unit = tables[1].template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
-  }
+  Share<Cols> share(grid, split, shape.splits, shape.channels, tables);
+  const int groups = share.groups;
   __syncthreads();
-  const int groups = share_end - share + (share_end - 1) / grid.steps - share / grid.steps + 1;  // leads included
 
   // As in tensor_core_conv_kernel; a group that completes a step brings the step's rows of grad.
   Cursor<Rows> ahead(tables), here(tables);
@@ -165,10 +163,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
     }
     cp_async_commit();
     if (here.group == 0) {
-      if (next_unit < share_end) {
-        StripTables& later = tables[here.table > 0 ? here.table - 1 : kTables - 1];
-        next_unit = later.template fill<Cols>(grid, next_unit, share_end, shape.channels, shape.channels);
-      }
+      share.fill_later(grid, shape.channels, tables, here.table);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         const int pixel = table.pixel[m * kTile + lane % kTile];
@@ -239,8 +234,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
         if (o / shape.group_width == i / shape.group_width) {
           store(row + i % shape.group_width, Vector<float, 2>{values[0], values[1]});
         }
-      } else if (o - i == 0 || o - i == 1) {
-        row[0] = values[o - i];
+      } else if (o == i || o == i + 1) {
+        row[0] = o == i ? values[0] : values[1];
       }
     }
   }

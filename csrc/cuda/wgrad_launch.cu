@@ -21,10 +21,15 @@ int64_t shared_bytes(const TensorCoreWgradShape& problem, int prefetch) {
   return rows * pixel_pitch(problem.tile_channels) + problem.tile_channels * vectors;
 }
 
-// No splits: the kernel does not take the problem.
+struct TensorCoreWgradPlan {
+  TensorCoreWgradShape problem;  // no splits: the kernel does not take it
+  int64_t blocks, shared_bytes;
+};
+
 template <int kStride, bool kFused>
-TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, const Device& device) {
-  TensorCoreWgradShape problem{};
+TensorCoreWgradPlan plan_tensor_core_wgrad(const GroupedConvShape& shape, const Device& device) {
+  TensorCoreWgradPlan plan{};
+  TensorCoreWgradShape& problem = plan.problem;
   problem.channels = static_cast<int>(shape.in_channels);
   problem.group_width = static_cast<int>(shape.group_in());
   const bool packed = problem.group_width <= kTile;
@@ -33,15 +38,16 @@ TensorCoreWgradShape tensor_core_problem(const GroupedConvShape& shape, const De
   problem.slabs = static_cast<int>(ceil_div(problem.channels, problem.slab_channels));
   problem.slab_tiles = static_cast<int>(ceil_div(problem.slab_channels, problem.tile_channels));
   problem.grid = make_strip_grid<RowAxis<Pass::kForward, kStride>, ColAxis<Pass::kForward, kStride>>(shape, false);
-  const auto [prefetch, bytes, resident] = deepest_prefetch(device, kWgradBlocksPerMultiprocessor, [&](int prefetch) {
-    return shared_bytes<kStride, kFused>(problem, prefetch);
-  });
-  problem.prefetch = prefetch;
+  int64_t resident = 0;
+  std::tie(problem.prefetch, plan.shared_bytes, resident) =
+      deepest_prefetch(device, kWgradBlocksPerMultiprocessor,
+                       [&](int prefetch) { return shared_bytes<kStride, kFused>(problem, prefetch); });
   if (resident > 0 && problem.grid.all_steps <= INT32_MAX) {
     const int64_t blocks_per_split = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles;
     problem.splits = static_cast<int>(splits_of(problem.grid, blocks_per_split, device.multiprocessors * resident));
+    plan.blocks = blocks_per_split * problem.splits;
   }
-  return problem;
+  return plan;
 }
 
 Partial allocate_partial(const GroupedConvShape& shape, const Context& context, int splits) {
@@ -51,16 +57,14 @@ Partial allocate_partial(const GroupedConvShape& shape, const Context& context, 
 template <typename T, int kStride, bool kFused>
 std::optional<cudaError_t> launch_tensor_cores(const GroupedConvShape& shape, const Context& context, const void* grad,
                                                const void* x, const WgradPrologues& prologues, Partial* partial) {
-  const TensorCoreWgradShape problem = tensor_core_problem<kStride, kFused>(shape, context.device);
-  if (problem.splits == 0) {
+  const TensorCoreWgradPlan plan = plan_tensor_core_wgrad<kStride, kFused>(shape, context.device);
+  if (plan.problem.splits == 0) {
     return std::nullopt;
   }
-  *partial = allocate_partial(shape, context, problem.splits);
-  const int64_t blocks = int64_t{problem.slabs} * problem.slab_tiles * problem.slab_tiles * problem.splits;
-  return launch(tensor_core_wgrad_kernel<T, kStride, kFused>, blocks, kMaxWarps * kWarpSize,
-                dynamic_shared(context.device, shared_bytes<kStride, kFused>(problem, problem.prefetch)),
-                context.stream, static_cast<const T*>(grad), static_cast<const T*>(x), partial->values, prologues,
-                problem);
+  *partial = allocate_partial(shape, context, plan.problem.splits);
+  return launch(tensor_core_wgrad_kernel<T, kStride, kFused>, plan.blocks, kMaxWarps * kWarpSize,
+                dynamic_shared(context.device, plan.shared_bytes), context.stream, static_cast<const T*>(grad),
+                static_cast<const T*>(x), partial->values, prologues, plan.problem);
 }
 
 template <typename T, bool kFused>
