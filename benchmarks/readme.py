@@ -120,7 +120,8 @@ def _settings(root: Path) -> list[str]:
                 f"**Measured launch settings** ([{path.name}]({path.relative_to(root).as_posix()}), "
                 f"{tables.escaped(measured['device'])}, commits {', '.join(commits)}) of grouped 3x3 convolutions, in "
                 "microseconds: our fastest / PyTorch's faster layout / **ratio**, and which backend serves. In "
-                "training and inference with what blocks fuse; PyTorch's then with separate passes of ours.",
+                "training and inference with what blocks fuse; PyTorch's then with separate passes of ours. What these "
+                "times are worth: [NOTES](benchmarks/NOTES.md#gpu).",
                 tables.settings(measured),
             ]
     return paragraphs

@@ -39,9 +39,11 @@ def dgrad(
     """Gradient of the input, (N, C_in, H, W) with ``input_size`` = (H, W)."""
     dtype = grad.dtype
     grad, weight = _wide_on_cpu(grad, weight)
-    # Only the shape of x matters here. PyTorch picks the layout it works in by x and the weight.
-    x = grad.new_empty(1).expand(grad.shape[0], weight.shape[1] * groups, *input_size)
-    weight = weight.contiguous(memory_format=memory_format(channels_last))
+    # Of x only the shape matters, and the layout, by which PyTorch picks the one it works in: nobody reads this memory.
+    layout = memory_format(channels_last)
+    size = (grad.shape[0], weight.shape[1] * groups, *input_size)
+    x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    weight = weight.contiguous(memory_format=layout)
     dx, _, _ = _backward(grad, x, weight, stride, groups, (True, False, False))
     return laid_out(dx.to(dtype), channels_last)
 
