@@ -117,29 +117,25 @@ def by_name(rows: Sequence[Record]) -> list[tuple[str, int, float, float]]:
     return sorted(found, key=lambda each: -each[2])
 
 
-def by_gain(rows: Sequence[Record], bytes_per_second: float) -> list[tuple[float, int, float, float, Record]]:
-    """(microseconds to gain, how often, microseconds, those of the bytes, launch) of equal Triton launches."""
-    same: dict[str, list[Record]] = defaultdict(list)
-    for row in rows:
-        if "bytes" in row:
-            same[json.dumps({**row, "microseconds": 0, "registers": 0}, default=str)].append(row)
-    found = []
-    for each in same.values():
-        times = sum(row["microseconds"] for row in each)
-        floor = each[0]["bytes"] / bytes_per_second * 1e6
-        found.append((times - len(each) * floor, len(each), times / len(each), floor, each[0]))
-    return sorted(found, key=lambda each: -each[0])
-
-
 def merged(rows: Sequence[Record]) -> list[Record]:
     """Equal kernels as one row, with how often they ran and their microseconds together; the longest first."""
     found: dict[str, Record] = {}
     for row in rows:
-        kind = {key: value for key, value in row.items() if key != "microseconds"}
-        one = found.setdefault(json.dumps(kind, default=str), kind | {"count": 0, "microseconds": 0.0})
+        kind = {key: value for key, value in row.items() if key not in ("microseconds", "registers")}
+        one = found.setdefault(json.dumps(kind, default=str), row | {"count": 0, "microseconds": 0.0})
         one["count"] += 1
         one["microseconds"] = round(one["microseconds"] + row["microseconds"], 3)
     return sorted(found.values(), key=lambda row: -row["microseconds"])
+
+
+def by_gain(rows: Sequence[Record], bytes_per_second: float) -> list[tuple[float, int, float, float, Record]]:
+    """(microseconds to gain, how often, microseconds, those of the bytes, launch) of equal Triton launches."""
+    found = []
+    for row in merged([row for row in rows if "bytes" in row]):
+        count, time_ = row["count"], row["microseconds"]
+        floor = row["bytes"] / bytes_per_second * 1e6
+        found.append((time_ - count * floor, count, time_ / count, floor, row))
+    return sorted(found, key=lambda each: -each[0])
 
 
 def _show(name: str, result: Record, bytes_per_second: float, lines: int) -> None:

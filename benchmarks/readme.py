@@ -95,9 +95,7 @@ def _memory(runs: Sequence[Run]) -> list[str]:
         "**Memory**: peak megabytes of a training step, beyond parameters and optimizer; ratio: the least of PyTorch's "
         "over ours."
     ]
-    for run in runs:
-        paragraphs += [run.source, tables.memory(run)]
-    return paragraphs
+    return paragraphs + _each(runs, tables.memory)
 
 
 def _kernel_times(runs: Sequence[Run]) -> list[str]:
@@ -105,9 +103,11 @@ def _kernel_times(runs: Sequence[Run]) -> list[str]:
         "**Kernels of a step**, in milliseconds, eager, by PyTorch's profiler. What a step takes beyond its kernels, "
         "and a step of two images, is what Python and PyTorch need to start them."
     ]
-    for run in runs:
-        paragraphs += [run.source, tables.kernel_times(run)]
-    return paragraphs
+    return paragraphs + _each(runs, tables.kernel_times)
+
+
+def _each(runs: Sequence[Run], table: Callable[[Run], str]) -> list[str]:
+    return [paragraph for run in runs for paragraph in (run.source, table(run))]
 
 
 def _settings(root: Path) -> list[str]:

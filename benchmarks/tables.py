@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from shapes import NETWORKS, PASSES
+from shapes import NETWORKS, PASSES, Layer
 
 CLEARLY_SLOWER = 0.95  # ratios below are listed, those from here to 1 counted
 
@@ -183,11 +183,9 @@ def settings(measured: Mapping[str, Any]) -> str:
         times = entry["microseconds"]
         theirs = min(time for name, time in times.items() if name.startswith("torch"))
         ours = min(time for name, time in times.items() if not name.startswith("torch"))
-        inputs, outputs = entry["in_channels"], entry["out_channels"]
-        channels = str(inputs) if inputs == outputs else f"{inputs}to{outputs}"
-        stride = "x".join(map(str, sorted(set(entry["stride"]))))
-        name = f"{channels}x{entry['height']}x{entry['width']}_s{stride}_gw{inputs // entry['groups']}"
-        line = (name, str(entry["batch"]), entry["dtype"])
+        sizes = (entry[name] for name in ("in_channels", "out_channels", "height", "width"))
+        layer = Layer(*sizes, stride=entry["stride"][0], groups=entry["groups"])
+        line = (layer.name, str(entry["batch"]), entry["dtype"])
         cell = f"{ours:.0f} / {theirs:.0f} / **{theirs / ours:.2f}** {escaped(entry['backend'])}"
         lines.setdefault(line, {})[entry["fusion"], entry["op"]] = cell
     rows = [[*map(escaped, line), *(cells.get(of, "-") for of in _MEASURED.values())] for line, cells in lines.items()]

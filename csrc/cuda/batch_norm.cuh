@@ -76,8 +76,8 @@ struct Activation {
   }
 };
 
-// round(dz + dmean / count + 2 * dvar / count * (z - mean)): a gradient with what comes through the statistics.
-template <typename T, int kChannels>
+// dz + dmean / count + 2 * dvar / count * (z - mean): a gradient with what comes through the statistics.
+template <int kChannels>
 struct StatisticsGradient {
   float mean[kChannels], offset[kChannels], slope[kChannels];
 
@@ -90,17 +90,24 @@ struct StatisticsGradient {
     }
   }
 
-  __device__ __forceinline__ T operator()(T dz, T z, int c) const {
-    return static_cast<T>(fmaf(slope[c], static_cast<float>(z) - mean[c], static_cast<float>(dz) + offset[c]));
+  __device__ __forceinline__ float operator()(float dz, float z, int c) const {
+    return fmaf(slope[c], z - mean[c], dz + offset[c]);
   }
 };
 
 // Running totals of a thread, per channel. merge() adds those of a later part of the data, in a fixed order; store()
-// writes them to row `split` of the partial results (split, plane, channel) that reduce.cuh brings together. Step:
-// what is not in the totals yet, of moments only.
-struct NoTotals {
+// writes them to row `split` of the partial results (split, plane, channel) that reduce.cuh brings together. Values may
+// be taken in steps: a Step is what is not in the totals yet. What is summed at once has steps without content.
+struct WithoutSteps {
   struct Step {};
+
+  __device__ __forceinline__ static constexpr bool empty() { return false; }
+  template <typename Values>
+  __device__ __forceinline__ static void begin(const Values&) {}
+  __device__ __forceinline__ static void close(const Step&, int) {}
 };
+
+struct NoTotals : WithoutSteps {};
 
 template <int kChannels>
 struct Moments {
@@ -188,10 +195,8 @@ struct Moments {
 };
 
 template <int kChannels, int kSums>
-struct Sums {
+struct Sums : WithoutSteps {
   static constexpr int kPlanes = kSums;
-
-  struct Step {};
 
   float sums[kSums][kChannels];
 

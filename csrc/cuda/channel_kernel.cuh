@@ -112,7 +112,7 @@ struct StatisticsGradJob : ChannelJob<T, kVectorWidth, kAcross> {
   using Base = ChannelJob<T, kVectorWidth, kAcross>;
   using Totals = NoTotals;
   struct Constants {
-    StatisticsGradient<T, Base::kChannels> gradient;
+    StatisticsGradient<Base::kChannels> gradient;
     __device__ Constants(const StatisticsGradJob& job, int64_t channel) : gradient(job.statistics, channel) {}
   };
 
@@ -125,7 +125,8 @@ struct StatisticsGradJob : ChannelJob<T, kVectorWidth, kAcross> {
     const auto z = load<kVectorWidth>(static_cast<const T*>(statistics.z) + place.element);
 #pragma unroll
     for (int e = 0; e < kVectorWidth; ++e) {
-      values.values[e] = constants.gradient(values.values[e], z.values[e], Base::channel_of(e));
+      values.values[e] = static_cast<T>(constants.gradient(static_cast<float>(values.values[e]),
+                                                           static_cast<float>(z.values[e]), Base::channel_of(e)));
     }
     store(g + place.element, values);
   }

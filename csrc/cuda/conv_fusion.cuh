@@ -7,8 +7,8 @@
 //              the products; operator() is called before they are rounded and stored, stored() after
 //   Totals     what the epilogue sums up, for the kernel to merge and write to `partial`; NoTotals: nothing
 //
-// A prologue has kVectors numbers per channel, which vectors() computes once per block and shared memory keeps, 8 of
-// the first, 8 of the second and so on; and, kCompanion, a second tensor, staged beside the source.
+// A prologue is made of its Source and of the 8 channels' place once per block, and waits in shared memory. kCompanion:
+// it reads a second tensor, staged beside the source.
 #pragma once
 
 #include "batch_norm.cuh"
@@ -41,51 +41,23 @@ struct alignas(sizeof(T)) Packed<T, 1> {
 template <typename T>
 using Granule = Packed<T, kGranule>;
 
-template <int kVectors>
-struct GranuleVectors {
-  float values[kVectors][kGranule];
-
-  __device__ __forceinline__ explicit GranuleVectors(const float* shared) {
-#pragma unroll
-    for (int i = 0; i < kVectors * kGranule; i += 4) {
-      const auto four = load<4>(shared + i);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        values[i / kGranule][i % kGranule + e] = four.values[e];
-      }
-    }
-  }
-};
-
 // round(relu(affine(x))); padding stays zero, as it is never passed through.
 template <typename T>
-struct ActivationPrologue {
+struct alignas(16) ActivationPrologue {
   using Source = Affine;
   static constexpr bool kCompanion = false;
-  static constexpr int kVectors = 3;
 
-  GranuleVectors<kVectors> of;  // center, scale, shift
+  AffineChannels<kGranule> affine;
 
-  __device__ __forceinline__ explicit ActivationPrologue(const float* shared) : of(shared) {}
-
-  __device__ static void vectors(const Affine& affine, int64_t channel, float (&vectors)[kVectors]) {
-    const AffineChannels<1> one(affine, channel);
-    vectors[0] = one.center[0];
-    vectors[1] = one.scale[0];
-    vectors[2] = one.shift[0];
-  }
+  __device__ __forceinline__ ActivationPrologue(const Affine& vectors, int64_t channel) : affine(vectors, channel) {}
 
   __device__ __forceinline__ Granule<T> operator()(const Granule<T>& x, const Granule<T>&) const {
     float values[kGranule];
     x.unpack(values);
-#pragma unroll
-    for (int c = 0; c < kGranule; ++c) {
-      values[c] = fmaf(of.values[1][c], values[c] - of.values[0][c], of.values[2][c]);
-    }
     Granule<T> result;
 #pragma unroll
-    for (int i = 0; i < kGranule / 2; ++i) {
-      result.pairs[i] = pack2_relu<T>(values[2 * i], values[2 * i + 1]);
+    for (int c = 0; c < kGranule; c += 2) {
+      result.pairs[c / 2] = pack2_relu<T>(affine(values[c], c), affine(values[c + 1], c + 1));
     }
     return result;
   }
@@ -93,60 +65,42 @@ struct ActivationPrologue {
 
 // dz with what comes through the statistics of z.
 template <typename T>
-struct StatisticsPrologue {
+struct alignas(16) StatisticsPrologue {
   using Source = StatisticsGradients;
   static constexpr bool kCompanion = true;
-  static constexpr int kVectors = 3;
 
-  GranuleVectors<kVectors> of;  // mean, offset, slope
+  StatisticsGradient<kGranule> gradient;
 
-  __device__ __forceinline__ explicit StatisticsPrologue(const float* shared) : of(shared) {}
-
-  __device__ static void vectors(const StatisticsGradients& statistics, int64_t channel, float (&vectors)[kVectors]) {
-    const StatisticsGradient<T, 1> one(statistics, channel);
-    vectors[0] = one.mean[0];
-    vectors[1] = one.offset[0];
-    vectors[2] = one.slope[0];
-  }
+  __device__ __forceinline__ StatisticsPrologue(const StatisticsGradients& vectors, int64_t channel)
+      : gradient(vectors, channel) {}
 
   __device__ __forceinline__ Granule<T> operator()(const Granule<T>& dz, const Granule<T>& z) const {
     float values[kGranule], raw[kGranule];
     dz.unpack(values);
     z.unpack(raw);
-#pragma unroll
-    for (int c = 0; c < kGranule; ++c) {
-      values[c] = fmaf(of.values[2][c], raw[c] - of.values[0][c], values[c] + of.values[1][c]);
-    }
     Granule<T> result;
 #pragma unroll
-    for (int i = 0; i < kGranule / 2; ++i) {
-      result.pairs[i] = pack2<T>(values[2 * i], values[2 * i + 1]);
+    for (int c = 0; c < kGranule; c += 2) {
+      result.pairs[c / 2] = pack2<T>(gradient(values[c], raw[c], c), gradient(values[c + 1], raw[c + 1], c + 1));
     }
     return result;
   }
 };
 
-// The numbers of `Prologue` for channels first, first + 1, ..., first + count - 1 of a tensor of `channels` channels,
-// by all threads of the block.
+// The prologues of channels first, first + 1, ..., first + count - 1 of a tensor of `channels` channels, by all threads
+// of the block; none for channels beyond the end.
 template <typename Prologue>
-__device__ __forceinline__ void fill_vectors(const typename Prologue::Source& source, int first, int count,
-                                             int channels, float* shared) {
-  for (int c = threadIdx.x; c < count; c += blockDim.x) {
-    float vectors[Prologue::kVectors] = {};
-    if (first + c < channels) {
-      Prologue::vectors(source, first + c, vectors);
-    }
-#pragma unroll
-    for (int v = 0; v < Prologue::kVectors; ++v) {
-      shared[(c / kGranule * Prologue::kVectors + v) * kGranule + c % kGranule] = vectors[v];
-    }
+__device__ __forceinline__ void make_prologues(const typename Prologue::Source& source, int first, int count,
+                                               int channels, Prologue* shared) {
+  for (int c = threadIdx.x * kGranule; c < count && first + c < channels; c += blockDim.x * kGranule) {
+    shared[c / kGranule] = Prologue(source, first + c);
   }
 }
 
 template <typename Prologue>
-constexpr int kVectorBytes = Prologue::kVectors * static_cast<int>(sizeof(float));  // per channel
+constexpr int kPrologueBytes = sizeof(Prologue) / kGranule;  // per channel
 template <>
-inline constexpr int kVectorBytes<void> = 0;
+inline constexpr int kPrologueBytes<void> = 0;
 
 template <typename Prologue>
 constexpr bool kHasCompanion = Prologue::kCompanion;
@@ -232,20 +186,15 @@ struct AffineFusion {
   struct Epilogue {
     using Loaded = Nothing;  // a residual is rare here
 
-    float scale[kWidth], shift[kWidth];
+    AffineChannels<kWidth> affine;
     const T* residual;
     bool with_relu;
     int64_t first;
 
     __device__ __forceinline__ Epilogue(const AffineFusion& fusion, int64_t channel)
-        : residual(fusion.residual), with_relu(fusion.with_relu) {
-      const AffineChannels<kWidth> affine(fusion.affine, channel);
-#pragma unroll
-      for (int c = 0; c < kWidth; ++c) {
-        scale[c] = affine.scale[c];
-        shift[c] = affine.shift[c];
-      }
-    }
+        : affine({nullptr, fusion.affine.scale, fusion.affine.shift}, channel),
+          residual(fusion.residual),
+          with_relu(fusion.with_relu) {}
 
     __device__ __forceinline__ bool loads() const { return false; }
     __device__ __forceinline__ void begin(int64_t element) { first = element; }
@@ -259,7 +208,7 @@ struct AffineFusion {
       }
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const float value = fmaf(scale[c], values[c], shift[c]) + added[c];
+        const float value = affine(values[c], c) + added[c];
         values[c] = with_relu ? relu(value) : value;
       }
     }

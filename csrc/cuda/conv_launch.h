@@ -76,7 +76,7 @@ std::optional<TensorCoreConvPlan> plan_tensor_core_conv(const GroupedConvShape& 
     int64_t resident = 0;
     std::tie(problem.prefetch, plan.shared_bytes, resident) = deepest_prefetch(device, kResident, [&](int prefetch) {
       const int64_t rings_bytes = (prefetch + 2 + (kHasCompanion<Prologue> ? prefetch : 0)) * group_bytes;
-      return weights_bytes + problem.slab_channels * kVectorBytes<Prologue> +
+      return weights_bytes + problem.slab_channels * kPrologueBytes<Prologue> +
              std::max<int64_t>(rings_bytes, problem.part_tiles * kStagedWeightBytes);
     });
     plan.threads = problem.part_tiles * kWarpSize;

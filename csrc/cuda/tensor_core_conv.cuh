@@ -156,11 +156,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   const int depth = kPacked ? 1 : shape.group_width / kTile;  // source tiles per result
   const int first_depth = tile / depth * depth;
 
-  // Shared memory: weights of wide groups, the prologue's vectors, the ring of rows, that of the companion's rows.
+  // Shared memory: weights of wide groups, prologues, the ring of rows, that of the companion's rows.
   const uint32_t weights_bytes = kPacked ? 0 : shape.part_tiles * depth * kTapCount * kWarpSize * sizeof(WeightTile);
   WeightTile* const warp_weights = reinterpret_cast<WeightTile*>(shared) + warp * depth * kTapCount * kWarpSize + lane;
-  float* const vectors = reinterpret_cast<float*>(shared + weights_bytes);
-  const uint32_t ring_offset = weights_bytes + shape.slab_channels * kVectorBytes<Prologue>;
+  Prologue* const prologues = reinterpret_cast<Prologue*>(shared + weights_bytes);
+  const uint32_t ring_offset = weights_bytes + shape.slab_channels * kPrologueBytes<Prologue>;
   const uint32_t shared_base = shared_address(shared);
   WeightTile weights[kTapCount];
   for (int d = 0; d < depth; ++d) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   if constexpr (!std::is_void_v<Prologue>) {
     with_prologue = fusion.prologue.given() && stager.channels_valid;
     if (fusion.prologue.given()) {
-      fill_vectors<Prologue>(fusion.prologue, slab_channel, shape.slab_channels, shape.channels, vectors);
+      make_prologues(fusion.prologue, slab_channel, shape.slab_channels, shape.channels, prologues);
     }
   }
 
@@ -237,7 +237,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   Epilogue epilogue(fusion, active ? lane_channel : 0);
   Totals totals = {};
   const int row_stride = grid.out_width * shape.channels;
-  // Of the unit: this lane's results (-1: idle), its rows for ldmatrix, and how many of its positions are not idle.
+  // Of the unit: this lane's results (kNothing: idle), its rows for ldmatrix, and how many of its positions are not
+  // idle.
   constexpr int kHalves = 2;
   int64_t output_base = 0;
   int output[kTiles][kHalves], output_cols[kTiles][kHalves], lane_positions = 0;
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     wait_for_group(shape.prefetch);
     if constexpr (!std::is_void_v<Prologue>) {
       if (with_prologue) {
-        const Prologue prologue(vectors + stager.local * Prologue::kVectors);
+        const Prologue prologue = prologues[stager.local / kGranule];
         for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
           stager.transform(shared + ring_offset + ring.here * group_bytes + i * row_bytes,
                            shared + companion_place(group) + i * row_bytes, table.source, grid.pixels, here.row + i,
@@ -366,15 +367,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
         values[2] = high[0];
         values[3] = high[1];
       };
-      if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
-        if (totals.empty() && !mixed) {
-          for_results([&](int m, int half, int v, int h, int, int) {
-            float values[kLaneChannels];
-            results(m, half, v, h, values);
-            round_channels<T>(values);
-            totals.begin(values);
-          });
-        }
+      if (totals.empty() && !mixed) {
+        for_results([&](int m, int half, int v, int h, int, int) {
+          float values[kLaneChannels];
+          results(m, half, v, h, values);
+          round_channels<T>(values);
+          totals.begin(values);
+        });
       }
       T* const first_out = held(out + first_element);
       typename Totals::Step step{};
@@ -420,22 +419,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
               }
             }
           }
-          if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
-            if (totals.empty() && !begun) {
-              float first[kLaneChannels] = {values[0], values[1], values[2], values[3]};
-              round_channels<T>(first);
-              totals.begin(first);
-              begun = true;
-            }
+          if (totals.empty() && !begun) {
+            float first[kLaneChannels] = {values[0], values[1], values[2], values[3]};
+            round_channels<T>(first);
+            totals.begin(first);
+            begun = true;
           }
           const int elements = v * row_stride + h * shape.channels;
           finish(values, epilogue.loads() ? epilogue.load_at(elements, bytes) : typename Epilogue::Loaded{}, elements,
                  bytes);
         }
       }
-      if constexpr (std::is_same_v<Totals, Moments<kLaneChannels>>) {
-        totals.close(step, lane_positions * rows_inside);
-      }
+      totals.close(step, lane_positions * rows_inside);
     }
     here.next(tables);
     ring.next();

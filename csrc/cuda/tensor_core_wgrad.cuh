@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const int slab_end = next_slab < shape.channels ? next_slab : shape.channels;
   const bool active = slab_channel + out_block + out_tile < slab_end && slab_channel + in_block + in_tile < slab_end;
 
-  // Shared memory: both prologues' vectors, then rings of the rows of x, of grad, and of grad's companion.
+  // Shared memory: the prologues of x and of grad, then rings of the rows of x, of grad, and of grad's companion.
   const RowStager<T> x_stager(grid.source_height, grid.source_width, shape.channels, slab_channel + in_block,
                               shape.tile_channels);
   const RowStager<T> grad_stager(grid.out_height, grid.out_width, shape.channels, slab_channel + out_block,
@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const uint32_t x_group_bytes = Rows::advance * x_row_bytes;
   const uint32_t grad_row_bytes = kStripPositions * pitch;
   const uint32_t grad_group_bytes = Rows::outputs * grad_row_bytes;
-  float* const x_vectors = reinterpret_cast<float*>(shared);
-  float* const grad_vectors = x_vectors + shape.tile_channels * XPrologue::kVectors;
-  const uint32_t x_ring = kFused ? shape.tile_channels * (kVectorBytes<XPrologue> + kVectorBytes<GradPrologue>) : 0;
+  XPrologue* const x_prologues = reinterpret_cast<XPrologue*>(shared);
+  GradPrologue* const grad_prologues = reinterpret_cast<GradPrologue*>(x_prologues + shape.tile_channels / kGranule);
+  const uint32_t x_ring = kFused ? shape.tile_channels * (kPrologueBytes<XPrologue> + kPrologueBytes<GradPrologue>) : 0;
   const uint32_t grad_ring = x_ring + (shape.prefetch + 2) * x_group_bytes;
   const uint32_t companion_ring = grad_ring + (shape.prefetch + 1) * grad_group_bytes;
   const uint32_t shared_base = shared_address(shared);
@@ -93,11 +93,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
   const bool with_grad_prologue = kFused && prologues.grad.given() && grad_stager.channels_valid;
   if constexpr (kFused) {
     if (prologues.x.given()) {
-      fill_vectors<XPrologue>(prologues.x, slab_channel + in_block, shape.tile_channels, shape.channels, x_vectors);
+      make_prologues(prologues.x, slab_channel + in_block, shape.tile_channels, shape.channels, x_prologues);
     }
     if (prologues.grad.given()) {
-      fill_vectors<GradPrologue>(prologues.grad, slab_channel + out_block, shape.tile_channels, shape.channels,
-                                 grad_vectors);
+      make_prologues(prologues.grad, slab_channel + out_block, shape.tile_channels, shape.channels, grad_prologues);
     }
   }
 
@@ -143,14 +142,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
     const StripTables& table = tables[here.table];
     wait_for_group(shape.prefetch);
     if (with_x_prologue) {
-      const XPrologue prologue(x_vectors + x_stager.local * XPrologue::kVectors);
+      const XPrologue prologue = x_prologues[x_stager.local / kGranule];
       for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
         x_stager.transform(shared + x_ring + ring.here * x_group_bytes + i * x_row_bytes, nullptr, table.source,
                            grid.pixels, here.row + i, prologue);
       }
     }
     if (with_grad_prologue && here.group > 0) {
-      const GradPrologue prologue(grad_vectors + grad_stager.local * GradPrologue::kVectors);
+      const GradPrologue prologue = grad_prologues[grad_stager.local / kGranule];
       for (int v = 0; v < Rows::outputs; ++v) {
         grad_stager.transform(shared + grad_place(group) + v * grad_row_bytes,
                               shared + companion_place(group) + v * grad_row_bytes, table.output, kStripPositions,

@@ -16,9 +16,9 @@ int64_t shared_bytes(const TensorCoreWgradShape& problem, int prefetch) {
   const int64_t grad_groups = prefetch + 1 + (kFused ? prefetch : 0);
   const int64_t rows =
       int64_t{prefetch + 2} * Rows::advance * problem.grid.pixels + grad_groups * Rows::outputs * kStripPositions;
-  const int64_t vectors =
-      kFused ? kVectorBytes<ActivationPrologue<float>> + kVectorBytes<StatisticsPrologue<float>> : 0;
-  return rows * pixel_pitch(problem.tile_channels) + problem.tile_channels * vectors;
+  const int64_t prologues =
+      kFused ? kPrologueBytes<ActivationPrologue<Half>> + kPrologueBytes<StatisticsPrologue<Half>> : 0;
+  return rows * pixel_pitch(problem.tile_channels) + problem.tile_channels * prologues;
 }
 
 struct TensorCoreWgradPlan {
