@@ -208,6 +208,56 @@ __device__ __forceinline__ void wait_for_group(int prefetch) {
   }
 }
 
+// A group of rows on the way through a block's share.
+template <typename Rows>
+struct Group {
+  const StripTables& table;  // of its unit
+  Cursor<Rows> at;
+  int index;         // in the share
+  int slot, before;  // its own of the ring, and that of the group before it
+};
+
+// Goes through a block's share: stage(group) copies a group, `prefetch` ahead of the one at hand; of that,
+// prepare(group) changes what this thread has copied; then lead(group), or step(group) on it and the one before. All
+// threads of the block call it.
+template <typename Rows, typename Cols, typename Stage, typename Prepare, typename Lead, typename Step>
+__device__ __forceinline__ void walk(const StripGrid& grid, int index, int blocks, int channels, int prefetch,
+                                     StripTables (&tables)[kTables], const Stage& stage, const Prepare& prepare,
+                                     const Lead& lead, const Step& step) {
+  Share<Cols> share(grid, index, blocks, channels, tables);
+  const int groups = share.groups;
+  __syncthreads();
+
+  Cursor<Rows> ahead(tables), here(tables);
+  Ring ring(prefetch);
+  const auto stage_next = [&](int group) {
+    if (group < groups) {
+      stage(Group<Rows>{tables[ahead.table], ahead, group, ring.ahead, 0});
+      ahead.next(tables);
+      ring.next_ahead();
+    }
+    cp_async_commit();
+  };
+  for (int group = 0; group < prefetch; ++group) {
+    stage_next(group);
+  }
+  for (int group = 0; group < groups; ++group) {
+    const Group<Rows> at_hand{tables[here.table], here, group, ring.here, ring.before};
+    wait_for_group(prefetch);
+    prepare(at_hand);
+    __syncthreads();  // this group's rows are in place, and nobody reads those of the step before the last any more
+    stage_next(group + prefetch);
+    if (here.group == 0) {
+      share.fill_later(grid, channels, tables, here.table);
+      lead(at_hand);
+    } else {
+      step(at_hand);
+    }
+    here.next(tables);
+    ring.next();
+  }
+}
+
 // Bytes between pixels in shared memory: an odd number of 16-byte units, so that the 8 rows of an ldmatrix fall into
 // different banks (stride 2: two by two).
 __host__ __device__ constexpr int pixel_pitch(int channels) { return channels * 2 + 16; }

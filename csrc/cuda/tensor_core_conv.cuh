@@ -198,40 +198,39 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
     }
   }
 
-  Share<Cols> share(grid, split, shape.splits, shape.channels, tables);
-  const int groups = share.groups;
-  __syncthreads();
-
-  // The group that is copied next, and the one at hand. The companion's ring has two slots less: each of its pieces
-  // is read by the thread that has staged it, and by no other.
-  Cursor<Rows> ahead(tables), here(tables);
-  Ring ring(shape.prefetch);
+  // The companion's ring has two slots less than the other: each of its pieces is read by the thread that has staged
+  // it, and by no other.
   const auto companion_place = [&](int group) { return companion_offset + group % shape.prefetch * group_bytes; };
-  const auto stage_next = [&](int group) {
-    const StripTables& table = tables[ahead.table];
-    const int skipped = ahead.group == 0 ? Rows::skipped : 0;
+  const auto stage = [&](const Group<Rows>& group) {
+    const StripTables& table = group.table;
+    const int skipped = group.at.group == 0 ? Rows::skipped : 0;
     const T* const images = source + table.source_base;
-    const uint32_t place = shared_base + ring_offset + ring.ahead * group_bytes;
+    const uint32_t place = shared_base + ring_offset + group.slot * group_bytes;
     if constexpr (kHasCompanion<Prologue>) {
       if (with_prologue) {
-        stager.template stage<Rows::advance, true>(images, place, row_bytes, table.source, grid.pixels, ahead.row,
+        stager.template stage<Rows::advance, true>(images, place, row_bytes, table.source, grid.pixels, group.at.row,
                                                    skipped, bytes_between(source, fusion.prologue.z),
-                                                   shared_base + companion_place(group) - place);
+                                                   shared_base + companion_place(group.index) - place);
       } else {
-        stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped);
+        stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, group.at.row,
+                                             skipped);
       }
     } else {
-      stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, ahead.row, skipped);
+      stager.template stage<Rows::advance>(images, place, row_bytes, table.source, grid.pixels, group.at.row, skipped);
     }
-    ahead.next(tables);
-    ring.next_ahead();
   };
-  for (int group = 0; group < shape.prefetch; ++group) {
-    if (group < groups) {
-      stage_next(group);
+  const auto prepare = [&](const Group<Rows>& group) {
+    if constexpr (!std::is_void_v<Prologue>) {
+      if (with_prologue) {
+        const Prologue prologue = prologues[stager.local / kGranule];
+        for (int i = group.at.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
+          stager.transform(shared + ring_offset + group.slot * group_bytes + i * row_bytes,
+                           shared + companion_place(group.index) + i * row_bytes, group.table.source, grid.pixels,
+                           group.at.row + i, prologue);
+        }
+      }
     }
-    cp_async_commit();
-  }
+  };
 
   const int lane_channel = channel + lane % 4 * kLaneChannels;
   Epilogue epilogue(fusion, active ? lane_channel : 0);
@@ -243,198 +242,183 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kConvBlocksPerMultiproce
   int64_t output_base = 0;
   int output[kTiles][kHalves], output_cols[kTiles][kHalves], lane_positions = 0;
   uint32_t tile_address[kTiles];
-  for (int group = 0; group < groups; ++group) {
-    const StripTables& table = tables[here.table];
-    wait_for_group(shape.prefetch);
-    if constexpr (!std::is_void_v<Prologue>) {
-      if (with_prologue) {
-        const Prologue prologue = prologues[stager.local / kGranule];
-        for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
-          stager.transform(shared + ring_offset + ring.here * group_bytes + i * row_bytes,
-                           shared + companion_place(group) + i * row_bytes, table.source, grid.pixels, here.row + i,
-                           prologue);
-        }
+  const auto lead = [&](const Group<Rows>& group) {
+    const StripTables& table = group.table;
+    output_base = table.output_base + lane_channel;
+    lane_positions = 0;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const int position = m * kTile + half * 8 + lane / 4;
+        output[m][half] = table.output[position];
+        output_cols[m][half] = Cols::outputs > 1 ? table.output_cols[position] : 1;
+        lane_positions += output[m][half] >= 0 ? output_cols[m][half] : 0;
       }
+      const int pixel = table.pixel[m * kTile + lane % kTile];
+      tile_address[m] = shared_base + ring_offset + pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
     }
-    __syncthreads();  // this group's rows are in place, and nobody reads those of the step before the last any more
-    if (group + shape.prefetch < groups) {
-      stage_next(group + shape.prefetch);
+  };
+  const auto step = [&](const Group<Rows>& group) {
+    if (!active) {
+      return;
     }
-    cp_async_commit();
-    if (here.group == 0) {
-      share.fill_later(grid, shape.channels, tables, here.table);
-      output_base = table.output_base + lane_channel;
-      lane_positions = 0;
+    const StripTables& table = group.table;
+    // Source row i of the step, from where a group is: in the older group, or in the newer.
+    const auto row_offset = [&](int i) {
+      const int slot = i + Rows::skipped < Rows::advance ? group.before : group.slot;
+      return slot * group_bytes + (i + Rows::skipped) % Rows::advance * row_bytes;
+    };
+    const int first_output = group.at.step() * Rows::outputs;
+    const int rows_left = grid.out_height - first_output;
+    const int rows_inside = held(rows_left < Rows::outputs ? rows_left : Rows::outputs);
+    const int64_t first_element = output_base + static_cast<int64_t>(first_output) * row_stride;
+    epilogue.begin(first_element);
+    // Calls each(m, half, v, h, elements, bytes) for those of this lane's results that are inside the image: where
+    // they are from first_element.
+    const auto for_results = [&](const auto& each) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          const int position = m * kTile + half * 8 + lane / 4;
-          output[m][half] = table.output[position];
-          output_cols[m][half] = Cols::outputs > 1 ? table.output_cols[position] : 1;
-          lane_positions += output[m][half] >= 0 ? output_cols[m][half] : 0;
-        }
-        const int pixel = table.pixel[m * kTile + lane % kTile];
-        tile_address[m] = shared_base + ring_offset + pixel * pitch + first_depth * kTile * 2 + lane / kTile * 16;
-      }
-    } else if (active) {
-      // Source row i of the step, from where a group is: in the older group, or in the newer.
-      const auto row_offset = [&](int i) {
-        const int slot = i + Rows::skipped < Rows::advance ? ring.before : ring.here;
-        return slot * group_bytes + (i + Rows::skipped) % Rows::advance * row_bytes;
-      };
-      const int first_output = here.step() * Rows::outputs;
-      const int rows_left = grid.out_height - first_output;
-      const int rows_inside = held(rows_left < Rows::outputs ? rows_left : Rows::outputs);
-      const int64_t first_element = output_base + static_cast<int64_t>(first_output) * row_stride;
-      epilogue.begin(first_element);
-      // Calls each(m, half, v, h, elements, bytes) for those of this lane's results that are inside the image: where
-      // they are from first_element.
-      const auto for_results = [&](const auto& each) {
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-          for (int half = 0; half < kHalves; ++half) {
-            if (output[m][half] >= 0) {
-#pragma unroll
-              for (int v = 0; v < Rows::outputs; ++v) {
-#pragma unroll
-                for (int h = 0; h < Cols::outputs; ++h) {
-                  if ((v == 0 || v < rows_inside) && (h == 0 || h < output_cols[m][half])) {
-                    each(m, half, v, h, v * row_stride + h * shape.channels, output[m][half]);
-                  }
-                }
-              }
-            }
-          }
-        }
-      };
-
-      typename Epilogue::Loaded loaded[kTiles][kHalves][Rows::outputs][Cols::outputs];
-      if (epilogue.loads()) {
-        for_results([&](int m, int half, int v, int h, int elements, int bytes) {
-          loaded[m][half][v][h] = epilogue.load_at(elements, bytes);
-        });
-      }
-
-      float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
-      for (int d = 0; d < depth; ++d) {
-        if (!kPacked) {
-#pragma unroll
-          for (int tap = 0; tap < kTapCount; ++tap) {
-            weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < Rows::inputs; ++i) {
-          const uint32_t row = row_offset(i) + d * kTile * 2;
-#pragma unroll
-          for (int j = 0; j < Cols::inputs; ++j) {
-            uint32_t a[kTiles][4];
-#pragma unroll
-            for (int m = 0; m < kTiles; ++m) {
-              ldmatrix_x4<false>(a[m], tile_address[m] + row + j * pitch);
-            }
+          if (output[m][half] >= 0) {
 #pragma unroll
             for (int v = 0; v < Rows::outputs; ++v) {
 #pragma unroll
               for (int h = 0; h < Cols::outputs; ++h) {
-                const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-                if (r < 0 || s < 0) {
-                  continue;
-                }
-#pragma unroll
-                for (int m = 0; m < kTiles; ++m) {
-                  mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
-                  mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
+                if ((v == 0 || v < rows_inside) && (h == 0 || h < output_cols[m][half])) {
+                  each(m, half, v, h, v * row_stride + h * shape.channels, output[m][half]);
                 }
               }
             }
           }
         }
       }
+    };
 
-      bool mixed = false;  // a NaN may have come from another group of the tile
-      if (kPacked && shape.group_width < kTile) {
-        mixed = any_in_warp(any_nan(acc));
-      }
-
-      const auto results = [&](int m, int half, int v, int h, float (&values)[kLaneChannels]) {
-        const float* const low = acc[m][v][h][0] + half * 2;
-        const float* const high = acc[m][v][h][1] + half * 2;
-        values[0] = low[0];
-        values[1] = low[1];
-        values[2] = high[0];
-        values[3] = high[1];
-      };
-      if (totals.empty() && !mixed) {
-        for_results([&](int m, int half, int v, int h, int, int) {
-          float values[kLaneChannels];
-          results(m, half, v, h, values);
-          round_channels<T>(values);
-          totals.begin(values);
-        });
-      }
-      T* const first_out = held(out + first_element);
-      typename Totals::Step step{};
-      const auto finish = [&](float (&values)[kLaneChannels], const typename Epilogue::Loaded& added, int elements,
-                              int bytes) {
-        epilogue(values, added, elements, bytes, totals);
-        *reinterpret_cast<Packed<T, kLaneChannels>*>(from(first_out + elements, bytes)) = round_channels<T>(values);
-        epilogue.stored(values, totals, step);
-      };
-      if (!mixed) {
-        for_results([&](int m, int half, int v, int h, int elements, int bytes) {
-          float values[kLaneChannels];
-          results(m, half, v, h, values);
-          finish(values, loaded[m][half][v][h], elements, bytes);
-        });
-      } else {
-        // Rare: each result again, from the products of its own group only.
-        bool begun = false;
-#pragma unroll 1
-        for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
-          const int position = e % kStripPositions;
-          const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
-          const int bytes = table.output[position];
-          if (bytes < 0 || v >= rows_inside || h >= table.output_cols[position]) {
-            continue;
-          }
-          const WeightOrder order(shape.group_width, shape.weight_channels_last);
-          float values[kLaneChannels] = {};
-#pragma unroll 1
-          for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
-            const int i = ij / Cols::inputs, j = ij % Cols::inputs;
-            const int r = Rows::tap(v, i), s = Cols::tap(h, j);
-            const T* const pixel =
-                reinterpret_cast<const T*>(shared + ring_offset + row_offset(i) + (table.pixel[position] + j) * pitch);
-#pragma unroll 1
-            for (int k = 0; r >= 0 && s >= 0 && k < shape.group_width; ++k) {
-#pragma unroll
-              for (int c = 0; c < kLaneChannels; ++c) {
-                const int o = lane_channel + c;
-                const int group_k = o / shape.group_width * shape.group_width + k;
-                const int64_t scalar = weight_index<kPass>(order, group_k, o, r * 3 + s);
-                values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
-              }
-            }
-          }
-          if (totals.empty() && !begun) {
-            float first[kLaneChannels] = {values[0], values[1], values[2], values[3]};
-            round_channels<T>(first);
-            totals.begin(first);
-            begun = true;
-          }
-          const int elements = v * row_stride + h * shape.channels;
-          finish(values, epilogue.loads() ? epilogue.load_at(elements, bytes) : typename Epilogue::Loaded{}, elements,
-                 bytes);
-        }
-      }
-      totals.close(step, lane_positions * rows_inside);
+    typename Epilogue::Loaded loaded[kTiles][kHalves][Rows::outputs][Cols::outputs];
+    if (epilogue.loads()) {
+      for_results([&](int m, int half, int v, int h, int elements, int bytes) {
+        loaded[m][half][v][h] = epilogue.load_at(elements, bytes);
+      });
     }
-    here.next(tables);
-    ring.next();
-  }
+
+    float acc[kTiles][Rows::outputs][Cols::outputs][2][4] = {};
+    for (int d = 0; d < depth; ++d) {
+      if (!kPacked) {
+#pragma unroll
+        for (int tap = 0; tap < kTapCount; ++tap) {
+          weights[tap] = warp_weights[(d * kTapCount + tap) * kWarpSize];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Rows::inputs; ++i) {
+        const uint32_t row = row_offset(i) + d * kTile * 2;
+#pragma unroll
+        for (int j = 0; j < Cols::inputs; ++j) {
+          uint32_t a[kTiles][4];
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
+            ldmatrix_x4<false>(a[m], tile_address[m] + row + j * pitch);
+          }
+#pragma unroll
+          for (int v = 0; v < Rows::outputs; ++v) {
+#pragma unroll
+            for (int h = 0; h < Cols::outputs; ++h) {
+              const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+              if (r < 0 || s < 0) {
+                continue;
+              }
+#pragma unroll
+              for (int m = 0; m < kTiles; ++m) {
+                mma_m16n8k16<T>(acc[m][v][h][0], a[m], weights[r * 3 + s].b[0], weights[r * 3 + s].b[1]);
+                mma_m16n8k16<T>(acc[m][v][h][1], a[m], weights[r * 3 + s].b[2], weights[r * 3 + s].b[3]);
+              }
+            }
+          }
+        }
+      }
+    }
+
+    bool mixed = false;  // a NaN may have come from another group of the tile
+    if (kPacked && shape.group_width < kTile) {
+      mixed = any_in_warp(any_nan(acc));
+    }
+
+    const auto results = [&](int m, int half, int v, int h, float (&values)[kLaneChannels]) {
+      const float* const low = acc[m][v][h][0] + half * 2;
+      const float* const high = acc[m][v][h][1] + half * 2;
+      values[0] = low[0];
+      values[1] = low[1];
+      values[2] = high[0];
+      values[3] = high[1];
+    };
+    if (totals.empty() && !mixed) {
+      for_results([&](int m, int half, int v, int h, int, int) {
+        float values[kLaneChannels];
+        results(m, half, v, h, values);
+        round_channels<T>(values);
+        totals.begin(values);
+      });
+    }
+    T* const first_out = held(out + first_element);
+    typename Totals::Step taken{};
+    const auto finish = [&](float (&values)[kLaneChannels], const typename Epilogue::Loaded& added, int elements,
+                            int bytes) {
+      epilogue(values, added, elements, bytes, totals);
+      *reinterpret_cast<Packed<T, kLaneChannels>*>(from(first_out + elements, bytes)) = round_channels<T>(values);
+      epilogue.stored(values, totals, taken);
+    };
+    if (!mixed) {
+      for_results([&](int m, int half, int v, int h, int elements, int bytes) {
+        float values[kLaneChannels];
+        results(m, half, v, h, values);
+        finish(values, loaded[m][half][v][h], elements, bytes);
+      });
+    } else {
+      // Rare: each result again, from the products of its own group only.
+      bool begun = false;
+#pragma unroll 1
+      for (int e = lane / 4; e < kStripPositions * Rows::outputs * Cols::outputs; e += kWarpSize / 4) {
+        const int position = e % kStripPositions;
+        const int v = e / kStripPositions / Cols::outputs, h = e / kStripPositions % Cols::outputs;
+        const int bytes = table.output[position];
+        if (bytes < 0 || v >= rows_inside || h >= table.output_cols[position]) {
+          continue;
+        }
+        const WeightOrder order(shape.group_width, shape.weight_channels_last);
+        float values[kLaneChannels] = {};
+#pragma unroll 1
+        for (int ij = 0; ij < Rows::inputs * Cols::inputs; ++ij) {
+          const int i = ij / Cols::inputs, j = ij % Cols::inputs;
+          const int r = Rows::tap(v, i), s = Cols::tap(h, j);
+          const T* const pixel =
+              reinterpret_cast<const T*>(shared + ring_offset + row_offset(i) + (table.pixel[position] + j) * pitch);
+#pragma unroll 1
+          for (int k = 0; r >= 0 && s >= 0 && k < shape.group_width; ++k) {
+#pragma unroll
+            for (int c = 0; c < kLaneChannels; ++c) {
+              const int o = lane_channel + c;
+              const int group_k = o / shape.group_width * shape.group_width + k;
+              const int64_t scalar = weight_index<kPass>(order, group_k, o, r * 3 + s);
+              values[c] += static_cast<float>(pixel[group_k - slab_channel]) * static_cast<float>(weight[scalar]);
+            }
+          }
+        }
+        if (totals.empty() && !begun) {
+          float first[kLaneChannels] = {values[0], values[1], values[2], values[3]};
+          round_channels<T>(first);
+          totals.begin(first);
+          begun = true;
+        }
+        const int elements = v * row_stride + h * shape.channels;
+        finish(values, epilogue.loads() ? epilogue.load_at(elements, bytes) : typename Epilogue::Loaded{}, elements,
+               bytes);
+      }
+    }
+    totals.close(taken, lane_positions * rows_inside);
+  };
+  walk<Rows, Cols>(grid, split, shape.splits, shape.channels, shape.prefetch, tables, stage, prepare, lead, step);
 
   if constexpr (!std::is_empty_v<Totals>) {
     if (active && fusion.partial != nullptr) {

@@ -100,121 +100,102 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kWgradBlocksPerMultiproc
     }
   }
 
-  Share<Cols> share(grid, split, shape.splits, shape.channels, tables);
-  const int groups = share.groups;
-  __syncthreads();
-
   // As in tensor_core_conv_kernel; a group that completes a step brings the step's rows of grad.
-  Cursor<Rows> ahead(tables), here(tables);
-  Ring ring(shape.prefetch);
   const auto grad_place = [&](int group) { return grad_ring + group % (shape.prefetch + 1) * grad_group_bytes; };
   const auto companion_place = [&](int group) { return companion_ring + group % shape.prefetch * grad_group_bytes; };
-  const auto stage_next = [&](int group) {
-    const StripTables& table = tables[ahead.table];
-    x_stager.template stage<Rows::advance>(x + table.source_base, shared_base + x_ring + ring.ahead * x_group_bytes,
-                                           x_row_bytes, table.source, grid.pixels, ahead.row,
-                                           ahead.group == 0 ? Rows::skipped : 0);
-    if (ahead.group > 0) {
-      const int row = ahead.step() * Rows::outputs;
+  const auto stage = [&](const Group<Rows>& group) {
+    const StripTables& table = group.table;
+    x_stager.template stage<Rows::advance>(x + table.source_base, shared_base + x_ring + group.slot * x_group_bytes,
+                                           x_row_bytes, table.source, grid.pixels, group.at.row,
+                                           group.at.group == 0 ? Rows::skipped : 0);
+    if (group.at.group > 0) {
+      const int row = group.at.step() * Rows::outputs;
       const T* const images = grad + table.output_base;
-      const uint32_t place = shared_base + grad_place(group);
+      const uint32_t place = shared_base + grad_place(group.index);
       if (with_grad_prologue) {
         grad_stager.template stage<Rows::outputs, true>(images, place, grad_row_bytes, table.output, kStripPositions,
                                                         row, 0, bytes_between(grad, prologues.grad.z),
-                                                        shared_base + companion_place(group) - place);
+                                                        shared_base + companion_place(group.index) - place);
       } else {
         grad_stager.template stage<Rows::outputs>(images, place, grad_row_bytes, table.output, kStripPositions, row, 0);
       }
     }
-    ring.next_ahead();
-    ahead.next(tables);
   };
-  for (int group = 0; group < shape.prefetch; ++group) {
-    if (group < groups) {
-      stage_next(group);
-    }
-    cp_async_commit();
-  }
 
   float acc[kTapCount][2][4] = {};
   uint32_t x_address[kTiles];  // of this lane's rows for ldmatrix, in the unit
-  for (int group = 0; group < groups; ++group) {
-    const StripTables& table = tables[here.table];
-    wait_for_group(shape.prefetch);
+  const auto prepare = [&](const Group<Rows>& group) {
     if (with_x_prologue) {
       const XPrologue prologue = x_prologues[x_stager.local / kGranule];
-      for (int i = here.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
-        x_stager.transform(shared + x_ring + ring.here * x_group_bytes + i * x_row_bytes, nullptr, table.source,
-                           grid.pixels, here.row + i, prologue);
+      for (int i = group.at.group == 0 ? Rows::skipped : 0; i < Rows::advance; ++i) {
+        x_stager.transform(shared + x_ring + group.slot * x_group_bytes + i * x_row_bytes, nullptr, group.table.source,
+                           grid.pixels, group.at.row + i, prologue);
       }
     }
-    if (with_grad_prologue && here.group > 0) {
+    if (with_grad_prologue && group.at.group > 0) {
       const GradPrologue prologue = grad_prologues[grad_stager.local / kGranule];
       for (int v = 0; v < Rows::outputs; ++v) {
-        grad_stager.transform(shared + grad_place(group) + v * grad_row_bytes,
-                              shared + companion_place(group) + v * grad_row_bytes, table.output, kStripPositions,
-                              here.step() * Rows::outputs + v, prologue);
+        grad_stager.transform(shared + grad_place(group.index) + v * grad_row_bytes,
+                              shared + companion_place(group.index) + v * grad_row_bytes, group.table.output,
+                              kStripPositions, group.at.step() * Rows::outputs + v, prologue);
       }
     }
-    __syncthreads();  // this group's rows are in place, and nobody reads those of the step before the last any more
-    if (group + shape.prefetch < groups) {
-      stage_next(group + shape.prefetch);
+  };
+  const auto lead = [&](const Group<Rows>& group) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int pixel = group.table.pixel[m * kTile + lane % kTile];
+      x_address[m] = shared_base + x_ring + pixel * pitch + in_tile * 2 + lane / kTile * 16;
     }
-    cp_async_commit();
-    if (here.group == 0) {
-      share.fill_later(grid, shape.channels, tables, here.table);
+  };
+  const auto step = [&](const Group<Rows>& group) {
+    if (!active) {
+      return;
+    }
+    // One branch on the rows that exist, not one per product: mma wants the warp converged.
+    const auto accumulate = [&](auto valid_rows) {
+      constexpr int kRows = decltype(valid_rows)::value;
+      const uint32_t grad_rows = shared_base + grad_place(group.index);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        const int pixel = table.pixel[m * kTile + lane % kTile];
-        x_address[m] = shared_base + x_ring + pixel * pitch + in_tile * 2 + lane / kTile * 16;
-      }
-    } else if (active) {
-      // One branch on the rows that exist, not one per product: mma wants the warp converged.
-      const auto accumulate = [&](auto valid_rows) {
-        constexpr int kRows = decltype(valid_rows)::value;
-        const uint32_t grad_rows = shared_base + grad_place(group);
+        uint32_t grad_tile[kRows][4];
+        const int grad_position = m * kTile + lane % 8 + lane / 16 * 8;
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          uint32_t grad_tile[kRows][4];
-          const int grad_position = m * kTile + lane % 8 + lane / 16 * 8;
+        for (int v = 0; v < kRows; ++v) {
+          ldmatrix_x4<true>(grad_tile[v],
+                            grad_rows + v * grad_row_bytes + grad_position * pitch + out_tile * 2 + lane / 8 % 2 * 16);
+        }
+        const uint32_t x_offset = x_address[m];
 #pragma unroll
-          for (int v = 0; v < kRows; ++v) {
-            ldmatrix_x4<true>(grad_tile[v], grad_rows + v * grad_row_bytes + grad_position * pitch + out_tile * 2 +
-                                                lane / 8 % 2 * 16);
-          }
-          const uint32_t x_offset = x_address[m];
+        for (int i = 0; i < Rows::inputs; ++i) {
+          // Row i of the step: in the older group, or in the newer.
+          const int slot = i + Rows::skipped < Rows::advance ? group.before : group.slot;
+          const uint32_t row = x_offset + slot * x_group_bytes + (i + Rows::skipped) % Rows::advance * x_row_bytes;
 #pragma unroll
-          for (int i = 0; i < Rows::inputs; ++i) {
-            // Row i of the step: in the older group, or in the newer.
-            const int slot = i + Rows::skipped < Rows::advance ? ring.before : ring.here;
-            const uint32_t row = x_offset + slot * x_group_bytes + (i + Rows::skipped) % Rows::advance * x_row_bytes;
+          for (int j = 0; j < Cols::inputs; ++j) {
+            uint32_t x_tile[4];
+            ldmatrix_x4<true>(x_tile, row + j * pitch);
 #pragma unroll
-            for (int j = 0; j < Cols::inputs; ++j) {
-              uint32_t x_tile[4];
-              ldmatrix_x4<true>(x_tile, row + j * pitch);
-#pragma unroll
-              for (int v = 0; v < kRows; ++v) {
-                if (Rows::tap(v, i) < 0) {
-                  continue;
-                }
-                const int tap = Rows::tap(v, i) * 3 + Cols::tap(0, j);
-                mma_m16n8k16<T>(acc[tap][0], grad_tile[v], x_tile[0], x_tile[1]);
-                mma_m16n8k16<T>(acc[tap][1], grad_tile[v], x_tile[2], x_tile[3]);
+            for (int v = 0; v < kRows; ++v) {
+              if (Rows::tap(v, i) < 0) {
+                continue;
               }
+              const int tap = Rows::tap(v, i) * 3 + Cols::tap(0, j);
+              mma_m16n8k16<T>(acc[tap][0], grad_tile[v], x_tile[0], x_tile[1]);
+              mma_m16n8k16<T>(acc[tap][1], grad_tile[v], x_tile[2], x_tile[3]);
             }
           }
         }
-      };
-      const bool odd_row = Rows::outputs > 1 && (here.step() + 1) * Rows::outputs > grid.out_height;
-      if (!odd_row) {
-        accumulate(std::integral_constant<int, Rows::outputs>());
-      } else {
-        accumulate(std::integral_constant<int, 1>());
       }
+    };
+    const bool odd_row = Rows::outputs > 1 && (group.at.step() + 1) * Rows::outputs > grid.out_height;
+    if (!odd_row) {
+      accumulate(std::integral_constant<int, Rows::outputs>());
+    } else {
+      accumulate(std::integral_constant<int, 1>());
     }
-    here.next(tables);
-    ring.next();
-  }
+  };
+  walk<Rows, Cols>(grid, split, shape.splits, shape.channels, shape.prefetch, tables, stage, prepare, lead, step);
 
   if (!active) {
     return;
