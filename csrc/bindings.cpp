@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "cpu/capability.h"
+#include "cpu/winograd_conv.h"
 #include "dlpack.h"
 #include "operators.h"
 
@@ -313,6 +314,29 @@ PyObject* set_cpu_capability(PyObject*, PyObject* name) {
   });
 }
 
+// Whether Winograd's algorithm is the faster way for "product", "packed_product" or "gradient" of a 3x3 convolution
+// with stride 1 in channels_last: (use, batch, C_in, C_out, height, width, groups).
+PyObject* winograd_serves(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return guarded([&] {
+    STD_TORCH_CHECK(count == 7, "winograd_serves: expected 7 arguments, got ", count);
+    const char* use = PyUnicode_AsUTF8AndSize(objects[0], nullptr);
+    if (use == nullptr) throw PythonError();
+    int64_t sizes[6];
+    for (int i = 0; i < 6; ++i) sizes[i] = integer(objects[i + 1]);
+    GroupedConvShape shape{};
+    shape.batch = sizes[0];
+    shape.in_channels = sizes[1];
+    shape.out_channels = sizes[2];
+    shape.height = shape.out_height = sizes[3];
+    shape.width = shape.out_width = sizes[4];
+    shape.groups = sizes[5];
+    shape.stride_h = shape.stride_w = 1;
+    shape.channels_last = true;
+    shape.kernel = 3;
+    return PyBool_FromLong(cpu::winograd_serves(shape, cpu::tile_use(use)) ? 1 : 0);
+  });
+}
+
 #define RESNEXT_OPERATOR(name)                                                                            \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function<&Operators::name>::call)), \
    METH_FASTCALL, nullptr}
@@ -335,6 +359,9 @@ PyMethodDef methods[] = {
     RESNEXT_OPERATOR(bn_affine),
     RESNEXT_OPERATOR(bn_affine_bwd),
     RESNEXT_OPERATOR(pack_pointwise),
+    RESNEXT_OPERATOR(pack_winograd),
+    {"winograd_serves", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&winograd_serves)), METH_FASTCALL,
+     nullptr},
     {"has_cuda", &has_cuda, METH_NOARGS, nullptr},
     {"poison_results", &poison_results, METH_O, nullptr},
     {"cpu_capability", &cpu_capability, METH_NOARGS, nullptr},

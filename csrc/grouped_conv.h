@@ -186,7 +186,7 @@ inline GroupedConvShape check_conv_affine(const Tensor& x, const Tensor& weight,
   const GroupedConvShape shape =
       check_fwd(x, weight, std::nullopt, y, stride_h, stride_w, groups, channels_last, kOp, kernel);
   const Checks check(kOp);
-  check.given_with(packed, "a packed weight", kernel == 1, "a 1x1 kernel");
+  check.given_with(packed, "a packed weight", !x.is_cuda(), "tensors on the CPU");
   check.vector(scale, "scale", shape.out_channels, x, "input");
   check.vector(shift, "shift", shape.out_channels, x, "input");
   if (residual.has_value()) check.image(*residual, "residual", output_sizes(shape), x, "input", channels_last);

@@ -222,9 +222,12 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
     is_stem = name == "triton" and fits_stem(input_shape, weight_shape, groups, dtype, channels_last)
     if is_stem and (forced or dtype.itemsize == 2):  # in float32 a library's, until measured
         return _module("stem_conv")
-    # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`.
+    # Dense 3x3 convolutions are what PyTorch's libraries are made for, as in `why_plain_torch`; but on CPUs there is a
+    # faster way for some.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
+    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and _has_winograd(described):
+        return _module("dense_conv")
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)
         if name == "triton" and (
@@ -252,6 +255,18 @@ def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
     if not isinstance(launchers, composed.Composed) or forced == "torch":
         return launchers
     return onednn if onednn.serves(*problem[5:7]) else launchers
+
+
+def _has_winograd(problem: ConvProblem) -> bool:
+    """Whether there are kernels by Winograd's algorithm for a 3x3 convolution on the CPU, of a fitting size."""
+    return problem.dtype == torch.float32 and problem.channels_last and problem.stride == (1, 1)
+
+
+def _by_winograd(problem: ConvProblem) -> bool:
+    from . import extension
+
+    image = (problem.batch, problem.in_channels, problem.height, problem.width)
+    return extension.winograd_serves("product", image, (problem.out_channels,), problem.groups)
 
 
 @functools.cache
@@ -311,7 +326,7 @@ def not_chosen(
     if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
         return None
     width = min(problem.group_in, problem.group_out)
-    if width >= 112:
+    if width >= 112 and not (_has_winograd(problem) and _by_winograd(problem)):
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     # By less than separate passes around PyTorch's convolution take.
     strided = problem.stride == (2, 2) and problem.channels_last and not fused

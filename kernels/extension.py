@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -147,33 +148,65 @@ def conv_affine(
     channels_last: bool,
 ) -> Tensor:
     """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
-    size, packed = _output_size(x, weight, stride), _packed_of(weight)
+    size, packed = _output_size(x, weight, stride), _packed_of(weight, x, stride, groups, channels_last)
     return _C.conv_affine(
         x, weight, packed, scale, shift, residual, relu, size, stride[0], stride[1], groups, channels_last
     )
 
 
-# Weight -> its version when it was packed, and what it was packed to.
+# Weight -> its version when it was to be packed, and what it was packed to, if it was yet.
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def keep_packed(weight: Tensor) -> None:
-    """Pack a 1x1 weight (C_out, C_in, 1, 1) for `conv_affine` once, instead of in every call with this very tensor.
+    """Pack a weight, 1x1 or dense 3x3, for `conv_affine` once, instead of in every call with this very tensor.
 
-    The copy, float32, lives as long as the tensor. It does not count after a write to the tensor.
+    The copy, float32, lives as long as the tensor. It does not count after a write to the tensor. A 3x3 weight is
+    packed by the first call that gains by it.
     """
-    out_channels, in_channels = weight.shape[:2]
-    # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
-    packed = torch.empty(-(-out_channels // 32), -(-in_channels // 16) * 16, 32)
-    _C.pack_pointwise(weight, packed)
+    out_channels, in_channels, kernel_size = weight.shape[:3]
+    packed = None
+    if kernel_size == 1:
+        # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
+        packed = torch.empty(-(-out_channels // 32), -(-in_channels // 16) * 16, 32)
+        _C.pack_pointwise(weight, packed)
     _PACKED[weight] = (weight._version, packed)
 
 
-def _packed_of(weight: Tensor) -> Tensor | None:
-    if weight.shape[2] != 1 or (kept := _PACKED.get(weight)) is None:
+def is_kept(weight: Tensor) -> bool:
+    """Whether `keep_packed` counts for a weight."""
+    return (kept := _PACKED.get(weight)) is not None and kept[0] == weight._version
+
+
+def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
+    if not is_kept(weight):
         return None
-    version, packed = kept
-    return packed if version == weight._version else None
+    version, packed = _PACKED[weight]
+    if packed is not None or weight.shape[2] == 1:
+        return packed
+    by_tiles = channels_last and stride == (1, 1) and winograd_serves("packed_product", x.shape, weight.shape, groups)
+    if not by_tiles:
+        return None
+    # [tile of output channels][position, input channel, channel of the tile], as csrc/cpu/winograd.inl.h has it
+    out_channels, in_channels = weight.shape[:2]
+    packed = torch.empty(-(-out_channels // 32), 16 * (-(-in_channels // 4) * 4) * 32)
+    _C.pack_winograd(weight, packed, groups)
+    _PACKED[weight] = (version, packed)
+    return packed
+
+
+def winograd_serves(use: str, input_shape: Sequence[int], weight_shape: Sequence[int], groups: int) -> bool:
+    """Whether Winograd's algorithm is the faster way for a 3x3 convolution with stride 1 in channels_last on the CPU.
+
+    Args:
+        use: ``"product"`` (forward, or input gradient), ``"packed_product"`` (forward with a weight that is kept
+            packed) or ``"gradient"`` (of the weight).
+        input_shape: (N, C_in, H, W).
+        weight_shape: (C_out, C_in / groups, 3, 3).
+        groups: Number of groups.
+    """
+    batch, in_channels, height, width = input_shape
+    return _C.winograd_serves(use, batch, in_channels, weight_shape[0], height, width, groups)
 
 
 def statistics(z: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:

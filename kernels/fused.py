@@ -190,7 +190,8 @@ def conv_affine(
 def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, groups: int = 1) -> bool:
     """Let `conv_affine` keep what its kernel makes of a weight before multiplying, where there is one that gains by it.
 
-    Takes memory like that of the weight in float32, as long as this very tensor object lives; a write to it undoes it.
+    Takes memory like that of the weight in float32 (of a 3x3 weight 16/9 as much, from the first call on that gains by
+    it), as long as this very tensor object lives; a write to it undoes it.
 
     Args:
         weight: (C_out, C_in / groups, k, k), which `conv_affine` will be called with.
@@ -199,9 +200,9 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
         groups: Number of groups.
 
     Returns:
-        Whether there is such a kernel: 1x1 convolutions on the CPU have one.
+        Whether there is such a kernel: dense convolutions on the CPU, 1x1, or 3x3 with stride 1, have one.
     """
-    if tuple(weight.shape[2:]) != (1, 1) or x.device.type != "cpu" or weight.dtype != x.dtype:
+    if x.device.type != "cpu" or weight.dtype != x.dtype:
         return False
     if torch.is_autocast_enabled("cpu"):  # `conv_affine` will see another tensor
         return False
@@ -209,7 +210,7 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     channels_last = checks.is_channels_last(x)
     problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
     launchers = dispatch.affine_launchers(*problem)
-    if not hasattr(launchers, "keep_packed"):
+    if groups > 1 or not hasattr(launchers, "keep_packed"):
         return False
     launchers.keep_packed(weight)
     return True

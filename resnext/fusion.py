@@ -480,10 +480,12 @@ def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Fol
     shift = shift - scale * (mean if bias is None else mean - bias)
     if keeps and conv.groups == 1 and weight.device.type == "cpu":
         own = weight.detach()  # whose packed copy lives as long as what is folded
-        if keep_packed(own, x, conv.stride):
+        if conv.kernel_size == (1, 1) and keep_packed(own, x, conv.stride):
             return Folded(own, scale, shift)
         if weight.dtype == torch.float32:
-            return Folded(weight * scale[:, None, None, None], None, shift)
+            scaled = weight * scale[:, None, None, None]
+            keep_packed(scaled, x, conv.stride)
+            return Folded(scaled, None, shift)
     return Folded(weight, scale, shift)
 
 

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnext.kernels import reference
+from resnext.kernels import extension, reference
 
+from . import winograd_numerics
 from .numerics import require
 
 U = 2.0**-24
@@ -185,11 +186,21 @@ def bounded_gradient(dz, grad_prologue, dtype: torch.dtype, arithmetic: Arithmet
     return Bounded(value, arithmetic.u(dtype) * value.abs() + 6 * U * size + arithmetic.smallest(dtype))
 
 
-def bounded_product(op, p: Bounded, q: Bounded, terms: int, arithmetic: Arithmetic) -> Bounded:
-    """A bilinear op, sums of ``terms`` products each, before the result is stored."""
+def bounded_product(
+    op, p: Bounded, q: Bounded, terms: int, arithmetic: Arithmetic, winograd: tuple[str, int] | None = None
+) -> Bounded:
+    """A bilinear op, sums of ``terms`` products each, before the result is stored.
+
+    ``winograd``: the pass and its groups, if it is computed so (winograd_numerics.py).
+    """
     value = op(p.value, q.value)
-    size = op(p.value.abs() + p.error, q.value.abs() + q.error)
+    largest = (p.value.abs() + p.error, q.value.abs() + q.error)
+    size = op(*largest)
     spread = size - op(p.value.abs(), q.value.abs())
+    if winograd is not None:
+        pass_, groups = winograd
+        size = winograd_numerics.magnitude(pass_, *largest, groups)
+        terms += winograd_numerics.ROUNDINGS
     return Bounded(value, (terms + 1) * arithmetic.u_acc * size + spread.clamp(min=0))
 
 
@@ -249,8 +260,12 @@ def check_conv_stats(
     def conv(left, right):
         return reference.fwd(left, right, None, case.stride, case.groups, False)
 
+    def winograd(op):
+        by_tiles = launchers is extension and winograd_numerics.serves(op, case, channels_last, device)
+        return (op, case.groups) if by_tiles else None
+
     terms = case.kernel**2 * weight_shape[1]
-    expected = bounded_product(conv, a, exact_weight, terms, arithmetic)
+    expected = bounded_product(conv, a, exact_weight, terms, arithmetic, winograd("fwd"))
     assert_within("z", z, expected.value, expected.error * (1 + u_d) + u_d * expected.value.abs() + smallest)
     if stats:
         assert_statistics(z, mean, var)
@@ -274,7 +289,8 @@ def check_conv_stats(
     def dgrad(left, right):
         return reference.bwd(left, a.value, right, case.stride, case.groups, False, (True, False))[0]
 
-    t = bounded_product(dgrad, g, exact_weight, case.kernel**2 * case.out_channels // case.groups, arithmetic)
+    terms = case.kernel**2 * case.out_channels // case.groups
+    t = bounded_product(dgrad, g, exact_weight, terms, arithmetic, winograd("dgrad"))
     t = Bounded(t.value, t.error + (stores - 1) * (u_d * (t.value.abs() + t.error) + smallest))
     scale = torch.ones(case.in_channels, dtype=torch.float64) if affine is None else double(affine[1])
     masked = t.value * passes
@@ -294,7 +310,7 @@ def check_conv_stats(
         exact = (left, right, exact_weight.value, case.stride, case.groups, False)
         return reference.bwd(*exact, (False, True))[1]
 
-    expected = bounded_product(wgrad, g, a, count, arithmetic)
+    expected = bounded_product(wgrad, g, a, count, arithmetic, winograd("wgrad"))
     assert_within("dw", dw, expected.value, expected.error * (1 + u_d) + u_d * expected.value.abs() + smallest)
     assert dw.dtype == dtype
 
@@ -353,7 +369,9 @@ def check_conv_affine(
         return reference.fwd(left, right, None, case.stride, case.groups, False)
 
     x, weight = (Bounded(double(t), torch.zeros_like(double(t))) for t in (x, weight))
-    z = bounded_product(conv, x, weight, case.kernel**2 * weight_shape[1], arithmetic)
+    by_tiles = launchers is extension and winograd_numerics.serves("fwd", case, channels_last, device)
+    winograd = ("fwd", case.groups) if by_tiles else None
+    z = bounded_product(conv, x, weight, case.kernel**2 * weight_shape[1], arithmetic, winograd)
     ones = torch.ones(case.out_channels, dtype=torch.float64)
     scale, shift = ones if scale is None else double(scale), ones * 0 if shift is None else double(shift)
     other = torch.zeros_like(z.value) if other is None else double(other)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from resnext.kernels import reference
 
+from . import winograd_numerics
 from .cases import Case
 
 LONG_SUM = 2000  # terms from which on the root mean square is checked too
@@ -32,8 +33,19 @@ class Exact:
     terms: int
 
 
-def exact(op: str, case: Case, tensors: dict[str, Tensor | None]) -> Exact:
-    """The float64 result of a pass on the same, already rounded inputs."""
+def exact(op: str, case: Case, tensors: dict[str, Tensor | None], winograd: bool = False) -> Exact:
+    """The float64 result of a pass on the same, already rounded inputs; ``winograd``: for a result computed so."""
+    plain = _exact(op, case, tensors)
+    if not winograd:
+        return plain
+    names = {"fwd": ("x", "weight"), "dgrad": ("grad", "weight"), "wgrad": ("grad", "x")}[op]
+    magnitude = winograd_numerics.magnitude(op, *(tensors[name].double() for name in names), case.groups)
+    if op == "fwd" and tensors["bias"] is not None:
+        magnitude += tensors["bias"].double().abs()[:, None, None]
+    return Exact(plain.value, magnitude, plain.terms + winograd_numerics.ROUNDINGS)
+
+
+def _exact(op: str, case: Case, tensors: dict[str, Tensor | None]) -> Exact:
     double = {name: None if tensor is None else tensor.double().cpu() for name, tensor in tensors.items()}
     size = double["x"].abs() if op == "wgrad" else double["weight"].abs()
     height, width = case.output_shape[2:]

@@ -234,8 +234,10 @@ def test_which_weights_are_kept_packed():
     x = X.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(16, 8, 1, 1)
     assert keep_packed(weight, x)
-    assert extension._packed_of(weight) is not None
+    assert extension.is_kept(weight)
     assert not keep_packed(weight, X)  # in NCHW a library convolves
+    assert keep_packed(torch.randn(16, 8, 3, 3), x)
+    assert not keep_packed(torch.randn(16, 8, 3, 3), x, stride=2)
     assert not keep_packed(W, x, groups=4)
     assert not keep_packed(weight.double(), x.double())
     assert not keep_packed(weight.bfloat16(), x.bfloat16())

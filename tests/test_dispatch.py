@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from resnext import explain, grouped_conv2d, use_backend
-from resnext.kernels import BackendError, composed, dispatch, extension, onednn, reference
+from resnext.kernels import BackendError, composed, dense_conv, dispatch, extension, onednn, reference
 
 X, W = torch.randn(2, 8, 5, 6), torch.randn(8, 2, 3, 3)
 CPU = torch.device("cpu")
@@ -375,9 +375,9 @@ def test_triton_that_does_not_start_is_a_reason_and_one_warning(monkeypatch):
 # --- the fused operators ---
 
 
-def fused_problem(weight_shape, groups=1, dtype=torch.float32, size=56, channels_last=True, op="fwd"):
+def fused_problem(weight_shape, groups=1, dtype=torch.float32, size=56, channels_last=True, op="fwd", stride=(1, 1)):
     shape = (8, weight_shape[1] * groups, size, size)
-    return op, shape, weight_shape, (1, 1), groups, dtype, CPU, channels_last
+    return op, shape, weight_shape, stride, groups, dtype, CPU, channels_last
 
 
 @pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
@@ -385,19 +385,23 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     grouped, dense, pointwise = (64, 4, 3, 3), (64, 64, 3, 3), (256, 64, 1, 1)
     composed_of_cpp = composed.Composed(extension)
     assert dispatch.fused_launchers(*fused_problem(grouped, 16)) is extension
-    assert dispatch.fused_launchers(*fused_problem(dense)) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(dense)) is dense_conv
+    assert dispatch.fused_launchers(*fused_problem(dense, stride=(2, 2))) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(dense, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise)) is extension
     assert dispatch.fused_launchers(*fused_problem((2048, 1024, 1, 1))) is extension
     assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem((256, 32, 1, 1), groups=2)) == composed_of_cpp
-    wide = fused_problem((224, 112, 3, 3), 2)  # where PyTorch's convolution was measured to be faster
-    assert dispatch.fused_launchers(*wide) == composed_of_cpp
+    wide = (224, 112, 3, 3)  # where PyTorch's convolution was measured to be faster, unless Winograd's algorithm serves
+    assert dispatch.fused_launchers(*fused_problem(wide, 2, channels_last=False)) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(wide, 2)) is extension
     assert dispatch.fused_launchers(*fused_problem(grouped, 16, torch.float64)) == composed.Composed(reference)
     assert dispatch.affine_launchers(*fused_problem(grouped, 16)) is extension
     assert dispatch.affine_launchers(*fused_problem(pointwise)) is extension
     assert dispatch.affine_launchers(*fused_problem(pointwise, channels_last=False)) is onednn
-    assert dispatch.affine_launchers(*fused_problem(dense)) is onednn
+    assert dispatch.affine_launchers(*fused_problem(dense)) is dense_conv
+    assert dispatch.affine_launchers(*fused_problem(dense, stride=(2, 2))) is onednn
     assert dispatch.affine_launchers(*fused_problem(dense, dtype=torch.bfloat16)) == composed_of_cpp
     with use_backend("cpu"):
         assert dispatch.fused_launchers(*fused_problem(dense)) is extension

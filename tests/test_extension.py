@@ -12,7 +12,8 @@ import torch
 
 from resnext.kernels import extension
 
-from .cases import CASES, Case, make_tensors
+from . import winograd_numerics
+from .cases import CASES, WINOGRAD_CASES, Case, make_tensors
 from .numerics import Exact, assert_close, exact
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,6 +30,7 @@ LARGER = [
     Case("gw32-two-vectors", 1, 64, 64, 3, 29, 2, (1, 2)),
     Case("gw48-three-vectors", 1, 96, 96, 3, 15, 2),
     Case("wgrad-in-chunks", 3, 16, 16, 31, 33, 4),
+    *WINOGRAD_CASES,
 ]
 
 
@@ -43,9 +45,15 @@ def compute(op: str, case: Case, tensors: dict, channels_last: bool) -> torch.Te
 
 
 @functools.cache
-def oracle(op: str, case: Case, dtype: torch.dtype, integers: bool) -> Exact:
-    """The expected result, the same for every instruction set and layout."""
-    return exact(op, case, make_tensors(case, dtype, integers=integers))
+def oracle(op: str, case: Case, dtype: torch.dtype, integers: bool, winograd: bool = False) -> Exact:
+    """The expected result, the same for every instruction set, and for every layout unless by Winograd's algorithm."""
+    return exact(op, case, make_tensors(case, dtype, integers=integers), winograd)
+
+
+def check_random_values(op: str, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    tensors = make_tensors(case, dtype, channels_last=channels_last)
+    winograd = winograd_numerics.serves(op, case, channels_last)
+    assert_close(compute(op, case, tensors, channels_last), oracle(op, case, dtype, False, winograd))
 
 
 @pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.id)
@@ -62,18 +70,16 @@ def test_small_integers_are_exact_and_rounded_once(capability, case):
 @pytest.mark.parametrize("case", CASES + LARGER, ids=lambda case: case.id)
 def test_random_values_are_within_the_derived_bound(capability, case):
     for channels_last in LAYOUTS:
-        tensors = make_tensors(case, channels_last=channels_last)
         for op in OPS:
-            assert_close(compute(op, case, tensors, channels_last), oracle(op, case, torch.float32, False))
+            check_random_values(op, case, torch.float32, channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES[::4] + WINOGRAD_CASES[:2], ids=lambda case: case.id)
 def test_random_16_bit_values_are_within_the_derived_bound(capability, case, dtype):
     for channels_last in LAYOUTS:
-        tensors = make_tensors(case, dtype, channels_last=channels_last)
         for op in OPS:
-            assert_close(compute(op, case, tensors, channels_last), oracle(op, case, dtype, False))
+            check_random_values(op, case, dtype, channels_last)
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS, ids=["NHWC", "NCHW"])

@@ -142,10 +142,10 @@ def test_a_packed_weight_serves_until_the_weight_changes(capability, dtype):
     rest = (None, None, None, False, (1, 1), 1, True)
     wanted = extension.conv_affine(x, weight, *rest)
     extension.keep_packed(weight)
-    assert torch.equal(extension._packed_of(weight)[0, :24, 0], weight[0, :, 0, 0].float())
+    assert torch.equal(extension._PACKED[weight][1][0, :24, 0], weight[0, :, 0, 0].float())
     assert torch.equal(extension.conv_affine(x, weight, *rest), wanted)
     weight.zero_()
-    assert extension._packed_of(weight) is None
+    assert not extension.is_kept(weight)
     assert not extension.conv_affine(x, weight, *rest).any()
     kept = len(extension._PACKED)
     del weight
@@ -303,7 +303,7 @@ WRONG = {
     "packed-weight-of-a-3x3": (
         "conv_affine",
         (IMAGE, torch.zeros(8, 4, 3, 3), torch.zeros(1, 16, 32), *[None] * 3, True, IMAGE, 1, 1, 2, False),
-        "conv_affine: expected a 1x1 kernel with a packed weight, got none",
+        r"conv_affine: expected a contiguous float32 packed weight of shape \(2, 2048\), got Float \(1, 16, 32\)",
     ),
     "packed-weight-of-other-size": (
         "conv_affine",

@@ -108,7 +108,7 @@ def test_inference_keeps_packed_weights_of_1x1_convolutions_in_nhwc():
         torch.testing.assert_close(block(in_nhwc), wanted)
         folded = fusion._KEPT[block].folded.values()
         assert [f.scale is None for f in folded] == [False] * 4
-        assert [extension._packed_of(f.weight) is not None for f in folded] == [True, False, True, True]
+        assert [extension.is_kept(f.weight) for f in folded] == [True, False, True, True]
         torch.testing.assert_close(block(x), wanted)
         nn.init.zeros_(block.conv3.weight)
         assert not torch.allclose(block(in_nhwc), wanted)

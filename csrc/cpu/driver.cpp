@@ -112,6 +112,11 @@ Image image_of(const Tensor& tensor, bool channels_last) {
           tensor.size(1),    tensor.size(2),   tensor.size(3)};
 }
 
+FilterStrides filter_strides(const Tensor& weight) {
+  const bool inputs_inside = weight.size(1) > 1 && weight.stride(1) == 1;  // channels_last
+  return inputs_inside ? FilterStrides{1, weight.size(1)} : FilterStrides{9, 1};
+}
+
 float* floats_of(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<float*>(tensor->data_ptr()) : nullptr;
 }

@@ -27,7 +27,8 @@ Buffer allocate_zeros(int64_t count);
 
 Dtype dtype_of(const Tensor& tensor);
 Image image_of(const Tensor& tensor, bool channels_last);
-float* floats_of(const OptionalTensor& tensor);  // null if there is none
+FilterStrides filter_strides(const Tensor& weight);  // of (C_out, C_in / groups, 3, 3), dense in either layout
+float* floats_of(const OptionalTensor& tensor);      // null if there is none
 
 // An affine map, and the memory of those of its vectors that are not somebody else's.
 struct OwnedAffine {

@@ -8,14 +8,10 @@
 #include "capability.h"
 #include "driver.h"
 #include "pointwise_conv.h"
+#include "winograd_conv.h"
 
 namespace resnext::cpu {
 namespace {
-
-FilterStrides filter_strides(const Tensor& weight) {
-  const bool inputs_inside = weight.size(1) > 1 && weight.stride(1) == 1;  // channels_last
-  return inputs_inside ? FilterStrides{1, weight.size(1)} : FilterStrides{9, 1};
-}
 
 Axis forward_rows(int64_t stride) { return {static_cast<int>(stride), 1, {{3, -1, {0, 1, 2}}, {}}}; }
 
@@ -39,17 +35,22 @@ int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
   return ceil_div(layout.bundles, balanced);
 }
 
-// `results`: mean and variance, or dshift and dscale, where the write map makes them.
-void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed, int64_t groups,
-                     std::array<float*, 2> results = {}) {
+// `results`: mean and variance, or dshift and dscale, where the write map makes them. `packed`: the weight as
+// pack_winograd leaves it, or null.
+void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed,
+                     const GroupedConvShape& shape, std::array<float*, 2> results = {}, const float* packed = nullptr) {
   const Kernels& kernels = active_kernels();
-  c.layout = kernels.make_layout(groups, c.src.channels / groups, c.dst.channels / groups);
   c.filters = {weight.data_ptr(),
                filter_strides(weight),
                bias.has_value() ? bias->data_ptr() : nullptr,
                dtype_of(weight),
                transposed,
                /*mirrored=*/transposed && c.cols.phases == 1};
+  if (winograd_serves(shape, packed == nullptr ? TileUse::kProduct : TileUse::kPackedProduct) &&
+      run_winograd({c.src, c.dst, c.filters, packed}, c.read, c.write, shape, results)) {
+    return;
+  }
+  c.layout = kernels.make_layout(shape.groups, c.src.channels / shape.groups, c.dst.channels / shape.groups);
   c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
   const int64_t blocks = ceil_div(c.layout.bundles, c.block);
   const bool sums = takes_sums(c.write);
@@ -104,6 +105,17 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
+  if (winograd_serves(shape, TileUse::kGradient)) {
+    TileGradient tiles{};
+    tiles.grad = g.grad;
+    tiles.x = g.x;
+    tiles.read_grad = g.read_grad;
+    tiles.read_x = g.read_x;
+    tiles.dw = g.dw;
+    tiles.strides = g.strides;
+    tiles.dtype = g.dtype;
+    if (run_winograd_gradient(tiles, shape)) return;
+  }
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each has enough
   // pixels to be worth adding up its partial result, and all partial results together stay small.
   constexpr int64_t kMostChunks = 32;
@@ -127,16 +139,16 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
 
 void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
                         int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
-  check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
+  const GroupedConvShape shape = check_fwd(x, weight, bias, out, stride_h, stride_w, groups, channels_last);
   Correlation c = forward(x, out, stride_h, stride_w, channels_last);
-  run_correlation(c, weight, bias, /*transposed=*/false, groups);
+  run_correlation(c, weight, bias, /*transposed=*/false, shape);
 }
 
 void grouped_conv2d_dgrad(const Tensor& grad, const Tensor& weight, const Tensor& out, int64_t stride_h,
                           int64_t stride_w, int64_t groups, bool channels_last) {
-  check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
+  const GroupedConvShape shape = check_dgrad(grad, weight, out, stride_h, stride_w, groups, channels_last);
   Correlation c = input_gradient(grad, out, stride_h, stride_w, channels_last);
-  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups);
+  run_correlation(c, weight, std::nullopt, /*transposed=*/true, shape);
 }
 
 void grouped_conv2d_wgrad(const Tensor& grad, const Tensor& x, const Tensor& out, int64_t stride_h, int64_t stride_w,
@@ -177,7 +189,7 @@ void run_forward(const Tensor& x, const ReadMap& read, const Tensor& weight, con
   Correlation c = forward(x, out, shape.stride_h, shape.stride_w, shape.channels_last);
   c.read = read;
   c.write = write;
-  run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape.groups, results);
+  run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape, results, packed);
 }
 
 void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
@@ -215,7 +227,7 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
   Correlation c = input_gradient(dz, dx, stride_h, stride_w, channels_last);
   c.read = prologue.read;
   c.write = write;
-  run_correlation(c, weight, std::nullopt, /*transposed=*/true, groups, results);
+  run_correlation(c, weight, std::nullopt, /*transposed=*/true, shape, results);
 }
 
 void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
@@ -247,7 +259,9 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
   write.affine = affine.affine;
   write.other = residual.has_value() ? residual->data_ptr() : nullptr;
   write.relu = relu;
-  const float* packed_weight = packed_data(packed, x.size(1), y.size(1), "conv_affine");
+  const float* packed_weight =
+      shape.kernel == 1 ? packed_data(packed, x.size(1), y.size(1), "conv_affine")
+                        : packed_tile_data(packed, groups, shape.group_in(), shape.group_out(), "conv_affine");
   run_forward(x, {}, weight, packed_weight, y, write, shape);
 }
 
@@ -262,6 +276,7 @@ void add_convolutions(Operators& operators) {
   operators.conv_stats_wgrad = &conv_stats_wgrad;
   operators.conv_affine = &conv_affine;
   operators.pack_pointwise = &pack_pointwise;
+  operators.pack_winograd = &pack_winograd;
 }
 
 }  // namespace resnext::cpu

@@ -57,9 +57,9 @@ struct WriteMap {
   } kind;
   Affine affine;
   const void* other;  // laid out as the image
-  bool relu;         // after kAffine and kAffineAdd
-  float* partial;    // null if there are no sums
-  int64_t channels;  // of the image
+  bool relu;          // after kAffine and kAffineAdd
+  float* partial;     // null if there are no sums
+  int64_t channels;   // of the image
 };
 
 // How an image's rows are cut: parts by the problem alone, as what is summed over a part must not depend on threads;
@@ -134,6 +134,35 @@ struct Correlation {
   PackedFilters packed;  // null where every block is one task's, which packs it for itself
   int64_t block;         // bundles worked on together: their source rows share the ring buffer
   RowCuts cuts;          // of a destination image
+};
+
+// A correlation with stride 1 of NHWC images by tiles of 2 x 2 destination pixels (winograd.inl.h). A unit, an image or
+// the whole batch, has `unit_rows` rows of tiles, of which a panel takes `panel_rows`. Panels are parts of what is
+// summed.
+struct TileProduct {
+  Image src, dst;
+  ReadMap read;
+  WriteMap write;
+  Layout layout;         // of make_tile_layout
+  PackedFilters packed;  // of pack_tile_weights
+  int64_t block;         // groups whose source is transformed together
+  int64_t units, unit_rows, panel_rows;
+  int* not_finite;  // becomes 1 where a result is not
+};
+
+// Its weight gradient. Tasks take blocks of both images' channels of a group, chunks of the rows of tiles. Each has a
+// slice of partial results, [chunk][block], of the size that a function of that name tells, to be reduced afterwards.
+struct TileGradient {
+  Image grad, x;
+  ReadMap read_grad, read_x;
+  int64_t group_in, group_out;
+  int64_t grad_block, x_block;  // channels
+  int64_t chunks, panel_rows;
+  float* partial;
+  void* dw;  // (C_out, C_in / groups, 3, 3)
+  FilterStrides strides;
+  Dtype dtype;
+  int* not_finite;
 };
 
 // Chunks cut the batch * out_height rows of grad. Of several chunks each has partial results, a slice of `slice_size`
@@ -259,7 +288,20 @@ struct Kernels {
   int64_t (*gradient_slice_size)(const PixelGradient&);
   int64_t (*gradient_scratch)(const PixelGradient&);
   void (*pixel_gradient)(const PixelGradient&, float* scratch, int64_t begin, int64_t end);  // over slices
-  void (*reduce_gradient)(const PixelGradient&, int64_t begin, int64_t end);  // over blocks * tiles of x
+  void (*reduce_gradient)(const PixelGradient&, int64_t begin, int64_t end);                 // over blocks * tiles of x
+
+  Layout (*make_tile_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
+  int64_t (*tile_weight_size)(const Layout&);  // of a tile
+  int64_t (*tile_weight_scratch)(const Layout&, Dtype);
+  void (*pack_tile_weights)(const Layout&, const Filters&, float* scratch, int64_t begin, int64_t end,
+                            const PackedFilters&);  // over groups * tiles
+  int64_t (*tile_product_scratch)(const TileProduct&);
+  void (*multiply_tiles)(const TileProduct&, float* scratch, int64_t begin,
+                         int64_t end);  // over panels * groups * tiles
+  int64_t (*tile_gradient_slice)(const TileGradient&);
+  int64_t (*tile_gradient_scratch)(const TileGradient&);
+  void (*tile_gradient)(const TileGradient&, float* scratch, int64_t begin, int64_t end);  // over slices
+  void (*store_tile_gradient)(const TileGradient&, int64_t begin, int64_t end);            // over blocks * grad_block
 
   void (*elementwise)(const Elementwise&, int64_t begin, int64_t end);  // over parts (NHWC), batch * channels (NCHW)
 

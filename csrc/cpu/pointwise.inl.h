@@ -13,6 +13,7 @@
 constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
 constexpr int kGradientChannels = kRegisters >= 32 ? 8 : 4;
 constexpr int kProductVectors = 2;
+constexpr int kTermsAtOnce = 4;     // source channels of one iteration
 constexpr int kGradientPiece = 16;  // pixels read together
 constexpr int kGradientPixels = 4;  // of one iteration: short loops' ends are predicted
 constexpr int kProductLanes = kProductVectors * kLanes;
@@ -136,8 +137,7 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64
 }
 
 void pack_tile(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
-  with_float_type(weight.dtype,
-                  [&](auto value) { pack_tile_of<decltype(value)>(weight, tile, begin, end, packed); });
+  with_float_type(weight.dtype, [&](auto value) { pack_tile_of<decltype(value)>(weight, tile, begin, end, packed); });
 }
 
 // Reads the weight in the order of memory: a transposed one row by row, through all tiles.
@@ -153,25 +153,29 @@ void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, 
 
 // --- forward, and input gradient ---
 
-// out[pixel][lane] of one block of pixels and kProductLanes destination channels.
-RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t lanes, float* out) {
-  Vec acc[kProductPixels][kProductVectors] = {};
-  for (int64_t i = 0; i < lanes; i += kLanes) {
+// out[pixel][lane] of one block of pixels and kVectors vectors of destination channels, summed over `terms` source
+// channels, a multiple of kTermsAtOnce. `stride`: floats from a row of the weight, or of the results, to the next.
+template <int kVectors>
+RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t terms, int64_t stride, float* out) {
+  Vec acc[kProductPixels][kVectors] = {};
+  const auto add_term = [&](const float* x) RESNEXT_ALWAYS {
+    Vec w[kVectors];
+    RESNEXT_UNROLL
+    for (int v = 0; v < kVectors; ++v) w[v] = in_register(load(weight + v * kLanes));
+    weight += stride;
+    RESNEXT_UNROLL
+    for (int p = 0; p < kProductPixels; ++p) add_products(acc[p], x + p * kLanes, w, p);
+  };
+  for (int64_t i = 0; i + kLanes <= terms; i += kLanes) {
     RESNEXT_UNROLL_4
-    for (int lane = 0; lane < kLanes; ++lane) {
-      Vec w[kProductVectors];
-      RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) w[v] = in_register(load(weight + v * kLanes));
-      weight += kTileChannels;
-      RESNEXT_UNROLL
-      for (int p = 0; p < kProductPixels; ++p) add_products(acc[p], panel + p * kLanes + lane, w, p);
-    }
+    for (int lane = 0; lane < kLanes; ++lane) add_term(panel + lane);
     panel += kProductPixels * kLanes;
   }
+  for (int64_t lane = 0; lane < terms % kLanes; ++lane) add_term(panel + lane);
   RESNEXT_UNROLL
   for (int p = 0; p < kProductPixels; ++p) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) store(out + p * kTileChannels + v * kLanes, acc[p][v]);
+    for (int v = 0; v < kVectors; ++v) store(out + p * stride + v * kLanes, acc[p][v]);
   }
 }
 
@@ -192,34 +196,36 @@ RESNEXT_INLINE Image pixel_run(const Image& image, int64_t first, int64_t pixels
 }
 
 // Maps and writes results for pixels that follow each other in the destination.
-RESNEXT_INLINE void write_run(const Image& dst, WriteMap write, int64_t first, const PanelPart& part,
+RESNEXT_INLINE void write_run(const Image& dst, WriteMap write, const PanelPart& part, int64_t lanes,
                               const float* results) {
   if (write.other != nullptr) {
-    write.other = static_cast<const char*>(write.other) + first * dst.channels * size_of(dst.dtype);
+    write.other = static_cast<const char*>(write.other) + part.first * dst.channels * size_of(dst.dtype);
   }
-  write_row(pixel_run(dst, first, part.pixels), write, 0, 0, part.c, part.channels, kTileChannels, results);
+  write_row(pixel_run(dst, part.first, part.pixels), write, 0, 0, part.c, part.channels, lanes, results);
 }
 
-// Writes the results of a block of pixels and a tile of channels, and takes their statistics: `before` pixels of the
-// panel have been counted, whose sums are `write.partial`.
-void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& part, int64_t before, float* results) {
-  const Image& dst = p.dst.image;
-  if (p.dst.step_h != 1 || p.dst.step_w != 1) {
-    for (int64_t i = 0; i < part.pixels; ++i) {
-      write_run(dst, write, image_pixel(p.grid, p.dst, part.first + i), {0, 1, part.c, part.channels},
-                results + i * kTileChannels);
-    }
-    return;
-  }
-  write_run(dst, write, part.first, part, results);
+// The same, and takes their statistics, whose sums are `write.partial`: `before` pixels have been counted in these.
+void write_pixels(const Image& dst, const WriteMap& write, const PanelPart& part, int64_t lanes, int64_t before,
+                  float* results) {
+  write_run(dst, write, part, lanes, results);
   if (write.kind != WriteMap::kMoments) return;
   if (dst.dtype != Dtype::kFloat32) {  // of what is stored
-    read_row(pixel_run(dst, part.first, part.pixels), {}, 0, 0, part.c, part.channels, kTileChannels, in_order(),
-             results);
+    read_row(pixel_run(dst, part.first, part.pixels), {}, 0, 0, part.c, part.channels, lanes, in_order(), results);
   }
   for (int64_t lane = 0; lane < part.channels; lane += kLanes) {
-    add_moments(results + lane, kTileChannels, part.pixels, {part.c + lane, min_of(kLanes, part.channels - lane)},
-                before, write.partial, dst.channels);
+    add_moments(results + lane, lanes, part.pixels, {part.c + lane, min_of(kLanes, part.channels - lane)}, before,
+                write.partial, dst.channels);
+  }
+}
+
+// Writes the results of a block of pixels, which have to follow each other only where all of the destination's have.
+void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& part, int64_t before, float* results) {
+  if (p.dst.step_h == 1 && p.dst.step_w == 1) {
+    return write_pixels(p.dst.image, write, part, kTileChannels, before, results);
+  }
+  for (int64_t i = 0; i < part.pixels; ++i) {
+    write_run(p.dst.image, write, {image_pixel(p.grid, p.dst, part.first + i), 1, part.c, part.channels}, kTileChannels,
+              results + i * kTileChannels);
   }
 }
 
@@ -251,7 +257,7 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        product_block(panel + pixel * lanes, weight + lane, lanes, results + lane);
+        product_block<kProductVectors>(panel + pixel * lanes, weight + lane, lanes, kTileChannels, results + lane);
       }
       const PanelPart part = {first + pixel, min_of(kProductPixels, pixels - pixel), c, channels};
       write_block(p, write, part, pixel, results);
@@ -262,16 +268,10 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
 // --- weight gradient ---
 
 // Makes, or adds to, a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as
-// [pixel][lane]; x has its second vector behind the panel's pixels of the first.
+// [pixel][lane]; x has its second vector behind the panel's pixels of the first. What is there is added last: sums of
+// sums round less than one long sum.
 RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, bool adds, float* dw) {
   Vec acc[kGradientChannels][kProductVectors] = {};
-  if (adds) {
-    RESNEXT_UNROLL
-    for (int o = 0; o < kGradientChannels; ++o) {
-      RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) acc[o][v] = load(dw + o * kProductLanes + v * kLanes);
-    }
-  }
   const int64_t vector = pixels * kLanes;
   int64_t i = 0;
   do {  // the test at the end: or GCC keeps the accumulators in memory
@@ -284,6 +284,13 @@ RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pix
       for (int o = 0; o < kGradientChannels; ++o) add_products(acc[o], grad + i + o, value, o);
     }
   } while (i < vector);
+  if (adds) {
+    RESNEXT_UNROLL
+    for (int o = 0; o < kGradientChannels; ++o) {
+      RESNEXT_UNROLL
+      for (int v = 0; v < kProductVectors; ++v) acc[o][v] += load(dw + o * kProductLanes + v * kLanes);
+    }
+  }
   RESNEXT_UNROLL
   for (int o = 0; o < kGradientChannels; ++o) {
     RESNEXT_UNROLL

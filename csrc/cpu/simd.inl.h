@@ -14,6 +14,7 @@ typedef uint16_t ShortVec __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
 #define RESNEXT_INLINE inline __attribute__((always_inline))
+#define RESNEXT_ALWAYS __attribute__((always_inline))
 #if defined(__clang__)
 #define RESNEXT_UNROLL _Pragma("unroll")
 #define RESNEXT_UNROLL_4 _Pragma("unroll 4")
@@ -243,7 +244,7 @@ RESNEXT_INLINE Vec add_product(Vec acc, const float* x, Vec w) {
 // acc[i] + *x * w[i] for kVectors vectors. Every second value goes by `add_product`: loads and instructions balance.
 template <int kVectors>
 RESNEXT_INLINE void add_products(Vec (&acc)[kVectors], const float* x, const Vec (&w)[kVectors], int index) {
-  if (index % 2 == 0) {
+  if (kVectors == 1 || index % 2 == 0) {
     RESNEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) acc[v] = add_product(acc[v], x, w[v]);
     return;

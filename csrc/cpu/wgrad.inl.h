@@ -177,34 +177,39 @@ void unpack_shared_slice(const Layout& layout, const FilterStrides& strides, con
   }
 }
 
+// Stores the nine taps of inputs [input, input + count) of a filter, whose inputs are the lanes.
+template <class T>
+RESNEXT_INLINE void store_taps(const Vec (&taps)[9], const FilterStrides& strides, T* filter, int64_t input,
+                               int64_t count) {
+  if (strides.tap != 1) {
+    RESNEXT_UNROLL
+    for (int tap = 0; tap < 9; ++tap) store_first(filter + tap * strides.tap + input, taps[tap], count);
+    return;
+  }
+  RESNEXT_UNROLL
+  for (int tap = 0; tap < 9; tap += kLanes) {
+    Vec square[kLanes];
+    RESNEXT_UNROLL
+    for (int i = 0; i < kLanes; ++i) square[i] = tap + i < 9 ? taps[tap + i] : Vec{};
+    transpose(square);
+    RESNEXT_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < count) store_first(filter + (input + i) * 9 + tap, square[i], 9 - tap);
+    }
+  }
+}
+
 void unpack_slice(const Layout& layout, const FilterStrides& strides, const float* slice, int64_t outputs,
-                            float* filters) {
+                  float* filters) {
   const int64_t row_size = wgrad_row_size(layout);
   for (int64_t output = 0; output < outputs; ++output, filters += layout.group_src * 9) {
     for (int64_t input = 0; input < layout.group_src; input += kLanes) {
       const int64_t block = input / kLanes * grad_blocks(layout) + output / kMaxGradBlock;
       const float* from = slice + block * 3 * row_size + output % kMaxGradBlock * 3 * kLanes;
-      if (strides.tap != 1) {
-        for (int64_t tap = 0; tap < 9; ++tap) {
-          store_first(filters + tap * strides.tap + input, load(from + tap / 3 * row_size + tap % 3 * kLanes),
-                      min_of(kLanes, layout.group_src - input));
-        }
-        continue;
-      }
-      for (int64_t tap = 0; tap < 9; tap += kLanes) {
-        Vec square[kLanes];
-        RESNEXT_UNROLL
-        for (int i = 0; i < kLanes; ++i) {
-          const int64_t t = tap + i;
-          square[i] = t < 9 ? load(from + t / 3 * row_size + t % 3 * kLanes) : Vec{};
-        }
-        transpose(square);
-        RESNEXT_UNROLL
-        for (int i = 0; i < kLanes; ++i) {
-          if (input + i >= layout.group_src) break;
-          store_first(filters + (input + i) * 9 + tap, square[i], 9 - tap);
-        }
-      }
+      Vec taps[9];
+      RESNEXT_UNROLL
+      for (int tap = 0; tap < 9; ++tap) taps[tap] = load(from + tap / 3 * row_size + tap % 3 * kLanes);
+      store_taps(taps, strides, filters, input, min_of(kLanes, layout.group_src - input));
     }
   }
 }
@@ -251,8 +256,7 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
         for (int64_t b = 0; b < bundles; ++b) {
           float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
           read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
-                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order,
-                   panel + layout.src_lanes);
+                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order, panel + layout.src_lanes);
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {

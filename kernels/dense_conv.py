@@ -1,0 +1,78 @@
+"""Dense 3x3 convolutions with stride 1 on the CPU, in float32 and channels_last, with what is fused with them.
+
+The extension computes them by Winograd's algorithm where that is faster; else PyTorch's own, between separate passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import extension, onednn
+from .composed import Composed
+from .config import Affine
+from .extension import keep_packed as keep_packed
+from .reference import Stride
+
+_LIBRARY = Composed(extension)
+
+
+def conv_stats_fwd(
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: Stride,
+    groups: int,
+    channels_last: bool,
+    stats: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
+    launchers = extension if _serves("product", x, weight) else _LIBRARY
+    return launchers.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, stats)
+
+
+def conv_stats_bwd(
+    dz: Tensor,
+    grad_prologue: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    x: Tensor,
+    prologue: Affine | None,
+    weight: Tensor,
+    stride: Stride,
+    groups: int,
+    channels_last: bool,
+    wanted: tuple[bool, bool],
+) -> tuple[Any, ...]:
+    """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
+    arguments = (dz, grad_prologue, x, prologue, weight, stride, groups, channels_last)
+    if not _serves("gradient", x, weight):
+        return _LIBRARY.conv_stats_bwd(*arguments, wanted)
+    if not wanted[0] or _serves("product", x, weight):
+        return extension.conv_stats_bwd(*arguments, wanted)
+    dx, dscale, dshift, _ = _LIBRARY.conv_stats_bwd(*arguments, (True, False))
+    return dx, dscale, dshift, extension.conv_stats_bwd(*arguments, (False, wanted[1]))[3]
+
+
+def conv_affine(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Stride,
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
+    use = "packed_product" if extension.is_kept(weight) else "product"
+    launchers: Any = _LIBRARY
+    if _serves(use, x, weight):
+        launchers = extension
+    elif onednn.serves(x.dtype, x.device):
+        launchers = onednn
+    return launchers.conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last)
+
+
+def _serves(use: str, x: Tensor, weight: Tensor) -> bool:
+    return extension.winograd_serves(use, x.shape, weight.shape, 1)
