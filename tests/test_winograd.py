@@ -122,7 +122,7 @@ def test_statistics_beside_what_is_not_finite(capability):
 
 
 def test_a_packed_weight_serves_until_the_weight_changes(capability):
-    x, weight, shift = nhwc(1, 48, 14, 14), nhwc(70, 48, 3, 3), torch.randn(70)
+    x, weight, shift = nhwc(1, 48, 9, 9), nhwc(70, 48, 3, 3), torch.randn(70)
     rest = (None, shift, None, True, (1, 1), 1, True)
     assert not extension.winograd_serves("product", x.shape, weight.shape, 1)  # too few pixels to pack for
     assert extension.winograd_serves("packed_product", x.shape, weight.shape, 1)
@@ -193,8 +193,9 @@ def test_an_unknown_use_is_refused(built):
         ("product", (1, 64, 56, 56), 64, 1, True),
         ("product", (8, 512, 14, 14), 512, 32, False),  # 16 channels per group
         ("product", (8, 64, 56, 56), 3, 1, False),
-        ("product", (1, 256, 14, 14), 256, 1, False),  # packing the weight takes as long as it saves
-        ("packed_product", (1, 256, 14, 14), 256, 1, True),
+        ("product", (1, 512, 14, 14), 512, 1, False),  # packing the weight takes as long as it saves
+        ("packed_product", (1, 512, 14, 14), 512, 1, True),
+        ("product", (1, 64, 14, 14), 64, 1, True),
         ("gradient", (1, 256, 14, 14), 256, 1, True),
         ("product", (64, 512, 7, 7), 512, 1, False),  # a quarter of the tiles outside the image
         ("gradient", (1, 512, 7, 7), 512, 1, True),

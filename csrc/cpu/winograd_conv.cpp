@@ -66,19 +66,15 @@ TileUse tile_use(const std::string& name) {
 
 bool winograd_serves(const GroupedConvShape& shape, TileUse use) {
   constexpr int64_t kLeastChannels = 40;  // of a group: transforming takes as long as it saves
+  constexpr int64_t kWeightsPerTile = 1300;
   if (shape.kernel != 3 || !shape.channels_last || shape.stride_h != 1 || shape.stride_w != 1) return false;
   if (std::min(shape.group_in(), shape.group_out()) < kLeastChannels) return false;
-  const int64_t tiles = tiles_of(shape.out_height) * tiles_of(shape.out_width);
-  const double used = static_cast<double>(shape.out_height * shape.out_width) / static_cast<double>(4 * tiles);
-  switch (use) {
-    case TileUse::kGradient:
-      return shape.batch * tiles >= 16 && used >= 0.75;
-    case TileUse::kPackedProduct:
-      return shape.batch * tiles >= 48 && used >= 0.75;
-    case TileUse::kProduct:  // packing takes as long as some tiles save
-      return shape.batch * tiles >= 96 && used >= 0.8;
-  }
-  return false;
+  const int64_t tiles = shape.batch * tiles_of(shape.out_height) * tiles_of(shape.out_width);
+  const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
+  if (tiles < 16 || pixels < 3 * tiles) return false;
+  // Packing the weight takes as long as some tiles save, and whole tiles save more.
+  return use != TileUse::kProduct ||
+         (tiles >= 32 && 5 * pixels >= 16 * tiles && tiles * kWeightsPerTile >= shape.out_channels * shape.group_in());
 }
 
 bool run_winograd(const TileOperands& operands, const ReadMap& read, WriteMap write, const GroupedConvShape& shape,
