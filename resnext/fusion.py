@@ -260,7 +260,9 @@ def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tens
 
     The caller must not notice: neither the results' layout changes, nor is there anything that writes to arguments.
     """
-    if plan.pointwise < 2 or plan.writes or not all(prefers_channels_last(argument) for argument in arguments):
+    if plan.in_channels_last < 2 or plan.writes:
+        return False
+    if not all(prefers_channels_last(argument) for argument in arguments):
         return False
     # A convolution with a weight in channels_last returns channels_last.
     return all(child(unit, conv).weight.stride(3) == 1 for conv in plan.every_conv)

@@ -141,7 +141,7 @@ class Plan:
         roles: Names of further modules that the steps stand for, with their classes.
         dropouts: Names of the modules that ``infer`` leaves out, which pass their input on in evaluation.
         shells: The modules whose forwards the steps replace.
-        pointwise: How many of the convolutions have 1x1 kernels and one group.
+        in_channels_last: How many of the convolutions have kernels of ours on CPUs in channels_last only, or faster ones.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
         segments: The segments of ``train``, by the number of their first step.
     """
@@ -156,7 +156,7 @@ class Plan:
     roles: tuple[tuple[str, type[nn.Module]], ...]
     dropouts: tuple[str, ...]
     shells: tuple[Shell, ...]
-    pointwise: int
+    in_channels_last: int
     writes: bool
     segments: dict[int, Segment]
 
@@ -189,7 +189,9 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
         shells=recording.shells,
-        pointwise=sum(_is_pointwise(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
+        in_channels_last=sum(
+            _gains_in_channels_last(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)
+        ),
         writes=train.writes(train_program) or infer.writes(infer_program),
         segments=_segments(train_program),
     )
@@ -505,8 +507,11 @@ def _role_of(module: Any) -> str:
     return {nn.ReLU: "relu", nn.Identity: "identity"}.get(kind, "")
 
 
-def _is_pointwise(conv: Any) -> bool:
-    return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1
+def _gains_in_channels_last(conv: Any) -> bool:
+    if tuple(conv.kernel_size) == (1, 1):
+        return conv.groups == 1
+    wide = min(conv.in_channels, conv.out_channels) // conv.groups >= 40  # where CPUs have Winograd's algorithm
+    return tuple(conv.kernel_size) == (3, 3) and tuple(conv.stride) == (1, 1) and wide
 
 
 def is_stem_pool(pool: nn.MaxPool2d) -> bool:

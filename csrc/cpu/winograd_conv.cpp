@@ -66,7 +66,7 @@ TileUse tile_use(const std::string& name) {
 
 bool winograd_serves(const GroupedConvShape& shape, TileUse use) {
   constexpr int64_t kLeastChannels = 40;  // of a group: transforming takes as long as it saves
-  constexpr int64_t kWeightsPerTile = 1300;
+  constexpr int64_t kWeightsPerTile = 1600;
   if (shape.kernel != 3 || !shape.channels_last || shape.stride_h != 1 || shape.stride_w != 1) return false;
   if (std::min(shape.group_in(), shape.group_out()) < kLeastChannels) return false;
   const int64_t tiles = shape.batch * tiles_of(shape.out_height) * tiles_of(shape.out_width);
