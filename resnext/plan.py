@@ -141,7 +141,7 @@ class Plan:
         roles: Names of further modules that the steps stand for, with their classes.
         dropouts: Names of the modules that ``infer`` leaves out, which pass their input on in evaluation.
         shells: The modules whose forwards the steps replace.
-        in_channels_last: How many of the convolutions have kernels of ours on CPUs in channels_last only, or faster ones.
+        in_channels_last: How many of the convolutions have kernels on CPUs in channels_last only, or faster ones.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
         segments: The segments of ``train``, by the number of their first step.
     """
