@@ -330,6 +330,7 @@ PyObject* winograd_serves(PyObject*, PyObject* const* objects, Py_ssize_t count)
     shape.height = shape.out_height = sizes[3];
     shape.width = shape.out_width = sizes[4];
     shape.groups = sizes[5];
+    STD_TORCH_CHECK(shape.groups > 0, "winograd_serves: expected groups, got ", shape.groups);
     shape.stride_h = shape.stride_w = 1;
     shape.channels_last = true;
     shape.kernel = 3;

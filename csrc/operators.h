@@ -61,7 +61,7 @@ struct Operators {
                         const Tensor& dmean, const Tensor& dvar, const OptionalTensor& dgamma,
                         const OptionalTensor& dbeta, double eps);
   void (*pack_pointwise)(const Tensor& weight, const Tensor& packed);
-  void (*pack_winograd)(const Tensor& weight, const Tensor& packed, int64_t groups);
+  void (*pack_winograd)(const Tensor& weight, const Tensor& packed);
 };
 
 namespace cpu {

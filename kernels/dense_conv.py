@@ -5,6 +5,7 @@ The extension computes them by Winograd's algorithm where that is faster; else P
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,7 @@ def conv_stats_fwd(
     stats: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
-    launchers = extension if _serves("product", x, weight) else _LIBRARY
+    launchers = extension if serves(x.shape, weight.shape) else _LIBRARY
     return launchers.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, stats)
 
 
@@ -45,9 +46,9 @@ def conv_stats_bwd(
 ) -> tuple[Any, ...]:
     """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
     arguments = (dz, grad_prologue, x, prologue, weight, stride, groups, channels_last)
-    if not _serves("gradient", x, weight):
+    if not serves(x.shape, weight.shape, "gradient"):
         return _LIBRARY.conv_stats_bwd(*arguments, wanted)
-    if not wanted[0] or _serves("product", x, weight):
+    if not wanted[0] or serves(x.shape, weight.shape):
         return extension.conv_stats_bwd(*arguments, wanted)
     dx, dscale, dshift, _ = _LIBRARY.conv_stats_bwd(*arguments, (True, False))
     return dx, dscale, dshift, extension.conv_stats_bwd(*arguments, (False, wanted[1]))[3]
@@ -65,14 +66,14 @@ def conv_affine(
     channels_last: bool,
 ) -> Tensor:
     """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
-    use = "packed_product" if extension.is_kept(weight) else "product"
     launchers: Any = _LIBRARY
-    if _serves(use, x, weight):
+    if serves(x.shape, weight.shape, "packed_product" if extension.is_kept(weight) else "product"):
         launchers = extension
     elif onednn.serves(x.dtype, x.device):
         launchers = onednn
     return launchers.conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last)
 
 
-def _serves(use: str, x: Tensor, weight: Tensor) -> bool:
-    return extension.winograd_serves(use, x.shape, weight.shape, 1)
+def serves(input_shape: Sequence[int], weight_shape: Sequence[int], use: str = "product") -> bool:
+    """Whether the extension computes x (N, C_in, H, W) with weight (C_out, C_in, 3, 3); ``use``: see there."""
+    return extension.winograd_serves(use, input_shape, weight_shape, 1)

@@ -226,7 +226,7 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
     # faster way for some.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
-    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and _has_winograd(described):
+    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and _fits_winograd(described):
         return _module("dense_conv")
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)
@@ -238,6 +238,14 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
         if name == "cpu" and channels_last and (forced or dtype == torch.float32):
             return _module("extension")
     return composed.Composed(elementwise(dtype, device))
+
+
+def composes(*problem) -> bool:
+    """Whether what `fused_launchers` gives for a problem computes the convolution with a library, in a forward pass."""
+    launchers = fused_launchers(*problem)
+    if isinstance(launchers, composed.Composed):
+        return True
+    return launchers is _module("dense_conv") and not launchers.serves(*problem[1:3])
 
 
 def affine_launchers(*problem) -> Any:
@@ -257,16 +265,17 @@ def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
     return onednn if onednn.serves(*problem[5:7]) else launchers
 
 
-def _has_winograd(problem: ConvProblem) -> bool:
-    """Whether there are kernels by Winograd's algorithm for a 3x3 convolution on the CPU, of a fitting size."""
+def _fits_winograd(problem: ConvProblem) -> bool:
+    """Whether the CPU kernels by Winograd's algorithm are for the dtype, layout and stride of a 3x3 convolution."""
     return problem.dtype == torch.float32 and problem.channels_last and problem.stride == (1, 1)
 
 
-def _by_winograd(problem: ConvProblem) -> bool:
-    from . import extension
-
+def by_winograd(problem: ConvProblem, device: torch.device) -> bool:
+    """Whether the CPU backend computes the forward of a 3x3 convolution in float32 by Winograd's algorithm."""
+    if not _fits_winograd(problem) or unsupported("cpu", problem.dtype, device):
+        return False
     image = (problem.batch, problem.in_channels, problem.height, problem.width)
-    return extension.winograd_serves("product", image, (problem.out_channels,), problem.groups)
+    return _module("extension").winograd_serves("product", image, (problem.out_channels,), problem.groups)
 
 
 @functools.cache
@@ -326,7 +335,7 @@ def not_chosen(
     if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
         return None
     width = min(problem.group_in, problem.group_out)
-    if width >= 112 and not (_has_winograd(problem) and _by_winograd(problem)):
+    if width >= 112 and not by_winograd(problem, torch.device("cpu")):
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     # By less than separate passes around PyTorch's convolution take.
     strided = problem.stride == (2, 2) and problem.channels_last and not fused

@@ -161,7 +161,7 @@ _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def keep_packed(weight: Tensor) -> None:
     """Pack a weight, 1x1 or dense 3x3, for `conv_affine` once, instead of in every call with this very tensor.
 
-    The copy, float32, lives as long as the tensor. It does not count after a write to the tensor. A 3x3 weight is
+    The copy, float32, lives as long as the tensor; after a write to the tensor it does not count. A 3x3 weight is
     packed by the first call that gains by it.
     """
     out_channels, in_channels, kernel_size = weight.shape[:3]
@@ -179,18 +179,18 @@ def is_kept(weight: Tensor) -> bool:
 
 
 def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
-    if not is_kept(weight):
+    if groups > 1 or not is_kept(weight):
         return None
     version, packed = _PACKED[weight]
     if packed is not None or weight.shape[2] == 1:
         return packed
-    by_tiles = channels_last and stride == (1, 1) and winograd_serves("packed_product", x.shape, weight.shape, groups)
+    by_tiles = channels_last and stride == (1, 1) and winograd_serves("packed_product", x.shape, weight.shape, 1)
     if not by_tiles:
         return None
     # [tile of output channels][position, input channel, channel of the tile], as csrc/cpu/winograd.inl.h has it
     out_channels, in_channels = weight.shape[:2]
     packed = torch.empty(-(-out_channels // 32), 16 * (-(-in_channels // 4) * 4) * 32)
-    _C.pack_winograd(weight, packed, groups)
+    _C.pack_winograd(weight, packed)
     _PACKED[weight] = (version, packed)
     return packed
 

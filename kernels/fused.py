@@ -202,7 +202,7 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     Returns:
         Whether there is such a kernel: dense convolutions on the CPU, 1x1, or 3x3 with stride 1, have one.
     """
-    if x.device.type != "cpu" or weight.dtype != x.dtype:
+    if x.device.type != "cpu" or weight.dtype != x.dtype or weight.is_inference():  # which do not tell of writes
         return False
     if torch.is_autocast_enabled("cpu"):  # `conv_affine` will see another tensor
         return False
@@ -217,10 +217,9 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
 
 
 def prefers_channels_last(x: Tensor) -> bool:
-    """Whether 1x1 convolutions of an NCHW tensor are enough faster in channels_last to be worth turning it and back.
+    """Whether convolutions that `gains_in_channels_last` are enough faster there to be worth turning an NCHW tensor.
 
-    Those on the CPU are, in float32: only in channels_last they have kernels that fuse. False for a tensor that is not
-    dense, empty, or in channels_last as well.
+    Those on the CPU are, in float32. False for a tensor that is not dense, empty, or in channels_last as well.
 
     Args:
         x: Anything; True only for (N, C, H, W).
@@ -237,6 +236,27 @@ def _fuses_1x1_in_channels_last(dtype: torch.dtype) -> bool:
 
 # As torch.compiler.assume_constant_result does, without importing the compiler: not to be traced into.
 _fuses_1x1_in_channels_last._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def gains_in_channels_last(weight_shape: Sequence[int], stride: tuple[int, ...], groups: int) -> bool:
+    """Whether CPUs have a kernel in channels_last only for a convolution in float32, if its images are large enough.
+
+    They have for dense 1x1 convolutions; and for 3x3 ones with stride 1 and as many channels per group as Winograd's
+    algorithm is for.
+
+    Args:
+        weight_shape: (C_out, C_in / groups, k, k).
+        stride: (stride_h, stride_w).
+        groups: Number of groups.
+    """
+    if tuple(weight_shape[2:]) == (1, 1):
+        return groups == 1
+    if tuple(weight_shape[2:]) != checks.KERNEL_SIZE:
+        return False
+    cpu = torch.device("cpu")
+    large = (64, weight_shape[1] * groups, 64, 64)
+    problem = dispatch.problem_of("fwd", large, weight_shape, stride, groups, torch.float32, cpu, True)
+    return dispatch.by_winograd(problem, cpu)
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:

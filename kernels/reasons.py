@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import checks, composed, dispatch
+from . import checks, dispatch
 
 
 def explain(
@@ -85,6 +85,6 @@ def serving_backend(
     x = x if x.dim() == 4 else x.unsqueeze(0)
     channels_last = checks.output_channels_last(x, weight)
     problem = ("fwd", x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
-    if fused and isinstance(dispatch.fused_launchers(*problem), composed.Composed):
+    if fused and dispatch.composes(*problem):
         return "torch"
     return dispatch.choose(dispatch.problem_of(*problem), x.device, "stats" if fused else "plain", weight.shape[2])

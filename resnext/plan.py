@@ -19,7 +19,7 @@ from torch import nn
 
 from resnext import batch_norm
 from resnext.graph import Node, Recording, Ref, Shell, replaced
-from resnext.kernels import why_not_conv_stats
+from resnext.kernels import gains_in_channels_last, why_not_conv_stats
 from resnext.layers import is_plain_conv
 
 _RELUS = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True, "relu": False, "relu_": True}
@@ -141,7 +141,7 @@ class Plan:
         roles: Names of further modules that the steps stand for, with their classes.
         dropouts: Names of the modules that ``infer`` leaves out, which pass their input on in evaluation.
         shells: The modules whose forwards the steps replace.
-        in_channels_last: How many of the convolutions have kernels on CPUs in channels_last only, or faster ones.
+        in_channels_last: How many of the convolutions `gains_in_channels_last`.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
         segments: The segments of ``train``, by the number of their first step.
     """
@@ -189,9 +189,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
         shells=recording.shells,
-        in_channels_last=sum(
-            _gains_in_channels_last(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)
-        ),
+        in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
         segments=_segments(train_program),
     )
@@ -507,11 +505,8 @@ def _role_of(module: Any) -> str:
     return {nn.ReLU: "relu", nn.Identity: "identity"}.get(kind, "")
 
 
-def _gains_in_channels_last(conv: Any) -> bool:
-    if tuple(conv.kernel_size) == (1, 1):
-        return conv.groups == 1
-    wide = min(conv.in_channels, conv.out_channels) // conv.groups >= 40  # where CPUs have Winograd's algorithm
-    return tuple(conv.kernel_size) == (3, 3) and tuple(conv.stride) == (1, 1) and wide
+def _gains(conv: Any) -> bool:
+    return gains_in_channels_last(conv.weight.shape, conv.stride, conv.groups)
 
 
 def is_stem_pool(pool: nn.MaxPool2d) -> bool:

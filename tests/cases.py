@@ -104,4 +104,5 @@ WINOGRAD_CASES = [
     Case("winograd-panels-across-images", 3, 44, 44, 10, 18, 1),
     Case("winograd-widens", 1, 42, 75, 20, 21, 1, bias=True),
     Case("winograd-wgrad-in-blocks", 1, 70, 135, 8, 12, 1),
+    Case("winograd-rows-longer-than-a-chunk", 1, 40, 44, 6, 460, 1),
 ]

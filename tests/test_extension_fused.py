@@ -303,7 +303,7 @@ WRONG = {
     "packed-weight-of-a-3x3": (
         "conv_affine",
         (IMAGE, torch.zeros(8, 4, 3, 3), torch.zeros(1, 16, 32), *[None] * 3, True, IMAGE, 1, 1, 2, False),
-        r"conv_affine: expected a contiguous float32 packed weight of shape \(2, 2048\), got Float \(1, 16, 32\)",
+        r"conv_affine: expected a contiguous float32 packed weight of shape \(1, 4096\), got Float \(1, 16, 32\)",
     ),
     "packed-weight-of-other-size": (
         "conv_affine",

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnext import fuse_
-from resnext.kernels import conv_affine, conv_stats, dense_conv, extension, grouped_conv2d, keep_packed, use_backend
+from resnext.kernels import (
+    conv_affine,
+    conv_stats,
+    dense_conv,
+    extension,
+    grouped_conv2d,
+    keep_packed,
+    serving_backend,
+    use_backend,
+)
 
 from . import fused_numerics, winograd_numerics
 from .cases import WINOGRAD_CASES, Case, make_tensors
@@ -31,9 +40,9 @@ def nhwc(*shape: int) -> torch.Tensor:
 
 
 def test_the_cases_are_computed_so():
-    for case in WINOGRAD_CASES[:-1] + FUSED:
-        assert all(winograd_numerics.serves(op, case, True) for op in OPS), case.id
-    assert winograd_numerics.serves("wgrad", WINOGRAD_CASES[-1], True)
+    for case in WINOGRAD_CASES + FUSED:
+        ops = ("wgrad",) if case.id == "winograd-wgrad-in-blocks" else OPS
+        assert all(winograd_numerics.serves(op, case, True) for op in ops), case.id
 
 
 @pytest.mark.parametrize("case", FUSED, ids=lambda case: case.id)
@@ -139,6 +148,15 @@ def test_a_packed_weight_serves_until_the_weight_changes(capability):
     assert torch.equal(dense_conv.conv_affine(x, weight, *rest), shift.relu()[None, :, None, None].expand_as(first))
 
 
+def test_a_packed_weight_is_for_dense_convolutions(built):
+    x, weight = nhwc(1, 96, 12, 12), nhwc(80, 48, 3, 3)
+    extension.keep_packed(weight)
+    y = conv_affine(x, weight, None, None, relu=False, groups=2)
+    torch.testing.assert_close(y, F.conv2d(x, weight, padding=1, groups=2), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        assert not keep_packed(nhwc(80, 48, 3, 3), x)
+
+
 def test_packed_weights_are_the_same_for_every_instruction_set(built):
     weight = nhwc(70, 42, 3, 3)
     packed = {}
@@ -149,7 +167,7 @@ def test_packed_weights_are_the_same_for_every_instruction_set(built):
             continue
         try:
             packed[capability] = torch.full((3, 16 * 44 * 32), float("nan"))
-            extension._C.pack_winograd(weight, packed[capability], 1)
+            extension._C.pack_winograd(weight, packed[capability])
         finally:
             extension.force_cpu_capability("")
     first = packed.pop("portable")
@@ -162,19 +180,16 @@ def test_packed_weights_are_the_same_for_every_instruction_set(built):
     ("arguments", "message"),
     {
         "other-size": (
-            (torch.zeros(8, 8, 3, 3), torch.zeros(1, 16), 1),
+            (torch.zeros(8, 8, 3, 3), torch.zeros(1, 16)),
             r"pack_winograd: expected a contiguous float32 packed weight of shape \(1, 4096\), got Float \(1, 16\)",
         ),
         "1x1": (
-            (torch.zeros(8, 8, 1, 1), torch.zeros(1, 4096), 1),
+            (torch.zeros(8, 8, 1, 1), torch.zeros(1, 4096)),
             r"pack_winograd: expected weight of shape \(8, 8, 3, 3\), got \(8, 8, 1, 1\)",
         ),
-        "groups": (
-            (torch.zeros(8, 8, 3, 3), torch.zeros(1, 4096), 3),
-            r"pack_winograd: expected groups that divide 8 output channels, got 3; check the convolution's groups",
-        ),
+        "expanded": ((torch.zeros(8, 1, 3, 3).expand(8, 8, 3, 3), torch.zeros(1, 4096)), "pack_winograd: expected"),
     }.values(),
-    ids=["other-size", "1x1", "groups"],
+    ids=["other-size", "1x1", "expanded"],
 )
 def test_wrong_arguments_are_refused(built, arguments, message):
     with pytest.raises(RuntimeError, match=message):
@@ -228,6 +243,13 @@ def test_a_library_serves_what_is_too_small(built, monkeypatch):
     x, weight = nhwc(1, 64, 6, 6), nhwc(64, 64, 3, 3)
     y = conv_affine(x, weight, torch.ones(64), None)
     torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, padding=1)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_said_to_serve_serves(built):
+    x, small = nhwc(1, 64, 56, 56), nhwc(1, 64, 7, 7)
+    weight = nhwc(64, 64, 3, 3)
+    assert serving_backend(x, weight, padding=1, fused=True) == "cpu"
+    assert serving_backend(small, weight, padding=1, fused=True) == "torch"
 
 
 @pytest.mark.parametrize("width", [48, 112])

@@ -259,9 +259,8 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
   write.affine = affine.affine;
   write.other = residual.has_value() ? residual->data_ptr() : nullptr;
   write.relu = relu;
-  const float* packed_weight =
-      shape.kernel == 1 ? packed_data(packed, x.size(1), y.size(1), "conv_affine")
-                        : packed_tile_data(packed, groups, shape.group_in(), shape.group_out(), "conv_affine");
+  const float* packed_weight = shape.kernel == 1 ? packed_data(packed, x.size(1), y.size(1), "conv_affine")
+                                                 : packed_tile_data(packed, x.size(1), y.size(1), "conv_affine");
   run_forward(x, {}, weight, packed_weight, y, write, shape);
 }
 

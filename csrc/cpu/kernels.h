@@ -13,6 +13,7 @@ namespace resnext::cpu {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t tiles_of(int64_t pixels) { return ceil_div(pixels, 2); }  // of winograd.inl.h, along a side
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16, kUint8 };  // uint8: the max pool's taps, small whole numbers
 

@@ -9,16 +9,16 @@
 // of the 16 positions the sums over source channels (over tiles) are matrix products, by the inner loops of
 // pointwise.inl.h. Tiles are transformed a panel at a time, which stays in the L2 cache.
 //
-// fp32 accumulation, in an order that depends on neither threads nor instruction sets. Rounding errors are no larger
-// than those of direct sums, as there are fewer terms. What is not finite spreads over a tile: `not_finite` tells that
+// fp32 accumulation, in an order that depends on neither threads nor instruction sets. In root mean square rounding
+// errors are no larger than those of direct sums, which have more terms; but neighbours' products cancel here, so that
+// a value far larger than those beside it leaves its rounding error in results that should not see it (where its weight
+// is zero). Infinity becomes NaN in sums and differences, and spreads over the taps of dw: `not_finite` tells that
 // there was such a result, and that the call must be computed in another way.
 
 constexpr int64_t kPositions = 16;
 constexpr int64_t kApart = 16;  // floats: rows of positions would otherwise compete for a few sets of the caches
 
 // --- tiles of an image ---
-
-RESNEXT_INLINE int64_t tiles_of(int64_t pixels) { return ceil_div(pixels, 2); }
 
 // Rows of tiles [first_row, first_row + rows) of a batch. Of the channels from c on, `count` times `width` are laid
 // apart as [which][position][block of tiles][vector of channels][tile of the block][lane], zero in lanes and tiles that

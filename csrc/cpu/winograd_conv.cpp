@@ -10,8 +10,6 @@
 namespace resnext::cpu {
 namespace {
 
-int64_t tiles_of(int64_t pixels) { return ceil_div(pixels, 2); }
-
 // Rows of tiles of a panel: about as many tiles as read weights often enough and leave room in the L2 cache, in whole
 // blocks of the widest kernel as far as possible. Panels of an odd height are whole images or end with one: a part of
 // what is summed has a known number of pixels.
@@ -130,7 +128,7 @@ bool run_winograd_gradient(TileGradient g, const GroupedConvShape& shape) {
   const int64_t rows = shape.batch * tiles_of(shape.out_height);
   g.panel_rows = std::clamp<int64_t>(kPanelTiles / columns, 1, rows);
   const int64_t blocks = shape.groups * ceil_div(g.group_out, g.grad_block) * ceil_div(g.group_in, g.x_block);
-  g.chunks = std::clamp<int64_t>(rows * columns / kTilesPerChunk, 1, ceil_div(kWantedTasks, blocks));
+  g.chunks = std::clamp<int64_t>(std::min(rows, rows * columns / kTilesPerChunk), 1, ceil_div(kWantedTasks, blocks));
   const Buffer partial = allocate(g.chunks * blocks * kernels.tile_gradient_slice(g));
   g.partial = partial.get();
   int not_finite = 0;
@@ -142,12 +140,11 @@ bool run_winograd_gradient(TileGradient g, const GroupedConvShape& shape) {
   return not_finite == 0;
 }
 
-const float* packed_tile_data(const OptionalTensor& packed, int64_t groups, int64_t group_in, int64_t group_out,
-                              const char* op) {
+const float* packed_tile_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
   if (!packed.has_value()) return nullptr;
   const Kernels& kernels = active_kernels();
-  const Layout layout = kernels.make_tile_layout(groups, group_in, group_out);
-  const std::array<int64_t, 2> sizes = {groups * layout.tiles, kernels.tile_weight_size(layout)};
+  const Layout layout = kernels.make_tile_layout(1, in_channels, out_channels);
+  const std::array<int64_t, 2> sizes = {layout.tiles, kernels.tile_weight_size(layout)};
   const bool right = packed->dim() == 2 && packed->size(0) == sizes[0] && packed->size(1) == sizes[1] &&
                      packed->scalar_type() == ScalarType::Float && packed->is_contiguous();
   STD_TORCH_CHECK(right, op, ": expected a contiguous float32 packed weight of shape ", format_sizes(sizes.data(), 2),
@@ -155,19 +152,18 @@ const float* packed_tile_data(const OptionalTensor& packed, int64_t groups, int6
   return static_cast<const float*>(packed->data_ptr());
 }
 
-void pack_winograd(const Tensor& weight, const Tensor& packed, int64_t groups) {
+void pack_winograd(const Tensor& weight, const Tensor& packed) {
   constexpr const char* kOp = "pack_winograd";
   const Checks check(kOp);
   check.dtype(weight, "weight");
-  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in / groups, 3, 3)");
+  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in, 3, 3)");
   check.sizes(weight, "weight", {sizes[0], sizes[1], 3, 3});
-  STD_TORCH_CHECK(groups > 0 && sizes[0] % groups == 0, kOp, ": expected groups that divide ", sizes[0],
-                  " output channels, got ", groups, "; check the convolution's groups");
-  float* data = const_cast<float*>(packed_tile_data(packed, groups, sizes[1], sizes[0] / groups, kOp));
+  check.dense_either_way(weight, "weight");
+  float* data = const_cast<float*>(packed_tile_data(packed, sizes[1], sizes[0], kOp));
   const Kernels& kernels = active_kernels();
   const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype_of(weight), /*transposed=*/false,
                            /*mirrored=*/false};
-  pack(kernels, kernels.make_tile_layout(groups, sizes[1], sizes[0] / groups), filters, {data, nullptr});
+  pack(kernels, kernels.make_tile_layout(1, sizes[1], sizes[0]), filters, {data, nullptr});
 }
 
 }  // namespace resnext::cpu

@@ -32,12 +32,12 @@ bool run_winograd(const TileOperands& operands, const ReadMap& read, WriteMap wr
 // dw of what `g` says of grad, x and dw; the same.
 bool run_winograd_gradient(TileGradient g, const GroupedConvShape& shape);
 
-// Lays a weight out as conv_affine reads it, in float32; `packed` has the sizes that packed_tile_data insists on.
-void pack_winograd(const Tensor& weight, const Tensor& packed, int64_t groups);
+// Lays the weight of a dense convolution out as conv_affine reads it, in float32; `packed` has the sizes that
+// packed_tile_data insists on.
+void pack_winograd(const Tensor& weight, const Tensor& packed);
 
 // Checks that `packed` is what pack_winograd makes of a weight with these channels; returns its data, or null if there
 // is none.
-const float* packed_tile_data(const OptionalTensor& packed, int64_t groups, int64_t group_in, int64_t group_out,
-                              const char* op);
+const float* packed_tile_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op);
 
 }  // namespace resnext::cpu
