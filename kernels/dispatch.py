@@ -335,7 +335,7 @@ def not_chosen(
     if name != "cpu" or problem.op != "fwd" or problem.dtype != torch.float32 or problem.groups == 1:
         return None
     width = min(problem.group_in, problem.group_out)
-    if width >= 112 and not by_winograd(problem, torch.device("cpu")):
+    if width >= 112 and not _fits_winograd(problem):
         return "PyTorch was measured to be faster forward in float32 with 112 channels per group"
     # By less than separate passes around PyTorch's convolution take.
     strided = problem.stride == (2, 2) and problem.channels_last and not fused

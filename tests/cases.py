@@ -98,8 +98,9 @@ def make_tensors(
 
 # Large enough for Winograd's algorithm on the CPU (csrc/cpu/winograd.inl.h), in channels_last.
 WINOGRAD_CASES = [
-    Case("winograd-groups", 2, 96, 96, 14, 14, 2, bias=True),
-    Case("winograd-odd-panels-within-an-image", 2, 80, 80, 13, 15, 2),
+    Case("winograd-groups", 2, 128, 128, 20, 21, 2, bias=True),
+    Case("winograd-odd-panels-within-an-image", 2, 45, 48, 13, 15, 1),
+    Case("winograd-rest-of-a-group", 2, 100, 104, 29, 26, 2),
     Case("winograd-odd-panels-of-images", 4, 40, 40, 9, 9, 1),
     Case("winograd-panels-across-images", 3, 44, 44, 10, 18, 1),
     Case("winograd-widens", 1, 42, 75, 20, 21, 1, bias=True),

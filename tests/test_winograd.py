@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(extension.load() is not None, reason="the C++ ex
 
 FUSED = [
     FusedCase("dense", 2, 48, 64, 14, 15),
-    FusedCase("groups-odd-panels-of-images", 4, 80, 80, 9, 9, 2),
+    FusedCase("dense-odd-panels-of-images", 4, 44, 40, 9, 9),
+    FusedCase("groups", 2, 128, 128, 20, 21, 2),
     FusedCase("odd-panels-within-an-image", 1, 40, 44, 19, 21),
     FusedCase("narrows-across-images", 3, 96, 41, 10, 18),
 ]
@@ -98,9 +99,9 @@ def test_results_do_not_depend_on_threads_or_repetition(capability, restore_thre
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("place", [(0, 5, 0, 0), (1, 47, 13, 14), (1, 90, 6, 7)])
+@pytest.mark.parametrize("place", [(0, 5, 0, 0), (1, 63, 19, 20), (1, 90, 6, 7)])
 def test_what_is_not_finite_goes_no_further_than_in_plain_sums(capability, value, place):
-    case = Case("poisoned", 2, 96, 96, 14, 15, 2, bias=True)
+    case = Case("poisoned", 2, 128, 128, 20, 21, 2, bias=True)
     assert all(winograd_numerics.serves(op, case, True) for op in OPS)
     results = []
     for channels_last in (True, False):  # in NCHW by plain sums
@@ -110,7 +111,7 @@ def test_what_is_not_finite_goes_no_further_than_in_plain_sums(capability, value
         results.append(
             [
                 extension.fwd(x, weight, bias, (1, 1), 2, channels_last),
-                extension.dgrad(grad, weight, (14, 15), (1, 1), 2, channels_last),
+                extension.dgrad(grad, weight, (20, 21), (1, 1), 2, channels_last),
                 extension.wgrad(grad, x, (1, 1), 2, channels_last),
             ]
         )
@@ -120,20 +121,23 @@ def test_what_is_not_finite_goes_no_further_than_in_plain_sums(capability, value
 
 
 def test_statistics_beside_what_is_not_finite(capability):
-    x, weight = nhwc(2, 96, 14, 15), nhwc(96, 48, 3, 3)
-    x[1, 60, 3, 3] = float("nan")
+    x, weight = nhwc(2, 128, 20, 21), nhwc(128, 64, 3, 3)
+    assert extension.winograd_serves("product", x.shape, weight.shape, 2)
+    x[1, 70, 3, 3] = float("nan")
     _, mean, var = extension.conv_stats_fwd(x, None, weight, (1, 1), 2, True, True)
     exact = F.conv2d(x.double(), weight.double(), padding=1, groups=2)
-    assert mean[48:].isnan().all()
-    assert var[48:].isnan().all()
-    torch.testing.assert_close(mean[:48].double(), exact.mean((0, 2, 3))[:48], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(var[:48].double(), exact.var((0, 2, 3), correction=0)[:48], rtol=1e-4, atol=0)
+    assert mean[64:].isnan().all()
+    assert var[64:].isnan().all()
+    torch.testing.assert_close(mean[:64].double(), exact.mean((0, 2, 3))[:64], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(var[:64].double(), exact.var((0, 2, 3), correction=0)[:64], rtol=1e-4, atol=0)
 
 
 def test_a_packed_weight_serves_until_the_weight_changes(capability):
-    x, weight, shift = nhwc(1, 48, 9, 9), nhwc(70, 48, 3, 3), torch.randn(70)
+    x, weight, shift = nhwc(1, 160, 8, 8), nhwc(170, 160, 3, 3), torch.randn(170)
     rest = (None, shift, None, True, (1, 1), 1, True)
-    assert not extension.winograd_serves("product", x.shape, weight.shape, 1)  # too few pixels to pack for
+    assert not extension.winograd_serves(
+        "product", x.shape, weight.shape, 1
+    )  # too few pixels to pack for in every call
     assert extension.winograd_serves("packed_product", x.shape, weight.shape, 1)
     exact = F.relu(F.conv2d(x.double(), weight.double(), shift.double(), padding=1))
     assert keep_packed(weight, x)
@@ -205,28 +209,36 @@ def test_an_unknown_use_is_refused(built):
     ("use", "shape", "channels", "groups", "expected"),
     [
         ("product", (8, 64, 56, 56), 64, 1, True),
-        ("product", (1, 64, 56, 56), 64, 1, True),
-        ("product", (8, 512, 14, 14), 512, 32, False),  # 16 channels per group
-        ("product", (8, 64, 56, 56), 3, 1, False),
-        ("product", (1, 512, 14, 14), 512, 1, False),  # packing the weight takes as long as it saves
-        ("packed_product", (1, 512, 14, 14), 512, 1, True),
         ("product", (1, 64, 14, 14), 64, 1, True),
-        ("gradient", (1, 256, 14, 14), 256, 1, True),
-        ("product", (64, 512, 7, 7), 512, 1, False),  # a quarter of the tiles outside the image
-        ("gradient", (1, 512, 7, 7), 512, 1, True),
-        ("gradient", (64, 512, 3, 3), 512, 1, False),
+        ("product", (8, 64, 56, 56), 3, 1, False),
+        ("product", (1, 512, 14, 14), 512, 1, False),  # packing the weight takes longer than what it saves
+        ("packed_product", (1, 512, 14, 14), 512, 1, True),
+        ("gradient", (1, 512, 14, 14), 512, 1, True),
+        ("product", (8, 512, 7, 7), 512, 1, False),  # a quarter of the tiles is outside the image
+        ("product", (64, 512, 7, 7), 512, 1, True),
+        ("gradient", (2, 512, 7, 7), 512, 1, True),
+        ("gradient", (64, 512, 1, 2), 512, 1, False),
+        ("product", (8, 512, 56, 56), 512, 16, False),  # 32 channels per group
+        ("product", (8, 192, 28, 28), 192, 4, True),
+        ("product", (1, 192, 28, 28), 192, 4, False),
+        ("gradient", (1, 192, 28, 28), 192, 4, True),
+        ("gradient", (8, 1008, 7, 7), 1008, 21, False),
+        ("product", (1, 448, 28, 28), 448, 4, True),
+        ("product", (1, 1232, 14, 14), 1232, 11, False),
     ],
 )
 def test_where_it_serves(built, use, shape, channels, groups, expected):
     assert extension.winograd_serves(use, shape, (channels,), groups) is expected
 
 
-@pytest.mark.parametrize("size", [28, 7])
-def test_dense_convolutions_by_the_public_operators(built, size):
-    """Products and gradients by the extension (28 x 28), or the weight's gradient alone (7 x 7)."""
+@pytest.mark.parametrize(("size", "channels", "products"), [(28, 64, True), (8, 256, False)])
+def test_dense_convolutions_by_the_public_operators(built, size, channels, products):
+    """All by the extension, or the weight's gradient alone."""
     torch.manual_seed(0)
-    x, weight = nhwc(2, 64, size, size).requires_grad_(), nhwc(48, 64, 3, 3).requires_grad_()
-    affine = (torch.randn(64), torch.rand(64) + 0.5, torch.randn(64).requires_grad_())
+    x, weight = nhwc(2, channels, size, size), nhwc(channels, channels, 3, 3)
+    assert dense_conv.serves(x.shape, weight.shape) is products
+    assert dense_conv.serves(x.shape, weight.shape, "gradient")
+    affine = (torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels))
     results = []
     for backend, dtype in (("auto", torch.float32), ("torch", torch.float64)):
         tensors = [t.detach().to(dtype).requires_grad_() for t in (x, weight, affine[2])]
@@ -246,8 +258,8 @@ def test_a_library_serves_what_is_too_small(built, monkeypatch):
 
 
 def test_what_is_said_to_serve_serves(built):
-    x, small = nhwc(1, 64, 56, 56), nhwc(1, 64, 7, 7)
-    weight = nhwc(64, 64, 3, 3)
+    x, small = nhwc(1, 192, 28, 28), nhwc(1, 192, 8, 8)
+    weight = nhwc(192, 192, 3, 3)
     assert serving_backend(x, weight, padding=1, fused=True) == "cpu"
     assert serving_backend(small, weight, padding=1, fused=True) == "torch"
 

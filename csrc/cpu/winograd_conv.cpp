@@ -62,17 +62,29 @@ TileUse tile_use(const std::string& name) {
   return TileUse::kGradient;
 }
 
+// Against direct sums of ours, or in dense convolutions against oneDNN's, with operands that are not in the caches.
 bool winograd_serves(const GroupedConvShape& shape, TileUse use) {
-  constexpr int64_t kLeastChannels = 40;  // of a group: transforming takes as long as it saves
-  constexpr int64_t kWeightsPerTile = 1600;
   if (shape.kernel != 3 || !shape.channels_last || shape.stride_h != 1 || shape.stride_w != 1) return false;
-  if (std::min(shape.group_in(), shape.group_out()) < kLeastChannels) return false;
+  const int64_t width = std::min(shape.group_in(), shape.group_out());
   const int64_t tiles = shape.batch * tiles_of(shape.out_height) * tiles_of(shape.out_width);
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
-  if (tiles < 16 || pixels < 3 * tiles) return false;
-  // Packing the weight takes as long as some tiles save, and whole tiles save more.
-  return use != TileUse::kProduct ||
-         (tiles >= 32 && 5 * pixels >= 16 * tiles && tiles * kWeightsPerTile >= shape.out_channels * shape.group_in());
+  if (width < 40 || tiles < 16) return false;
+  // Tiles whose pixels are all in the image save 20 of 36 multiplications.
+  const double whole_tiles = static_cast<double>(9 * pixels - 16 * tiles) / 20;
+  if (whole_tiles < 9) return false;
+  if (shape.groups == 1) {
+    switch (use) {
+      case TileUse::kPackedProduct:
+        return true;
+      case TileUse::kProduct:  // packing weights takes as long as some tiles save
+        return whole_tiles * 1000 >= static_cast<double>(shape.out_channels * shape.in_channels);
+      case TileUse::kGradient:
+        return whole_tiles >= 12;
+    }
+  }
+  // What a tile and 16 x 16 channels save, in cycles: less in narrow groups, where transforms serve few channels.
+  const double saved = whole_tiles * (160 - 5280 / static_cast<double>(width));
+  return saved >= (use == TileUse::kGradient ? 7000 : 15000);
 }
 
 bool run_winograd(const TileOperands& operands, const ReadMap& read, WriteMap write, const GroupedConvShape& shape,
