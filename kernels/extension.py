@@ -189,7 +189,7 @@ def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, 
         return None
     # [tile of output channels][position, input channel, channel of the tile], as csrc/cpu/winograd.inl.h has it
     out_channels, in_channels = weight.shape[:2]
-    packed = torch.empty(-(-out_channels // 32), 16 * (-(-in_channels // 4) * 4) * 32)
+    packed = torch.empty(-(-out_channels // 32), 16 * in_channels * 32)
     _C.pack_winograd(weight, packed)
     _PACKED[weight] = (version, packed)
     return packed

@@ -13,7 +13,7 @@
 constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
 constexpr int kGradientChannels = kRegisters >= 32 ? 8 : 4;
 constexpr int kProductVectors = 2;
-constexpr int kTermsAtOnce = 4;     // source channels of one iteration
+constexpr int kFewPixels = 4;  // of the rest of a panel: with enough accumulators to hide the latency of multiply-adds
 constexpr int kGradientPiece = 16;  // pixels read together
 constexpr int kGradientPixels = 4;  // of one iteration: short loops' ends are predicted
 constexpr int kProductLanes = kProductVectors * kLanes;
@@ -153,18 +153,18 @@ void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, 
 
 // --- forward, and input gradient ---
 
-// out[pixel][lane] of one block of pixels and kVectors vectors of destination channels, summed over `terms` source
-// channels, a multiple of kTermsAtOnce. `stride`: floats from a row of the weight, or of the results, to the next.
-template <int kVectors>
+// out[pixel][lane] of the first kPixels pixels of a block and kVectors vectors of destination channels, summed over
+// `terms` source channels. `stride`: floats from a row of the weight, or of the results, to the next.
+template <int kVectors, int kPixels>
 RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t terms, int64_t stride, float* out) {
-  Vec acc[kProductPixels][kVectors] = {};
+  Vec acc[kPixels][kVectors] = {};
   const auto add_term = [&](const float* x) RESNEXT_ALWAYS {
     Vec w[kVectors];
     RESNEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) w[v] = in_register(load(weight + v * kLanes));
     weight += stride;
     RESNEXT_UNROLL
-    for (int p = 0; p < kProductPixels; ++p) add_products(acc[p], x + p * kLanes, w, p);
+    for (int p = 0; p < kPixels; ++p) add_products(acc[p], x + p * kLanes, w, p);
   };
   for (int64_t i = 0; i + kLanes <= terms; i += kLanes) {
     RESNEXT_UNROLL_4
@@ -173,9 +173,21 @@ RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64
   }
   for (int64_t lane = 0; lane < terms % kLanes; ++lane) add_term(panel + lane);
   RESNEXT_UNROLL
-  for (int p = 0; p < kProductPixels; ++p) {
+  for (int p = 0; p < kPixels; ++p) {
     RESNEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) store(out + p * stride + v * kLanes, acc[p][v]);
+  }
+}
+
+// The same for the first `pixels` of a block. The last block of an image or batch may have few.
+template <int kVectors>
+RESNEXT_INLINE void product_pixels(const float* panel, const float* weight, int64_t terms, int64_t stride,
+                                   int64_t pixels, float* out) {
+  if (round_up(pixels, kFewPixels) >= kProductPixels) {
+    return product_block<kVectors, kProductPixels>(panel, weight, terms, stride, out);
+  }
+  for (int64_t pixel = 0; pixel < pixels; pixel += kFewPixels) {
+    product_block<kVectors, kFewPixels>(panel + pixel * kLanes, weight, terms, stride, out + pixel * stride);
   }
 }
 
@@ -256,11 +268,12 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
     if (p.packed == nullptr) pack_tile(p.weight, tile, 0, lanes, own_tile);
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
+      const int64_t count = min_of(kProductPixels, pixels - pixel);
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        product_block<kProductVectors>(panel + pixel * lanes, weight + lane, lanes, kTileChannels, results + lane);
+        product_pixels<kProductVectors>(panel + pixel * lanes, weight + lane, lanes, kTileChannels, count,
+                                        results + lane);
       }
-      const PanelPart part = {first + pixel, min_of(kProductPixels, pixels - pixel), c, channels};
-      write_block(p, write, part, pixel, results);
+      write_block(p, write, {first + pixel, count, c, channels}, pixel, results);
     }
   }
 }

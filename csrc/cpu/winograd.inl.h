@@ -169,7 +169,7 @@ RESNEXT_INLINE void tell_not_finite(Vec check, int* not_finite) {
 }
 
 // --- weights: [group][tile of kTileChannels][position][source channel][channel of the tile], whatever the instruction
-// set; source channels rounded up to kTermsAtOnce ---
+// set ---
 
 Layout make_tile_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
   Layout layout{};
@@ -183,8 +183,7 @@ Layout make_tile_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
   return layout;
 }
 
-RESNEXT_INLINE int64_t tile_terms(const Layout& layout) { return round_up(layout.group_src, kTermsAtOnce); }
-RESNEXT_INLINE int64_t position_weights(const Layout& layout) { return tile_terms(layout) * kTileChannels; }
+RESNEXT_INLINE int64_t position_weights(const Layout& layout) { return layout.group_src * kTileChannels; }
 int64_t tile_weight_size(const Layout& layout) { return kPositions * position_weights(layout); }
 
 int64_t tile_weight_scratch(const Layout& layout, Dtype dtype) {
@@ -214,18 +213,16 @@ void pack_tile_weights(const Layout& layout, const Filters& f, float* scratch, i
     const float* filters = read_floats(f.weight, f.dtype, group * filters_size, filters_size, converted);
     pack_tile(layout, f, filters, tile, direct);
     float* to = packed.weight + task * tile_weight_size(layout);
-    for (int64_t i = 0; i < tile_terms(layout); ++i) {
+    for (int64_t i = 0; i < layout.group_src; ++i) {
       for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
         Vec rows[3][4];
         RESNEXT_UNROLL
         for (int r = 0; r < 3; ++r) {
           const int64_t row = f.transposed ? 2 - r : r;
           const float* from = direct + row * packed_row_size(layout) + i * 3 * kTileChannels + lane;
-          Vec taps[3] = {};
-          if (i < layout.group_src) {
-            RESNEXT_UNROLL
-            for (int s = 0; s < 3; ++s) taps[s] = load(from + s * kTileChannels);
-          }
+          Vec taps[3];
+          RESNEXT_UNROLL
+          for (int s = 0; s < 3; ++s) taps[s] = load(from + s * kTileChannels);
           transform_weights(taps, rows[r]);
         }
         RESNEXT_UNROLL
@@ -316,9 +313,10 @@ void multiply_tile(const TileProduct& p, const float* panel, int64_t first_row, 
       float* to = sums + position * sums_step(p) + tile * kTileChannels;
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
         if (channels - lane > kLanes) {
-          product_block<kProductVectors>(source, weight + lane, tile_terms(layout), kTileChannels, to + lane);
+          product_pixels<kProductVectors>(source, weight + lane, layout.group_src, kTileChannels, tiles - tile,
+                                          to + lane);
         } else {
-          product_block<1>(source, weight + lane, tile_terms(layout), kTileChannels, to + lane);
+          product_pixels<1>(source, weight + lane, layout.group_src, kTileChannels, tiles - tile, to + lane);
         }
       }
     }

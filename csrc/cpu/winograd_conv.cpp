@@ -10,17 +10,24 @@
 namespace resnext::cpu {
 namespace {
 
-// Rows of tiles of a panel: about as many tiles as read weights often enough and leave room in the L2 cache, in whole
-// blocks of the widest kernel as far as possible. Panels of an odd height are whole images or end with one: a part of
-// what is summed has a known number of pixels.
-void cut_tiles(TileProduct& p) {
+// Tiles that the widest kernel computes for so many: whole blocks, and a rest in pieces.
+int64_t computed_tiles(int64_t tiles) {
   constexpr int64_t kBlock = 14;
-  constexpr int64_t kWanted = 2 * kBlock;
-  constexpr int64_t kMost = 8 * kBlock;
+  constexpr int64_t kPiece = 4;
+  return tiles / kBlock * kBlock + std::min(kBlock, round_up(tiles % kBlock, kPiece));
+}
+
+// Rows of tiles of a panel: about as many tiles as leave room in the L2 cache, or as read weights seldom enough that
+// come from memory (both measured), with little computed in vain. Panels of an odd height are whole images or end with
+// one: a part of what is summed has a known number of pixels.
+void cut_tiles(TileProduct& p) {
+  constexpr int64_t kLargeWeight = 200000;  // of a group
+  constexpr int64_t kMost = 112;
+  const int64_t wanted = p.layout.group_src * p.layout.group_dst < kLargeWeight ? 28 : 84;
   const int64_t rows = tiles_of(p.dst.height);
   const int64_t columns = tiles_of(p.dst.width);
   const bool even = p.dst.height % 2 == 0;  // panels may then cross from one image to the next
-  const bool small = rows * columns <= kWanted;
+  const bool small = rows * columns <= wanted;
   p.units = even || small ? 1 : p.dst.batch;
   p.unit_rows = p.dst.batch * rows / p.units;
   const int64_t step = even || !small ? 1 : rows;
@@ -29,8 +36,8 @@ void cut_tiles(TileProduct& p) {
     const int64_t tiles = panel_rows * columns;
     if (panel_rows > step && tiles > kMost) break;
     const int64_t rest = p.unit_rows % panel_rows * columns;
-    const int64_t computed = p.unit_rows / panel_rows * round_up(tiles, kBlock) + round_up(rest, kBlock);
-    const double cost = static_cast<double>(computed) * (1 + 0.002 * static_cast<double>(std::abs(tiles - kWanted)));
+    const int64_t computed = p.unit_rows / panel_rows * computed_tiles(tiles) + computed_tiles(rest);
+    const double cost = static_cast<double>(computed) * (1 + 0.002 * static_cast<double>(std::abs(tiles - wanted)));
     if (panel_rows == step || cost < least) {
       least = cost;
       p.panel_rows = panel_rows;
