@@ -55,9 +55,9 @@ def test_what_is_fused(capability, case):
     fused_numerics.check_conv_affine(extension, case, relu=False, residual=False)
 
 
-@pytest.mark.parametrize("case", WINOGRAD_CASES[:2], ids=lambda case: case.id)
-def test_errors_are_those_of_plain_sums(built, case):
-    """In root mean square at most one and a half times those of PyTorch's own convolution."""
+@pytest.mark.parametrize("case", WINOGRAD_CASES, ids=lambda case: case.id)
+def test_errors_are_of_the_size_of_plain_sums(capability, case):
+    """In root mean square at most twice those of PyTorch's own convolution and one rounding, as of whole blocks."""
     tensors = make_tensors(case, channels_last=True)
     x, weight, grad = (tensors[name].double() for name in ("x", "weight", "grad"))
     place = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], case.groups)
@@ -77,7 +77,7 @@ def test_errors_are_those_of_plain_sums(built, case):
     exact = [forward(torch.float64), *gradients(torch.float64)]
     plain = [forward(torch.float32), *gradients(torch.float32)]
     for op, actual, wanted, other in zip(OPS, ours, exact, plain, strict=True):
-        assert rms_of(actual - wanted) <= 1.5 * rms_of(other - wanted) + 2.0**-25 * rms_of(wanted), op
+        assert rms_of(actual - wanted) <= 2 * rms_of(other - wanted) + 2.0**-24 * rms_of(wanted), op
 
 
 def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads):

@@ -281,22 +281,22 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
 // --- weight gradient ---
 
 // Makes, or adds to, a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as
-// [pixel][lane]; x has its second vector behind the panel's pixels of the first. What is there is added last: sums of
-// sums round less than one long sum.
-RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, bool adds, float* dw) {
+// [pixel][lane]; x has its second vector `stride` floats behind the first, as a panel's pixels are. What is there is
+// added last: sums of sums round less than one long sum.
+RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, int64_t stride, bool adds,
+                                  float* dw) {
   Vec acc[kGradientChannels][kProductVectors] = {};
-  const int64_t vector = pixels * kLanes;
   int64_t i = 0;
   do {  // the test at the end: or GCC keeps the accumulators in memory
     RESNEXT_UNROLL
     for (int pixel = 0; pixel < kGradientPixels; ++pixel, i += kLanes) {
       Vec value[kProductVectors];
       RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * vector + i));
+      for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * stride + i));
       RESNEXT_UNROLL
       for (int o = 0; o < kGradientChannels; ++o) add_products(acc[o], grad + i + o, value, o);
     }
-  } while (i < vector);
+  } while (i < pixels * kLanes);
   if (adds) {
     RESNEXT_UNROLL
     for (int o = 0; o < kGradientChannels; ++o) {
@@ -428,7 +428,7 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
         for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
           x_ahead.ask();
           grad_ahead.ask();
-          gradient_tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels,
+          gradient_tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels, pixels * kLanes,
                         /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
         }
       }

@@ -10,10 +10,10 @@
 // pointwise.inl.h. Tiles are transformed a panel at a time, which stays in the L2 cache.
 //
 // fp32 accumulation, in an order that depends on neither threads nor instruction sets. In root mean square rounding
-// errors are no larger than those of direct sums, which have more terms; but neighbours' products cancel here, so that
-// a value far larger than those beside it leaves its rounding error in results that should not see it (where its weight
-// is zero). Infinity becomes NaN in sums and differences, and spreads over the taps of dw: `not_finite` tells that
-// there was such a result, and that the call must be computed in another way.
+// errors are of the size of direct sums', which have more terms; but neighbours' products cancel here, so that a value
+// far larger than those beside it leaves its rounding error in results that should not see it (where its weight is
+// zero). Infinity becomes NaN in sums and differences, and spreads over the taps of dw: `not_finite` tells that there
+// was such a result, and that the call must be computed in another way.
 
 constexpr int64_t kPositions = 16;
 constexpr int64_t kApart = 16;  // floats: rows of positions would otherwise compete for a few sets of the caches
@@ -371,6 +371,8 @@ void multiply_tiles(const TileProduct& p, float* scratch, int64_t begin, int64_t
 
 // --- weight gradient ---
 
+constexpr int64_t kGradientTiles = 56;  // summed together, of a panel; a multiple of kGradientPixels
+
 RESNEXT_INLINE int64_t tile_grad_lanes(const TileGradient& g) { return round_up(g.grad_block, kPanelLanes); }
 RESNEXT_INLINE int64_t tile_x_lanes(const TileGradient& g) { return round_up(g.x_block, kTileChannels); }
 RESNEXT_INLINE int64_t gradient_tiles(const TileGradient& g) {
@@ -427,11 +429,15 @@ void tile_gradient(const TileGradient& g, float* scratch, int64_t begin, int64_t
                          grad);
       for (int64_t position = 0; position < kPositions; ++position) {
         float* to = slice + position * position_slice(g);
-        for (int64_t i = 0; i < b.x_channels; i += kProductLanes) {
-          for (int64_t o = 0; o < b.grad_channels; o += kGradientChannels) {
-            gradient_tile(grad + position * grad_step + o / kLanes * kLanes * tiles + o % kLanes,
-                          x + position * x_step + i * tiles, tiles, /*adds=*/first != chunk_first,
-                          to + i * tile_grad_lanes(g) + o * kProductLanes);
+        for (int64_t tile = 0; tile < tiles; tile += kGradientTiles) {
+          const float* grads = grad + position * grad_step + tile * kLanes;
+          const float* xs = x + position * x_step + tile * kLanes;
+          for (int64_t i = 0; i < b.x_channels; i += kProductLanes) {
+            for (int64_t o = 0; o < b.grad_channels; o += kGradientChannels) {
+              gradient_tile(grads + o / kLanes * kLanes * tiles + o % kLanes, xs + i * tiles,
+                            min_of(kGradientTiles, tiles - tile), tiles * kLanes,
+                            /*adds=*/first != chunk_first || tile > 0, to + i * tile_grad_lanes(g) + o * kProductLanes);
+            }
           }
         }
       }
