@@ -20,6 +20,7 @@
 #include "cpu/capability.h"
 #include "cpu/winograd_conv.h"
 #include "dlpack.h"
+#include "grouped_conv.h"
 #include "operators.h"
 
 namespace resnext {
@@ -323,17 +324,10 @@ PyObject* winograd_serves(PyObject*, PyObject* const* objects, Py_ssize_t count)
     if (use == nullptr) throw PythonError();
     int64_t sizes[6];
     for (int i = 0; i < 6; ++i) sizes[i] = integer(objects[i + 1]);
-    GroupedConvShape shape{};
-    shape.batch = sizes[0];
-    shape.in_channels = sizes[1];
-    shape.out_channels = sizes[2];
-    shape.height = shape.out_height = sizes[3];
-    shape.width = shape.out_width = sizes[4];
-    shape.groups = sizes[5];
-    STD_TORCH_CHECK(shape.groups > 0, "winograd_serves: expected groups, got ", shape.groups);
-    shape.stride_h = shape.stride_w = 1;
-    shape.channels_last = true;
-    shape.kernel = 3;
+    const auto [batch, in_channels, out_channels, height, width, groups] = sizes;
+    const GroupedConvShape shape = make_shape("winograd_serves", {batch, in_channels, height, width}, out_channels,
+                                              /*stride_h=*/1, /*stride_w=*/1, groups, /*channels_last=*/true,
+                                              /*kernel=*/3);
     return PyBool_FromLong(cpu::winograd_serves(shape, cpu::tile_use(use)) ? 1 : 0);
   });
 }

@@ -19,18 +19,10 @@ from .reference import Stride
 _LIBRARY = Composed(extension)
 
 
-def conv_stats_fwd(
-    x: Tensor,
-    prologue: Affine | None,
-    weight: Tensor,
-    stride: Stride,
-    groups: int,
-    channels_last: bool,
-    stats: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Convolve relu(prologue(x)); the result z with the mean and biased variance of its channels if ``stats``."""
-    launchers = extension if serves(x.shape, weight.shape) else _LIBRARY
-    return launchers.conv_stats_fwd(x, prologue, weight, stride, groups, channels_last, stats)
+def conv_stats_fwd(x: Tensor, prologue: Affine | None, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """`Composed.conv_stats_fwd`, or the extension's."""
+    launchers: Any = extension if serves(x.shape, weight.shape) else _LIBRARY
+    return launchers.conv_stats_fwd(x, prologue, weight, *rest)
 
 
 def conv_stats_bwd(
@@ -54,24 +46,14 @@ def conv_stats_bwd(
     return dx, dscale, dshift, extension.conv_stats_bwd(*arguments, (False, wanted[1]))[3]
 
 
-def conv_affine(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    stride: Stride,
-    groups: int,
-    channels_last: bool,
-) -> Tensor:
-    """Compute scale * conv(x, weight) + shift + residual, then ReLU if asked for."""
+def conv_affine(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """`Composed.conv_affine`, in one call of oneDNN where there is one, or the extension's."""
     launchers: Any = _LIBRARY
     if serves(x.shape, weight.shape, "packed_product" if extension.is_kept(weight) else "product"):
         launchers = extension
     elif onednn.serves(x.dtype, x.device):
         launchers = onednn
-    return launchers.conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last)
+    return launchers.conv_affine(x, weight, *rest)
 
 
 def serves(input_shape: Sequence[int], weight_shape: Sequence[int], use: str = "product") -> bool:

@@ -270,9 +270,9 @@ def _fits_winograd(problem: ConvProblem) -> bool:
     return problem.dtype == torch.float32 and problem.channels_last and problem.stride == (1, 1)
 
 
-def by_winograd(problem: ConvProblem, device: torch.device) -> bool:
+def by_winograd(problem: ConvProblem) -> bool:
     """Whether the CPU backend computes the forward of a 3x3 convolution in float32 by Winograd's algorithm."""
-    if not _fits_winograd(problem) or unsupported("cpu", problem.dtype, device):
+    if not _fits_winograd(problem) or unsupported("cpu", problem.dtype, torch.device(problem.device_type)):
         return False
     image = (problem.batch, problem.in_channels, problem.height, problem.width)
     return _module("extension").winograd_serves("product", image, (problem.out_channels,), problem.groups)

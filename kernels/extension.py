@@ -173,15 +173,20 @@ def keep_packed(weight: Tensor) -> None:
     _PACKED[weight] = (weight._version, packed)
 
 
+def _kept(weight: Tensor) -> tuple[int, Tensor | None] | None:
+    kept = _PACKED.get(weight)
+    return None if kept is None or kept[0] != weight._version else kept
+
+
 def is_kept(weight: Tensor) -> bool:
     """Whether `keep_packed` counts for a weight."""
-    return (kept := _PACKED.get(weight)) is not None and kept[0] == weight._version
+    return _kept(weight) is not None
 
 
 def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
-    if groups > 1 or not is_kept(weight):
+    if groups > 1 or (kept := _kept(weight)) is None:
         return None
-    version, packed = _PACKED[weight]
+    version, packed = kept
     if packed is not None or weight.shape[2] == 1:
         return packed
     by_tiles = channels_last and stride == (1, 1) and winograd_serves("packed_product", x.shape, weight.shape, 1)

@@ -253,10 +253,9 @@ def gains_in_channels_last(weight_shape: Sequence[int], stride: tuple[int, ...],
         return groups == 1
     if tuple(weight_shape[2:]) != checks.KERNEL_SIZE:
         return False
-    cpu = torch.device("cpu")
     large = (64, weight_shape[1] * groups, 64, 64)
-    problem = dispatch.problem_of("fwd", large, weight_shape, stride, groups, torch.float32, cpu, True)
-    return dispatch.by_winograd(problem, cpu)
+    place = (stride, groups, torch.float32, torch.device("cpu"), True)
+    return dispatch.by_winograd(dispatch.problem_of("fwd", large, weight_shape, *place))
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:

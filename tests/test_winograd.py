@@ -135,9 +135,8 @@ def test_statistics_beside_what_is_not_finite(capability):
 def test_a_packed_weight_serves_until_the_weight_changes(capability):
     x, weight, shift = nhwc(1, 160, 8, 8), nhwc(170, 160, 3, 3), torch.randn(170)
     rest = (None, shift, None, True, (1, 1), 1, True)
-    assert not extension.winograd_serves(
-        "product", x.shape, weight.shape, 1
-    )  # too few pixels to pack for in every call
+    # too few pixels to pack for in every call
+    assert not extension.winograd_serves("product", x.shape, weight.shape, 1)
     assert extension.winograd_serves("packed_product", x.shape, weight.shape, 1)
     exact = F.relu(F.conv2d(x.double(), weight.double(), shift.double(), padding=1))
     assert keep_packed(weight, x)

@@ -105,16 +105,9 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
-  if (winograd_serves(shape, TileUse::kGradient)) {
-    TileGradient tiles{};
-    tiles.grad = g.grad;
-    tiles.x = g.x;
-    tiles.read_grad = g.read_grad;
-    tiles.read_x = g.read_x;
-    tiles.dw = g.dw;
-    tiles.strides = g.strides;
-    tiles.dtype = g.dtype;
-    if (run_winograd_gradient(tiles, shape)) return;
+  if (winograd_serves(shape, TileUse::kGradient) &&
+      run_winograd_gradient({g.grad, g.x, g.read_grad, g.read_x, g.dw, g.strides, g.dtype}, shape)) {
+    return;
   }
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each has enough
   // pixels to be worth adding up its partial result, and all partial results together stay small.

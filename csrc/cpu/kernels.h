@@ -156,13 +156,13 @@ struct TileProduct {
 struct TileGradient {
   Image grad, x;
   ReadMap read_grad, read_x;
+  void* dw;  // (C_out, C_in / groups, 3, 3)
+  FilterStrides strides;
+  Dtype dtype;
   int64_t group_in, group_out;
   int64_t grad_block, x_block;  // channels
   int64_t chunks, panel_rows;
   float* partial;
-  void* dw;  // (C_out, C_in / groups, 3, 3)
-  FilterStrides strides;
-  Dtype dtype;
   int* not_finite;
 };
 

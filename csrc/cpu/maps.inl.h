@@ -58,6 +58,26 @@ struct AddAffine {
   RESNEXT_INLINE Vec operator()(Vec value, Vec other) const { return round_to<T>(value + affine(other)); }
 };
 
+// A map by name: decltype(name)::template Map<T, Channels>.
+template <template <class, class> class M>
+struct MapName {
+  template <class T, class Channels>
+  using Map = M<T, Channels>;
+};
+
+// work(the name of the map of this kind).
+template <class Work>
+RESNEXT_INLINE void with_read_map(const ReadMap& read, Work work) {
+  switch (read.kind) {
+    case ReadMap::kNone:
+      return work(MapName<KeepValue>{});
+    case ReadMap::kAffineRelu:
+      return work(MapName<AffineRelu>{});
+    case ReadMap::kAddAffine:
+      return work(MapName<AddAffine>{});
+  }
+}
+
 template <bool kAdd>
 struct ScaleShift {
   static constexpr bool kOther = kAdd;

@@ -80,24 +80,13 @@ void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, P
   }
 }
 
-template <int kPiece, class T>
-void read_panel_of(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
-                   int64_t block_pixels, float* panel) {
-  switch (read.kind) {
-    case ReadMap::kNone:
-      return read_panel_as<kPiece, T, KeepValue>(from, grid, read, part, block_pixels, panel);
-    case ReadMap::kAffineRelu:
-      return read_panel_as<kPiece, T, AffineRelu>(from, grid, read, part, block_pixels, panel);
-    case ReadMap::kAddAffine:
-      return read_panel_as<kPiece, T, AddAffine>(from, grid, read, part, block_pixels, panel);
-  }
-}
-
 template <int kPiece>
 void read_panel(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
                 int64_t block_pixels, float* panel) {
   with_float_type(from.image.dtype, [&](auto value) {
-    read_panel_of<kPiece, decltype(value)>(from, grid, read, part, block_pixels, panel);
+    with_read_map(read, [&](auto map) {
+      read_panel_as<kPiece, decltype(value), decltype(map)::template Map>(from, grid, read, part, block_pixels, panel);
+    });
   });
 }
 

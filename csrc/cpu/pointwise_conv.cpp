@@ -38,9 +38,8 @@ std::array<int64_t, 3> packed_sizes(int64_t src_channels, int64_t dst_channels) 
 
 void pack(const Kernels& kernels, const WeightMatrix& weight, float* packed) {
   const auto [tiles, lanes, tile_channels] = packed_sizes(weight.src_channels, weight.dst_channels);
-  torch::stable::parallel_for(0, tiles, copies_at_once(lanes * tile_channels), [&](int64_t begin, int64_t end) {
-    kernels.pack_matrix(weight, packed, begin, end);
-  });
+  torch::stable::parallel_for(0, tiles, copies_at_once(lanes * tile_channels),
+                              [&](int64_t begin, int64_t end) { kernels.pack_matrix(weight, packed, begin, end); });
 }
 
 }  // namespace
@@ -117,14 +116,7 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
 }
 
 const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
-  if (!packed.has_value()) return nullptr;
-  const auto sizes = packed_sizes(in_channels, out_channels);
-  const bool right = packed->dim() == 3 && packed->size(0) == sizes[0] && packed->size(1) == sizes[1] &&
-                     packed->size(2) == sizes[2] && packed->scalar_type() == ScalarType::Float &&
-                     packed->is_contiguous();
-  STD_TORCH_CHECK(right, op, ": expected a contiguous float32 packed weight of shape ", format_sizes(sizes.data(), 3),
-                  ", got ", toString(packed->scalar_type()), " ", format_sizes(*packed), "; pack the weight anew");
-  return static_cast<const float*>(packed->data_ptr());
+  return packed_floats(packed, packed_sizes(in_channels, out_channels), op);
 }
 
 void pack_pointwise(const Tensor& weight, const Tensor& packed) {

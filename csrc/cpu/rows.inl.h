@@ -170,14 +170,8 @@ template <class T>
 void read_row_as(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
                  int64_t lanes, IntVec order, float* panel) {
   const auto piece = piece_of<T>(image, read.other, n, h, c, channels);
-  switch (read.kind) {
-    case ReadMap::kNone:
-      return read_piece<KeepValue>(image, piece, read, lanes, order, panel);
-    case ReadMap::kAffineRelu:
-      return read_piece<AffineRelu>(image, piece, read, lanes, order, panel);
-    case ReadMap::kAddAffine:
-      return read_piece<AddAffine>(image, piece, read, lanes, order, panel);
-  }
+  with_read_map(read,
+                [&](auto map) { read_piece<decltype(map)::template Map>(image, piece, read, lanes, order, panel); });
 }
 
 template <class T>

@@ -147,21 +147,12 @@ void transform_panel_as(const TilePanel& p, float* panel) {
   }
 }
 
-template <int kSide, class T>
-void transform_panel_of(const TilePanel& p, float* panel) {
-  switch (p.read.kind) {
-    case ReadMap::kNone:
-      return transform_panel_as<kSide, T, KeepValue>(p, panel);
-    case ReadMap::kAffineRelu:
-      return transform_panel_as<kSide, T, AffineRelu>(p, panel);
-    case ReadMap::kAddAffine:
-      return transform_panel_as<kSide, T, AddAffine>(p, panel);
-  }
-}
-
 template <int kSide>
 void transform_panel(const TilePanel& p, float* panel) {
-  with_float_type(p.image.dtype, [&](auto value) { transform_panel_of<kSide, decltype(value)>(p, panel); });
+  with_float_type(p.image.dtype, [&](auto value) {
+    with_read_map(p.read,
+                  [&](auto map) { transform_panel_as<kSide, decltype(value), decltype(map)::template Map>(p, panel); });
+  });
 }
 
 RESNEXT_INLINE void tell_not_finite(Vec check, int* not_finite) {

@@ -160,15 +160,9 @@ bool run_winograd_gradient(TileGradient g, const GroupedConvShape& shape) {
 }
 
 const float* packed_tile_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
-  if (!packed.has_value()) return nullptr;
   const Kernels& kernels = active_kernels();
   const Layout layout = kernels.make_tile_layout(1, in_channels, out_channels);
-  const std::array<int64_t, 2> sizes = {layout.tiles, kernels.tile_weight_size(layout)};
-  const bool right = packed->dim() == 2 && packed->size(0) == sizes[0] && packed->size(1) == sizes[1] &&
-                     packed->scalar_type() == ScalarType::Float && packed->is_contiguous();
-  STD_TORCH_CHECK(right, op, ": expected a contiguous float32 packed weight of shape ", format_sizes(sizes.data(), 2),
-                  ", got ", toString(packed->scalar_type()), " ", format_sizes(*packed), "; pack the weight anew");
-  return static_cast<const float*>(packed->data_ptr());
+  return packed_floats(packed, std::array<int64_t, 2>{layout.tiles, kernels.tile_weight_size(layout)}, op);
 }
 
 void pack_winograd(const Tensor& weight, const Tensor& packed) {
