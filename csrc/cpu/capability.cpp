@@ -14,6 +14,9 @@ const Kernels* find_kernels(const std::string& name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx512_bf16") {
+    return avx512 && __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels() : nullptr;
+  }
   if (name == "avx512") return avx512 ? avx512_kernels() : nullptr;
   if (name == "avx2") return avx2 ? avx2_kernels() : nullptr;  // every machine with AVX2 has F16C
 #endif
@@ -21,7 +24,7 @@ const Kernels* find_kernels(const std::string& name) {
 }
 
 const Kernels* best_kernels() {
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"avx512_bf16", "avx512", "avx2"}) {
     if (const Kernels* kernels = find_kernels(name)) return kernels;
   }
   return portable_kernels();
@@ -39,7 +42,7 @@ const Kernels& active_kernels() { return *active().load(std::memory_order_relaxe
 void force_capability(const std::string& name) {
   const Kernels* kernels = name.empty() ? best_kernels() : find_kernels(name);
   STD_TORCH_CHECK(kernels != nullptr,
-                  "set_cpu_capability: expected avx512, avx2, portable or an empty name, and a machine that has it, ",
+                  "set_cpu_capability: expected avx512_bf16, avx512, avx2, portable or an empty name, and a machine that has it, ",
                   "got '", name, "'; leave the choice automatic with ''");
   active().store(kernels, std::memory_order_relaxed);
 }

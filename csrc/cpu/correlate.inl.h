@@ -16,7 +16,7 @@ struct Source {
 struct RowArgs {
   Source sources[3];
   int count;
-  int64_t depth;  // source channels of a group
+  int64_t depth;  // source channels of a group, or pairs of them
   int64_t src_lanes;
   const float* bias;
   float* out;
@@ -39,7 +39,7 @@ constexpr int pixel_of(int column, int k) {
   return column >= k && (column - k) % kStep == 0 ? (column - k) / kStep : -1;
 }
 
-template <int kStep, int kPhases, int kPixels, int kVectors, int kShared>
+template <class Terms, int kStep, int kPhases, int kPixels, int kVectors, int kShared>
 RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
   constexpr int kColumns = kPhases == 2 ? kPixels / 2 + 1 : (kPixels - 1) * kStep + 3;
   Vec acc[kPixels][kVectors];
@@ -69,7 +69,7 @@ RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
           const int p = pixel_of<kStep, kPhases>(column, k);
           if (p < 0 || p >= kPixels) continue;
           RESNEXT_UNROLL
-          for (int v = 0; v < kVectors; ++v) acc[p][v] += value * w[k][v];
+          for (int v = 0; v < kVectors; ++v) acc[p][v] = Terms::add(acc[p][v], value, w[k][v]);
         }
       }
     }
@@ -86,39 +86,40 @@ RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
 }
 
 // The last block of a row is moved back to end with it: some pixels are then computed twice, with the same result.
-template <int kStep, int kPhases, int kPixels, int kVectors, int kShared>
+template <class Terms, int kStep, int kPhases, int kPixels, int kVectors, int kShared>
 void correlate_pixels(const RowArgs& args) {
   const int64_t last = args.pixels > kPixels ? round_up(args.pixels - kPixels, kPhases) : 0;
   for (int64_t pixel = 0; pixel < args.pixels; pixel += kPixels) {
-    correlate_block<kStep, kPhases, kPixels, kVectors, kShared>(args, min_of(pixel, last));
+    correlate_block<Terms, kStep, kPhases, kPixels, kVectors, kShared>(args, min_of(pixel, last));
   }
 }
 
 constexpr int kMaxBlockPixels = 14;
 
-template <int kStep, int kPhases, int kShared>
+template <class Terms, int kStep, int kPhases, int kShared>
 RowKernel row_kernel(const Layout& layout, int64_t pixels) {
   constexpr int kWide = kRegisters >= 32 ? 14 : 6 + kPhases;
   constexpr int kNarrow = kRegisters >= 32 ? 6 + kPhases : 4;
   if constexpr (kShared == 1) {
-    if (layout.tile_vectors == 2) return {correlate_pixels<kStep, kPhases, kNarrow, 2, 1>, kNarrow};
+    if (layout.tile_vectors == 2) return {correlate_pixels<Terms, kStep, kPhases, kNarrow, 2, 1>, kNarrow};
   }
-  if (pixels >= kWide) return {correlate_pixels<kStep, kPhases, kWide, 1, kShared>, kWide};
-  return {correlate_pixels<kStep, kPhases, kNarrow, 1, kShared>, kNarrow};
+  if (pixels >= kWide) return {correlate_pixels<Terms, kStep, kPhases, kWide, 1, kShared>, kWide};
+  return {correlate_pixels<Terms, kStep, kPhases, kNarrow, 1, kShared>, kNarrow};
 }
 
-template <int kShared>
+template <class Terms, int kShared>
 RowKernel row_kernel(const Layout& layout, const Columns& cols, int64_t pixels) {
-  if (cols.in_step == 2) return row_kernel<2, 1, kShared>(layout, pixels);
-  return cols.phases == 2 ? row_kernel<1, 2, kShared>(layout, pixels) : row_kernel<1, 1, kShared>(layout, pixels);
+  if (cols.in_step == 2) return row_kernel<Terms, 2, 1, kShared>(layout, pixels);
+  return cols.phases == 2 ? row_kernel<Terms, 1, 2, kShared>(layout, pixels)
+                          : row_kernel<Terms, 1, 1, kShared>(layout, pixels);
 }
 
-template <int kShared = kLanes>
+template <class Terms, int kShared = kLanes>
 RowKernel row_kernel(const Correlation& c) {
   if constexpr (kShared > 1) {
-    if (c.layout.shared != kShared) return row_kernel<kShared / 2>(c);
+    if (c.layout.shared != kShared) return row_kernel<Terms, kShared / 2>(c);
   }
-  return row_kernel<kShared>(c.layout, c.cols, c.dst.width);
+  return row_kernel<Terms, kShared>(c.layout, c.cols, c.dst.width);
 }
 
 constexpr int kRingRows = 3;
@@ -136,8 +137,13 @@ RESNEXT_INLINE int64_t buffer_size(const Correlation& c) {
   return (c.dst.width + kMaxBlockPixels) * tile_lanes(c.layout);
 }
 
+// Floats of a source row before its channels become pairs.
+RESNEXT_INLINE int64_t unpaired_size(const Correlation& c) {
+  return c.layout.pairs ? c.src.width * 2 * c.layout.src_lanes : 0;
+}
+
 int64_t correlate_scratch(const Correlation& c) {
-  int64_t size = ring_size(c) + buffer_size(c);
+  int64_t size = ring_size(c) + buffer_size(c) + unpaired_size(c);
   if (c.packed.weight == nullptr) {
     size += c.block * (packed_weight_size(c.layout) + packed_bias_size(c.layout)) + weight_scratch(c.layout);
   }
@@ -211,12 +217,13 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
   const int64_t blocks = ceil_div(layout.bundles, c.block);
   float* ring = scratch;
   float* buffer = ring + ring_size(c);
-  float* own_weight = buffer + buffer_size(c);
+  float* unpaired = buffer + buffer_size(c);
+  float* own_weight = unpaired + unpaired_size(c);
   float* own_bias = own_weight + c.block * packed_weight_size(layout);
   float* pack_scratch = own_bias + c.block * packed_bias_size(layout);
   __builtin_memset(ring, 0, ring_size(c) * sizeof(float));
   RowPlan plan;
-  plan.kernel = row_kernel(c);
+  plan.kernel = with_terms(layout.pairs, [&](auto terms) { return row_kernel<decltype(terms)>(c); });
   plan.fits = c.dst.width >= plan.kernel.block_pixels && c.dst.width % c.cols.phases == 0;
   plan.src_order = channels_of_lanes(layout, layout.group_src);
   plan.dst_order = lanes_of_channels(layout, layout.group_dst);
@@ -239,10 +246,15 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
       if (next_row < first_row) next_row = first_row;
       for (; next_row < min_of(first_row + phase.count, c.src.height); ++next_row) {
         for (int64_t b = 0; b < bundles; ++b) {
-          float* panel = ring + (next_row % kRingRows * c.block + b) * panel_size(c);
-          read_row(c.src, c.read, t.n, next_row, (first_bundle + b) * layout.src_channels,
-                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, plan.src_order,
-                   panel + layout.src_lanes);
+          float* panel = ring + (next_row % kRingRows * c.block + b) * panel_size(c) + layout.src_lanes;
+          const int64_t channel = (first_bundle + b) * layout.src_channels;
+          const int64_t channels = bundle_src_channels(layout, first_bundle + b);
+          if (layout.pairs) {
+            read_row_pairs(c.src, c.read, t.n, next_row, channel, channels, layout.src_lanes, plan.src_order, unpaired,
+                           panel);
+          } else {
+            read_row(c.src, c.read, t.n, next_row, channel, channels, layout.src_lanes, plan.src_order, panel);
+          }
         }
       }
       find_sources(c, first_row, phase, ring, packed.weight, plan);

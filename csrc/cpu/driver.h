@@ -30,13 +30,14 @@ Image image_of(const Tensor& tensor, bool channels_last);
 FilterStrides filter_strides(const Tensor& weight);  // of (C_out, C_in / groups, 3, 3), dense in either layout
 float* floats_of(const OptionalTensor& tensor);      // null if there is none
 
-// The data of a weight that was packed before, checked to be float32 of these sizes; null if there is none.
+// The data of a weight that was packed before, checked to be of this dtype and these sizes; null if there is none.
 template <size_t kDims>
-const float* packed_floats(const OptionalTensor& packed, const std::array<int64_t, kDims>& sizes, const char* op) {
+const float* packed_weight(const OptionalTensor& packed, ScalarType dtype, const std::array<int64_t, kDims>& sizes,
+                           const char* op) {
   if (!packed.has_value()) return nullptr;
-  bool right = packed->dim() == kDims && packed->scalar_type() == ScalarType::Float && packed->is_contiguous();
+  bool right = packed->dim() == kDims && packed->scalar_type() == dtype && packed->is_contiguous();
   for (size_t dim = 0; right && dim < kDims; ++dim) right = packed->size(static_cast<int64_t>(dim)) == sizes[dim];
-  STD_TORCH_CHECK(right, op, ": expected a contiguous float32 packed weight of shape ",
+  STD_TORCH_CHECK(right, op, ": expected a contiguous ", toString(dtype), " packed weight of shape ",
                   format_sizes(sizes.data(), kDims), ", got ", toString(packed->scalar_type()), " ",
                   format_sizes(*packed), "; pack the weight anew");
   return static_cast<const float*>(packed->data_ptr());

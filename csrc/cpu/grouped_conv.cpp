@@ -46,11 +46,13 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                dtype_of(weight),
                transposed,
                /*mirrored=*/transposed && c.cols.phases == 1};
-  if (winograd_serves(shape, packed == nullptr ? TileUse::kProduct : TileUse::kPackedProduct) &&
+  const int64_t group_src = c.src.channels / shape.groups;
+  const bool pairs = multiplies_pairs(c.src.dtype) && group_src % 2 == 0;
+  if (!pairs && winograd_serves(shape, packed == nullptr ? TileUse::kProduct : TileUse::kPackedProduct) &&
       run_winograd({c.src, c.dst, c.filters, packed}, c.read, c.write, shape, results)) {
     return;
   }
-  c.layout = kernels.make_layout(shape.groups, c.src.channels / shape.groups, c.dst.channels / shape.groups);
+  c.layout = kernels.make_layout(shape.groups, group_src, c.dst.channels / shape.groups, pairs);
   c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
   const int64_t blocks = ceil_div(c.layout.bundles, c.block);
   const bool sums = takes_sums(c.write);
@@ -101,11 +103,12 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   const Kernels& kernels = active_kernels();
   g.stride_h = shape.stride_h;
   g.stride_w = shape.stride_w;
-  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out());
+  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out(), /*pairs=*/false);
+  g.pairs = multiplies_pairs(g.x.dtype);
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
-  if (winograd_serves(shape, TileUse::kGradient) &&
+  if (!g.pairs && winograd_serves(shape, TileUse::kGradient) &&
       run_winograd_gradient({g.grad, g.x, g.read_grad, g.read_x, g.dw, g.strides, g.dtype}, shape)) {
     return;
   }
@@ -252,7 +255,7 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
   write.affine = affine.affine;
   write.other = residual.has_value() ? residual->data_ptr() : nullptr;
   write.relu = relu;
-  const float* packed_weight = shape.kernel == 1 ? packed_data(packed, x.size(1), y.size(1), "conv_affine")
+  const float* packed_weight = shape.kernel == 1 ? packed_data(packed, weight, "conv_affine")
                                                  : packed_tile_data(packed, x.size(1), y.size(1), "conv_affine");
   run_forward(x, {}, weight, packed_weight, y, write, shape);
 }

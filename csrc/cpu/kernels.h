@@ -95,7 +95,9 @@ struct Columns {
 //    group. A source channel of all of them, repeated over a vector, is then one load, and meets every destination
 //    channel of its own group only;
 //  - otherwise (shared is 1): one group, whose destination channels are cut into tiles of `tile_vectors` vectors.
+// In a layout of pairs a source "channel" is two that follow each other, bfloat16, in one lane.
 struct Layout {
+  bool pairs;
   int64_t groups, group_src, group_dst;
   int64_t shared;  // groups of a bundle, a power of two (the last bundle may have fewer)
   int64_t bundles;
@@ -166,6 +168,8 @@ struct TileGradient {
   int* not_finite;
 };
 
+// With `pairs`, lanes hold two pixels of a row, bfloat16, that follow each other in grad.
+//
 // Chunks cut the batch * out_height rows of grad. Of several chunks each has partial results, a slice of `slice_size`
 // floats per bundle, to be reduced afterwards; a single one is stored where it was made.
 struct WeightGradient {
@@ -173,6 +177,7 @@ struct WeightGradient {
   ReadMap read_grad, read_x;
   int64_t stride_h, stride_w;
   Layout layout;  // source: x, destination: grad
+  bool pairs;
   int64_t block, chunks;
   float* partial;  // null with a single chunk
   void* dw;        // (C_out, C_in / groups, 3, 3)
@@ -203,7 +208,7 @@ struct WeightMatrix {
 };
 
 // A panel's pixels share what is read of them, and are a part of what is summed over the images. Without packed weights
-// every tile is packed where it is used.
+// every tile is packed where it is used. With `pairs`, lanes hold two source channels that follow each other, bfloat16.
 struct PixelProduct {
   GridImage src, dst;
   PixelGrid grid;
@@ -211,16 +216,19 @@ struct PixelProduct {
   WriteMap write;
   WeightMatrix weight;
   const float* packed;
+  bool pairs;
   int64_t panel_pixels;
 };
 
 // Tasks take blocks of both images' channels, chunks of the pixels. Of several chunks each has a slice of partial
 // results, [chunk][block of grad][block of x], of the size that a function of that name tells, to be reduced
-// afterwards; a single one is stored where it was made.
+// afterwards; a single one is stored where it was made. With `pairs`, lanes hold two pixels that follow each other in
+// the grid, bfloat16.
 struct PixelGradient {
   GridImage grad, x;
   PixelGrid grid;
   ReadMap read_grad, read_x;
+  bool pairs;
   int64_t grad_block, x_block;  // channels
   int64_t chunks, panel_pixels;
   float* partial;  // null with a single chunk
@@ -267,8 +275,9 @@ struct LayoutChange {
 // memory of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
 struct Kernels {
   const char* name;
+  bool multiplies_pairs;  // of bfloat16
 
-  Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
+  Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs);
   int64_t (*packed_weight_size)(const Layout&);  // of a bundle
   int64_t (*packed_bias_size)(const Layout&);
   int64_t (*weight_scratch)(const Layout&);
@@ -283,7 +292,7 @@ struct Kernels {
   void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
   void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
 
-  void (*pack_matrix)(const WeightMatrix&, float* packed, int64_t begin_tile, int64_t end_tile);
+  void (*pack_matrix)(const WeightMatrix&, bool pairs, float* packed, int64_t begin_tile, int64_t end_tile);
   int64_t (*product_scratch)(const PixelProduct&);
   void (*multiply)(const PixelProduct&, float* scratch, int64_t begin, int64_t end);  // over panels * tiles
   int64_t (*gradient_slice_size)(const PixelGradient&);
@@ -315,7 +324,8 @@ struct Kernels {
   void (*change_layout)(const LayoutChange&, float* scratch, int64_t begin, int64_t end);  // over rows * blocks
 };
 
-const Kernels* avx512_kernels();  // null where the binary does not hold them
+const Kernels* avx512_bf16_kernels();  // null where the binary does not hold them
+const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 

@@ -1,7 +1,9 @@
 // How channels are laid on vectors, and the packing of weights that follows from it.
 
-Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
+Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs) {
   Layout layout{};
+  if (pairs) group_src /= 2;
+  layout.pairs = pairs;
   layout.groups = groups;
   layout.group_src = group_src;
   layout.group_dst = group_dst;
@@ -59,10 +61,25 @@ RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.gro
 int64_t packed_weight_size(const Layout& layout) { return layout.tiles * 3 * packed_row_size(layout); }
 int64_t packed_bias_size(const Layout& layout) { return layout.tiles * tile_lanes(layout); }
 
+// The layout as it would be with one channel in a lane, but with the same lanes.
+RESNEXT_INLINE Layout without_pairs(Layout layout) {
+  if (!layout.pairs) return layout;
+  layout.pairs = false;
+  layout.group_src *= 2;
+  layout.src_channels *= 2;
+  return layout;
+}
+
 // Floats of a bundle's weights before packing, in whole vectors; also room for one bundle's biases.
-int64_t weight_scratch(const Layout& layout) {
+RESNEXT_INLINE int64_t filters_size(const Layout& layout) {
   const int64_t filters = layout.src_channels * layout.group_dst;  // = dst_channels * group_src
   return round_up(filters * 9 > layout.dst_channels ? filters * 9 : layout.dst_channels, kLanes);
+}
+
+// With pairs, also room for a packed tile without.
+int64_t weight_scratch(const Layout& layout) {
+  const Layout whole = without_pairs(layout);
+  return filters_size(whole) + (layout.pairs ? 3 * packed_row_size(whole) : 0);
 }
 
 // Where a packed tile keeps tap number `tap` of the reduction's term 0; that of term i 3 * i * tile_lanes further on.
@@ -163,8 +180,18 @@ void pack_tile(const Layout& layout, const Filters& f, const float* filters, int
   }
 }
 
-void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t begin_bundle, int64_t end_bundle,
-                 const PackedFilters& first) {
+// A packed tile's terms, two by two.
+void pair_terms(const Layout& layout, const float* from, float* to) {
+  const int64_t term_size = 3 * tile_lanes(layout);
+  for (int64_t term = 0; term < 3 * layout.group_src; ++term, from += 2 * term_size, to += term_size) {
+    for (int64_t i = 0; i < term_size; i += kLanes) store(to + i, pair_lanes(load(from + i), load(from + term_size + i)));
+  }
+}
+
+void pack_weight(const Layout& packed_layout, const Filters& f, float* scratch, int64_t begin_bundle,
+                 int64_t end_bundle, const PackedFilters& first) {
+  const Layout layout = without_pairs(packed_layout);
+  float* whole_tile = scratch + filters_size(layout);
   for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
     const int64_t first_dst = bundle * layout.dst_channels;
     const int64_t dst_channels = bundle_dst_channels(layout, bundle);
@@ -173,13 +200,15 @@ void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t
     const float* filters =
         read_floats(f.weight, f.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
     for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      float* packed =
-          first.weight + (bundle - begin_bundle) * packed_weight_size(layout) + tile * 3 * packed_row_size(layout);
+      float* to = first.weight + (bundle - begin_bundle) * packed_weight_size(packed_layout) +
+                  tile * 3 * packed_row_size(packed_layout);
+      float* packed = packed_layout.pairs ? whole_tile : to;
       if (layout.shared > 1) {
         pack_shared_tile(layout, f, filters, dst_channels / layout.group_dst, packed);
       } else {
         pack_tile(layout, f, filters, tile, packed);
       }
+      if (packed_layout.pairs) pair_terms(packed_layout, packed, to);
     }
     float* packed_bias = first.bias + (bundle - begin_bundle) * packed_bias_size(layout);
     __builtin_memset(packed_bias, 0, packed_bias_size(layout) * sizeof(float));

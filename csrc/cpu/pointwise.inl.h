@@ -7,6 +7,9 @@
 // [block of pixels][vector of channels][pixel of the block][lane]: the inner loops read both operands in the order of
 // memory. Lanes, pixels and weights that are not there are zero.
 //
+// With pairs of bfloat16, a lane of the products' panels and weights holds two source channels, and one of the
+// gradient's panels two pixels.
+//
 // fp32 accumulation, in an order that depends on neither threads nor instruction sets: channels, or pixels of a chunk.
 
 // Accumulators: pixels (or channels of grad) times vectors.
@@ -34,6 +37,10 @@ struct PanelPart {
 
 RESNEXT_INLINE int64_t panel_lanes(int64_t channels) { return round_up(channels, kPanelLanes); }
 
+RESNEXT_INLINE int64_t paired_lanes(int64_t channels, bool pairs) {
+  return panel_lanes(pairs ? ceil_div(channels, 2) : channels);
+}
+
 // One vector of channels, from c on, of pixels of which `offsets` tells where they begin.
 template <bool kWhole, class T, template <class, class> class Map>
 RESNEXT_INLINE void read_column(const T* data, const T* other, const ReadMap& read, const int64_t* offsets,
@@ -47,17 +54,37 @@ RESNEXT_INLINE void read_column(const T* data, const T* other, const ReadMap& re
   }
 }
 
+// The same, of pairs of channels: two vectors of these.
+template <bool kWhole, int kPiece, class T, template <class, class> class Map>
+RESNEXT_INLINE void read_pair_column(const T* data, const T* other, const ReadMap& read, const int64_t* offsets,
+                                     int64_t pixels, int64_t c, int64_t count, float* to) {
+  float low[kPiece * kLanes], high[kPiece * kLanes];
+  read_column<kWhole, T, Map>(data, other, read, offsets, pixels, c, min_of(kLanes, count), low);
+  read_column<kWhole, T, Map>(data, other, read, offsets, pixels, c + kLanes, count > kLanes ? count - kLanes : 0, high);
+  for (int64_t i = 0; i < pixels * kLanes; i += kLanes) {
+    store(to + i, pair_neighbours(load(low + i), load(high + i), LaneIndices{}));
+  }
+}
+
 // kPiece: pixels of which one vector is read before the next. One reads in the order of memory; several keep the map in
 // registers, which is faster where what is read is in the cache.
-template <int kPiece, class T, template <class, class> class Map>
+template <bool kPairs, int kPiece, class T, template <class, class> class Map>
 void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, PanelPart part, int64_t block_pixels,
                    float* panel) {
   const T* data = static_cast<const T*>(from.image.data);
   const T* other = static_cast<const T*>(read.other);
-  const int64_t lanes = panel_lanes(part.channels);
+  constexpr int64_t kChannels = kPairs ? 2 * kLanes : kLanes;  // of a vector
+  const int64_t lanes = paired_lanes(part.channels, kPairs);
   const int64_t stride = block_pixels * kLanes;
   int64_t offsets[kPiece];
   int64_t pixels = kPiece;
+  const auto read_lanes = [&](auto whole, int64_t c, int64_t count, float* to) RESNEXT_ALWAYS {
+    if constexpr (kPairs) {
+      read_pair_column<decltype(whole)::value, kPiece, T, Map>(data, other, read, offsets, pixels, c, count, to);
+    } else {
+      read_column<decltype(whole)::value, T, Map>(data, other, read, offsets, pixels, c, count, to);
+    }
+  };
   for (int64_t pixel = 0; pixel < part.pixels; pixel += pixels) {
     const int64_t in_block = pixel % block_pixels;
     if (kPiece > 1) pixels = min_of(kPiece, min_of(block_pixels - in_block, part.pixels - pixel));
@@ -66,12 +93,11 @@ void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, P
     }
     float* to = panel + (pixel - in_block) * lanes + in_block * kLanes;
     int64_t i = 0;
-    for (; i + kLanes <= part.channels; i += kLanes, to += stride) {
-      read_column<true, T, Map>(data, other, read, offsets, pixels, part.c + i, kLanes, to);
+    for (; i + kChannels <= part.channels; i += kChannels, to += stride) {
+      read_lanes(std::true_type{}, part.c + i, kChannels, to);
     }
-    for (; i < lanes; i += kLanes, to += stride) {
-      const int64_t count = i < part.channels ? part.channels - i : 0;
-      read_column<false, T, Map>(data, other, read, offsets, pixels, part.c + i, count, to);
+    for (; i < lanes * kChannels / kLanes; i += kChannels, to += stride) {
+      read_lanes(std::false_type{}, part.c + i, i < part.channels ? part.channels - i : 0, to);
     }
   }
   for (int64_t pixel = part.pixels; pixel % block_pixels != 0; ++pixel) {
@@ -85,29 +111,47 @@ void read_panel(const GridImage& from, const PixelGrid& grid, const ReadMap& rea
                 int64_t block_pixels, float* panel) {
   with_float_type(from.image.dtype, [&](auto value) {
     with_read_map(read, [&](auto map) {
-      read_panel_as<kPiece, decltype(value), decltype(map)::template Map>(from, grid, read, part, block_pixels, panel);
+      read_panel_as<false, kPiece, decltype(value), decltype(map)::template Map>(from, grid, read, part, block_pixels,
+                                                                                 panel);
     });
+  });
+}
+
+// The same with pairs of channels, of a bfloat16 image of an even number of them.
+template <int kPiece>
+void read_panel_pairs(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
+                      int64_t block_pixels, float* panel) {
+  if (read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
+    const GridImage pairs = {as_pairs(from.image), from.step_h, from.step_w};
+    const PanelPart pairs_part = {part.first, part.pixels, part.c / 2, part.channels / 2};
+    return read_panel<kPiece>(pairs, grid, read, pairs_part, block_pixels, panel);
+  }
+  with_read_map(read, [&](auto map) {
+    read_panel_as<true, kPiece, BFloat16, decltype(map)::template Map>(from, grid, read, part, block_pixels, panel);
   });
 }
 
 // --- weights: [tile][source channel][kTileChannels], whatever the instruction set ---
 
-RESNEXT_INLINE int64_t packed_tile_size(const WeightMatrix& weight) {
-  return panel_lanes(weight.src_channels) * kTileChannels;
+RESNEXT_INLINE int64_t packed_tile_size(const WeightMatrix& weight, bool pairs) {
+  return paired_lanes(weight.src_channels, pairs) * kTileChannels;
 }
 
 // Packs source channels [begin, end) of a tile: whole vectors of them.
-template <class T>
+template <bool kPairs, class T>
 void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
+  constexpr int kTerms = kPairs ? 2 : 1;  // source channels of a lane
   const T* data = static_cast<const T*>(weight.data);
   const int64_t src = weight.src_channels;
   for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
     const int64_t dst = tile * kTileChannels + lane;
     const int64_t count = dst < weight.dst_channels ? min_of(kLanes, weight.dst_channels - dst) : 0;
     if (weight.transposed) {  // (source channel, destination channel)
-      for (int64_t i = begin; i < end; ++i) {
-        const Vec lanes = load_first(data + i * weight.dst_channels + dst, i < src ? count : 0);
-        store(packed + i * kTileChannels + lane, lanes);
+      const auto row = [&](int64_t i) RESNEXT_ALWAYS {
+        return load_first(data + i * weight.dst_channels + dst, i < src ? count : 0);
+      };
+      for (int64_t i = begin; i < end; i += kTerms) {
+        store(packed + i / kTerms * kTileChannels + lane, kPairs ? pair_lanes(row(i), row(i + 1)) : row(i));
       }
       continue;
     }
@@ -120,22 +164,27 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64
       }
       transpose(square);
       RESNEXT_UNROLL
-      for (int term = 0; term < kLanes; ++term) store(packed + (i + term) * kTileChannels + lane, square[term]);
+      for (int term = 0; term < kLanes; term += kTerms) {
+        const Vec lanes = kPairs ? pair_lanes(square[term], square[term + kTerms - 1]) : square[term];
+        store(packed + (i + term) / kTerms * kTileChannels + lane, lanes);
+      }
     }
   }
 }
 
-void pack_tile(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
-  with_float_type(weight.dtype, [&](auto value) { pack_tile_of<decltype(value)>(weight, tile, begin, end, packed); });
+void pack_tile(const WeightMatrix& weight, bool pairs, int64_t tile, int64_t begin, int64_t end, float* packed) {
+  if (pairs) return pack_tile_of<true, BFloat16>(weight, tile, begin, end, packed);
+  with_float_type(weight.dtype,
+                  [&](auto value) { pack_tile_of<false, decltype(value)>(weight, tile, begin, end, packed); });
 }
 
 // Reads the weight in the order of memory: a transposed one row by row, through all tiles.
-void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, int64_t end_tile) {
-  const int64_t lanes = panel_lanes(weight.src_channels);
-  const int64_t piece = weight.transposed ? kPanelLanes : lanes;
-  for (int64_t i = 0; i < lanes; i += piece) {
+void pack_matrix(const WeightMatrix& weight, bool pairs, float* packed, int64_t begin_tile, int64_t end_tile) {
+  const int64_t channels = paired_lanes(weight.src_channels, pairs) * (pairs ? 2 : 1);
+  const int64_t piece = weight.transposed ? kPanelLanes : channels;
+  for (int64_t i = 0; i < channels; i += piece) {
     for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
-      pack_tile(weight, tile, i, i + piece, packed + tile * packed_tile_size(weight));
+      pack_tile(weight, pairs, tile, i, i + piece, packed + tile * packed_tile_size(weight, pairs));
     }
   }
 }
@@ -144,7 +193,7 @@ void pack_matrix(const WeightMatrix& weight, float* packed, int64_t begin_tile, 
 
 // out[pixel][lane] of the first kPixels pixels of a block and kVectors vectors of destination channels, summed over
 // `terms` source channels. `stride`: floats from a row of the weight, or of the results, to the next.
-template <int kVectors, int kPixels>
+template <class Terms, int kVectors, int kPixels>
 RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t terms, int64_t stride, float* out) {
   Vec acc[kPixels][kVectors] = {};
   const auto add_term = [&](const float* x) RESNEXT_ALWAYS {
@@ -153,7 +202,7 @@ RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64
     for (int v = 0; v < kVectors; ++v) w[v] = in_register(load(weight + v * kLanes));
     weight += stride;
     RESNEXT_UNROLL
-    for (int p = 0; p < kPixels; ++p) add_products(acc[p], x + p * kLanes, w, p);
+    for (int p = 0; p < kPixels; ++p) add_products<Terms>(acc[p], x + p * kLanes, w, p);
   };
   for (int64_t i = 0; i + kLanes <= terms; i += kLanes) {
     RESNEXT_UNROLL_4
@@ -169,22 +218,23 @@ RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64
 }
 
 // The same for the first `pixels` of a block. The last block of an image or batch may have few.
-template <int kVectors>
+template <class Terms, int kVectors>
 RESNEXT_INLINE void product_pixels(const float* panel, const float* weight, int64_t terms, int64_t stride,
                                    int64_t pixels, float* out) {
   if (round_up(pixels, kFewPixels) >= kProductPixels) {
-    return product_block<kVectors, kProductPixels>(panel, weight, terms, stride, out);
+    return product_block<Terms, kVectors, kProductPixels>(panel, weight, terms, stride, out);
   }
   for (int64_t pixel = 0; pixel < pixels; pixel += kFewPixels) {
-    product_block<kVectors, kFewPixels>(panel + pixel * kLanes, weight, terms, stride, out + pixel * stride);
+    product_block<Terms, kVectors, kFewPixels>(panel + pixel * kLanes, weight, terms, stride, out + pixel * stride);
   }
 }
 
 RESNEXT_INLINE int64_t whole_blocks(int64_t pixels) { return round_up(pixels, kProductPixels); }
 
 int64_t product_scratch(const PixelProduct& p) {
-  const int64_t tile = p.packed == nullptr ? packed_tile_size(p.weight) : 0;
-  return whole_blocks(p.panel_pixels) * panel_lanes(p.src.image.channels) + kProductPixels * kTileChannels + tile;
+  const int64_t tile = p.packed == nullptr ? packed_tile_size(p.weight, p.pairs) : 0;
+  const int64_t lanes = paired_lanes(p.src.image.channels, p.pairs);
+  return whole_blocks(p.panel_pixels) * lanes + kProductPixels * kTileChannels + tile;
 }
 
 // `pixels` pixels of an image that follow each other in memory, as an image of one row.
@@ -232,10 +282,11 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
 
 // Results are written block by block: rows of a power of two bytes compete for a few sets of the caches, which hold the
 // lines of one block but not of a panel.
-void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
+template <class Terms>
+void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
-  const int64_t lanes = panel_lanes(src_channels);
+  const int64_t lanes = paired_lanes(src_channels, p.pairs);
   const int64_t tiles = ceil_div(dst_channels, kTileChannels);
   const int64_t all_pixels = p.grid.batch * p.grid.height * p.grid.width;
   float* panel = scratch;
@@ -250,16 +301,17 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
     const int64_t pixels = min_of(p.panel_pixels, all_pixels - first);
     if (task / tiles != read) {
       read = task / tiles;
-      read_panel<1>(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
+      const auto read_terms = p.pairs ? read_panel_pairs<1> : read_panel<1>;
+      read_terms(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
     }
     WriteMap write = p.write;
     if (write.partial != nullptr) write.partial += read * kPartialSums * dst_channels;
-    if (p.packed == nullptr) pack_tile(p.weight, tile, 0, lanes, own_tile);
-    const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight);
+    if (p.packed == nullptr) pack_tile(p.weight, p.pairs, tile, 0, p.pairs ? 2 * lanes : lanes, own_tile);
+    const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight, p.pairs);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       const int64_t count = min_of(kProductPixels, pixels - pixel);
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        product_pixels<kProductVectors>(panel + pixel * lanes, weight + lane, lanes, kTileChannels, count,
+        product_pixels<Terms, kProductVectors>(panel + pixel * lanes, weight + lane, lanes, kTileChannels, count,
                                         results + lane);
       }
       write_block(p, write, {first + pixel, count, c, channels}, pixel, results);
@@ -267,11 +319,16 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
   }
 }
 
+void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
+  with_terms(p.pairs, [&](auto terms) { multiply_as<decltype(terms)>(p, scratch, begin, end); });
+}
+
 // --- weight gradient ---
 
 // Makes, or adds to, a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as
 // [pixel][lane]; x has its second vector `stride` floats behind the first, as a panel's pixels are. What is there is
 // added last: sums of sums round less than one long sum.
+template <class Terms>
 RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, int64_t stride, bool adds,
                                   float* dw) {
   Vec acc[kGradientChannels][kProductVectors] = {};
@@ -283,7 +340,7 @@ RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pix
       RESNEXT_UNROLL
       for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * stride + i));
       RESNEXT_UNROLL
-      for (int o = 0; o < kGradientChannels; ++o) add_products(acc[o], grad + i + o, value, o);
+      for (int o = 0; o < kGradientChannels; ++o) add_products<Terms>(acc[o], grad + i + o, value, o);
     }
   } while (i < pixels * kLanes);
   if (adds) {
@@ -306,9 +363,23 @@ RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x_blo
 
 int64_t gradient_slice_size(const PixelGradient& g) { return grad_lanes(g) * x_lanes(g); }
 
+// The pixels of a panel that holds so many.
+RESNEXT_INLINE int64_t whole_iterations(const PixelGradient& g, int64_t pixels) {
+  return round_up(pixels, g.pairs ? 2 * kGradientPixels : kGradientPixels);
+}
+
+// The pixels of a panel of whole vectors, two by two: the first half of what every vector had.
+void pair_pixels(int64_t lanes, int64_t pixels, float* panel) {
+  for (float* end = panel + lanes * pixels; panel < end; panel += pixels * kLanes) {
+    for (int64_t i = 0; i < pixels * kLanes; i += 2 * kLanes) {
+      store(panel + i / 2, pair_lanes(load(panel + i), load(panel + i + kLanes)));
+    }
+  }
+}
+
 // Floats of both panels.
 RESNEXT_INLINE int64_t gradient_panels(const PixelGradient& g) {
-  return round_up(g.panel_pixels, kGradientPixels) * (grad_lanes(g) + x_lanes(g));
+  return whole_iterations(g, g.panel_pixels) * (grad_lanes(g) + x_lanes(g));
 }
 
 int64_t gradient_scratch(const PixelGradient& g) {
@@ -386,12 +457,13 @@ class PanelAhead {
   }
 };
 
-void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
+template <class Terms>
+void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
   const int64_t x_blocks = ceil_div(g.x.image.channels, g.x_block);
   const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
   const int64_t all_pixels = g.grid.batch * g.grid.height * g.grid.width;
   float* x = scratch;
-  float* grad = scratch + round_up(g.panel_pixels, kGradientPixels) * x_lanes(g);
+  float* grad = scratch + whole_iterations(g, g.panel_pixels) * x_lanes(g);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / x_blocks / grad_blocks;
     const int64_t grad_c = task / x_blocks % grad_blocks * g.grad_block;
@@ -403,11 +475,15 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
     const int64_t chunk_first = all_pixels * chunk / g.chunks;
     for (int64_t first = chunk_first; first < chunk_end; first += g.panel_pixels) {
       const int64_t count = min_of(g.panel_pixels, chunk_end - first);
-      const int64_t pixels = round_up(count, kGradientPixels);
+      const int64_t pixels = whole_iterations(g, count);
       read_panel<kGradientPiece>(g.x, g.grid, g.read_x, {first, count, x_c, x_channels}, pixels, x);
       __builtin_memset(x + panel_lanes(x_channels) * pixels, 0,
                        (x_lanes(g) - panel_lanes(x_channels)) * pixels * sizeof(float));
       read_panel<kGradientPiece>(g.grad, g.grid, g.read_grad, {first, count, grad_c, grad_channels}, pixels, grad);
+      if (g.pairs) {
+        pair_pixels(panel_lanes(x_channels), pixels, x);
+        pair_pixels(panel_lanes(grad_channels), pixels, grad);
+      }
       const int64_t next = first + g.panel_pixels;
       const int64_t next_count = next < chunk_end ? min_of(g.panel_pixels, chunk_end - next) : 0;
       const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, kGradientChannels);
@@ -417,13 +493,18 @@ void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64
         for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
           x_ahead.ask();
           grad_ahead.ask();
-          gradient_tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, pixels, pixels * kLanes,
-                        /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
+          gradient_tile<Terms>(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels,
+                               g.pairs ? pixels / 2 : pixels, pixels * kLanes, /*adds=*/first != chunk_first,
+                               slice + i * grad_lanes(g) + o * kProductLanes);
         }
       }
     }
     if (g.chunks == 1) store_gradient(g, task, 0, x_lanes(g) / kTileChannels, slice);
   }
+}
+
+void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
+  with_terms(g.pairs, [&](auto terms) { pixel_gradient_as<decltype(terms)>(g, scratch, begin, end); });
 }
 
 void reduce_gradient(const PixelGradient& g, int64_t begin, int64_t end) {

@@ -32,14 +32,18 @@ void clear(const Tensor& tensor) {
                               [&](int64_t begin, int64_t end) { std::memset(data + begin, 0, end - begin); });
 }
 
-std::array<int64_t, 3> packed_sizes(int64_t src_channels, int64_t dst_channels) {
-  return {ceil_div(dst_channels, kTileChannels), round_up(src_channels, kPanelLanes), kTileChannels};
+bool in_pairs(Dtype dtype, int64_t src_channels) { return multiplies_pairs(dtype) && src_channels % 2 == 0; }
+
+std::array<int64_t, 3> packed_sizes(int64_t src_channels, int64_t dst_channels, bool pairs) {
+  const int64_t lanes = pairs ? src_channels / 2 : src_channels;
+  return {ceil_div(dst_channels, kTileChannels), round_up(lanes, kPanelLanes), kTileChannels};
 }
 
-void pack(const Kernels& kernels, const WeightMatrix& weight, float* packed) {
-  const auto [tiles, lanes, tile_channels] = packed_sizes(weight.src_channels, weight.dst_channels);
-  torch::stable::parallel_for(0, tiles, copies_at_once(lanes * tile_channels),
-                              [&](int64_t begin, int64_t end) { kernels.pack_matrix(weight, packed, begin, end); });
+void pack(const Kernels& kernels, const WeightMatrix& weight, bool pairs, float* packed) {
+  const auto [tiles, lanes, tile_channels] = packed_sizes(weight.src_channels, weight.dst_channels, pairs);
+  torch::stable::parallel_for(
+      0, tiles, copies_at_once(lanes * tile_channels),
+      [&](int64_t begin, int64_t end) { kernels.pack_matrix(weight, pairs, packed, begin, end); });
 }
 
 }  // namespace
@@ -57,16 +61,17 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
   p.weight = {operands.weight.data_ptr(), dtype_of(operands.weight), operands.transposed, p.src.image.channels,
               channels};
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
-  p.panel_pixels = pixels_of_panel(pixels, round_up(p.src.image.channels, kPanelLanes));
+  p.pairs = in_pairs(p.src.image.dtype, p.src.image.channels);
+  const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels, p.pairs);
+  p.panel_pixels = pixels_of_panel(pixels, lanes);
   const int64_t panels = ceil_div(pixels, p.panel_pixels);
 
-  const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels);
   Buffer packed;
   p.packed = operands.packed;
   // A single panel's tiles are packed where they are used; not so transposed ones, which are quicker to read together.
   if (p.packed == nullptr && (panels > 1 || operands.transposed)) {
     packed = allocate(tiles * lanes * tile_channels);
-    pack(kernels, p.weight, packed.get());
+    pack(kernels, p.weight, p.pairs, packed.get());
     p.packed = packed.get();
   }
   if (p.dst.step_h != 1 || p.dst.step_w != 1) clear(operands.dst);
@@ -100,6 +105,7 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   g.read_x = read_x;
   g.grad_block = std::min(shape.out_channels, kGradBlock);
   g.x_block = std::min(shape.in_channels, kXBlock);
+  g.pairs = multiplies_pairs(g.x.image.dtype);
   g.panel_pixels = kPanelPixels;
   g.dw = dw.data_ptr();
   g.dtype = dtype_of(dw);
@@ -115,8 +121,12 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
                               [&](int64_t begin, int64_t end) { kernels.reduce_gradient(g, begin, end); });
 }
 
-const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
-  return packed_floats(packed, packed_sizes(in_channels, out_channels), op);
+const float* packed_data(const OptionalTensor& packed, const Tensor& weight, const char* op) {
+  const bool pairs = in_pairs(dtype_of(weight), weight.size(1));
+  const auto sizes = packed_sizes(weight.size(1), weight.size(0), pairs);
+  if (!pairs) return packed_weight(packed, ScalarType::Float, sizes, op);
+  const std::array<int64_t, 4> pair_sizes = {sizes[0], sizes[1], sizes[2], 2};
+  return packed_weight(packed, ScalarType::BFloat16, pair_sizes, op);
 }
 
 void pack_pointwise(const Tensor& weight, const Tensor& packed) {
@@ -126,8 +136,9 @@ void pack_pointwise(const Tensor& weight, const Tensor& packed) {
   const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in, 1, 1)");
   check.sizes(weight, "weight", {sizes[0], sizes[1], 1, 1});
   check.dense(weight, "weight", /*channels_last=*/true);
-  float* data = const_cast<float*>(packed_data(packed, sizes[1], sizes[0], kOp));
-  pack(active_kernels(), {weight.data_ptr(), dtype_of(weight), /*transposed=*/false, sizes[1], sizes[0]}, data);
+  float* data = const_cast<float*>(packed_data(packed, weight, kOp));
+  const WeightMatrix matrix = {weight.data_ptr(), dtype_of(weight), /*transposed=*/false, sizes[1], sizes[0]};
+  pack(active_kernels(), matrix, in_pairs(matrix.dtype, sizes[1]), data);
 }
 
 }  // namespace resnext::cpu

@@ -22,10 +22,10 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
 void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const Tensor& x, const ReadMap& read_x,
                             const Tensor& dw, const GroupedConvShape& shape);
 
-// Lays a weight out as conv_affine reads it, in float32; `packed` has the sizes that packed_data insists on.
+// Lays a weight out as conv_affine reads it; `packed` has the dtype and sizes that packed_data insists on.
 void pack_pointwise(const Tensor& weight, const Tensor& packed);
 
 // Checks that `packed` is what pack_pointwise makes of a weight with these channels; returns its data.
-const float* packed_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op);
+const float* packed_data(const OptionalTensor& packed, const Tensor& weight, const char* op);
 
 }  // namespace resnext::cpu

@@ -191,6 +191,13 @@ void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t 
   }
 }
 
+// A bfloat16 image in NHWC, of an even number of channels, whose floats are pairs.
+RESNEXT_INLINE Image as_pairs(Image image) {
+  image.dtype = Dtype::kFloat32;
+  image.channels /= 2;
+  return image;
+}
+
 // Row h of image n, channels [c, c + channels): the panel's further lanes become zero. `order` is that of the channels
 // in every vector.
 void read_row(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
@@ -204,6 +211,23 @@ void read_row(const Image& image, const ReadMap& read, int64_t n, int64_t h, int
       return read_row_as<BFloat16>(image, read, n, h, c, channels, lanes, order, panel);
     case Dtype::kUint8:
       return read_row_as<uint8_t>(image, read, n, h, c, channels, lanes, order, panel);
+  }
+}
+
+// The same for a panel of pairs: of neighbouring channels, pairs [c, c + pairs) of those of a bfloat16 image. `row`:
+// scratch, width * 2 * lanes floats.
+void read_row_pairs(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t pairs,
+                    int64_t lanes, IntVec order, float* row, float* panel) {
+  if (image.channels_last && read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
+    return read_row(as_pairs(image), read, n, h, c, pairs, lanes, order, panel);
+  }
+  read_row(image, read, n, h, 2 * c, 2 * pairs, 2 * lanes, in_order(), row);
+  for (int64_t pixel = 0; pixel < image.width; ++pixel) {
+    for (int64_t lane = 0; lane < pairs; lane += kLanes) {
+      const float* from = row + 2 * (pixel * lanes + lane);
+      const Vec high = 2 * (pairs - lane) > kLanes ? load(from + kLanes) : Vec{};
+      store(panel + pixel * lanes + lane, permute(pair_neighbours(load(from), high, LaneIndices{}), order));
+    }
   }
 }
 

@@ -230,28 +230,57 @@ RESNEXT_INLINE Vec in_register(Vec value) {
   return value;
 }
 
-// acc + *x * w, with the load and the broadcast in the same instruction where there is one. A value is then loaded for
-// every vector that it meets, but instructions are what the loops run out of if another thread shares the core.
-RESNEXT_INLINE Vec add_product(Vec acc, const float* x, Vec w) {
+// What the lanes of a sum's terms hold: a float each, or (below) two of bfloat16, whose products are both added.
+// `add`: acc + a * b, lane by lane. `add_broadcast`: acc + *x * b, with the load and the broadcast in the same
+// instruction where there is one. A value is then loaded for every vector that it meets, but instructions are what the
+// loops run out of if another thread shares the core.
+struct FloatTerms {
+  static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) { return acc + a * b; }
+  static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
 #if RESNEXT_LANES == 16
-  __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
-  return acc;
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*x));
+    return acc;
 #else
-  return acc + broadcast(*x) * w;
+    return acc + broadcast(*x) * b;
 #endif
+  }
+};
+
+// As written out, and not by intrinsics: these kernels are compiled for machines without the instruction, too, which
+// takes bfloat16's subnormals for zero.
+#if RESNEXT_LANES == 16
+struct PairTerms {
+  static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+  }
+  static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*x));
+    return acc;
+  }
+};
+#endif
+
+// work(the terms). Only kernels of an instruction set that multiplies pairs are asked for them.
+template <class Work>
+RESNEXT_INLINE auto with_terms(bool pairs, Work work) {
+#if RESNEXT_LANES == 16
+  if (pairs) return work(PairTerms{});
+#endif
+  return work(FloatTerms{});
 }
 
-// acc[i] + *x * w[i] for kVectors vectors. Every second value goes by `add_product`: loads and instructions balance.
-template <int kVectors>
+// acc[i] + *x * w[i] for kVectors vectors. Every second value goes by `add_broadcast`: loads and instructions balance.
+template <class Terms, int kVectors>
 RESNEXT_INLINE void add_products(Vec (&acc)[kVectors], const float* x, const Vec (&w)[kVectors], int index) {
   if (kVectors == 1 || index % 2 == 0) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[v] = add_product(acc[v], x, w[v]);
+    for (int v = 0; v < kVectors; ++v) acc[v] = Terms::add_broadcast(acc[v], x, w[v]);
     return;
   }
   const Vec value = in_register(broadcast(*x));
   RESNEXT_UNROLL
-  for (int v = 0; v < kVectors; ++v) acc[v] += value * w[v];
+  for (int v = 0; v < kVectors; ++v) acc[v] = Terms::add(acc[v], value, w[v]);
 }
 
 // Integer sequences whose only member is a type: they put no code anywhere.
@@ -273,6 +302,17 @@ RESNEXT_INLINE Vec shuffle(Vec a, Vec b) {
 #else
   return __builtin_shuffle(a, b, IntVec{I...});
 #endif
+}
+
+// Pairs of bfloat16, which are given as floats: of the same lane of `first` and `second`.
+RESNEXT_INLINE Vec pair_lanes(Vec first, Vec second) {
+  return bit_cast<Vec>((bit_cast<UintVec>(first) >> 16) | (bit_cast<UintVec>(second) & 0xffff0000));
+}
+
+// Of neighbouring lanes, those of `low` before those of `high`.
+template <int... L>
+RESNEXT_INLINE Vec pair_neighbours(Vec low, Vec high, Indices<L...>) {
+  return pair_lanes(shuffle<(2 * L)...>(low, high), shuffle<(2 * L + 1)...>(low, high));
 }
 
 template <int... L>

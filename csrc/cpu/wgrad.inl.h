@@ -7,6 +7,9 @@
 //
 // A bundle's slice: [x vector][block of grad channels][r][grad channel of the block][s][x lane]; with groups that share
 // a vector, a lane is that of its group's x channel, and a grad channel stands for one of every group.
+//
+// With pairs of pixels, a grad row has half as many "pixels", the last of which may be one and nothing, and an x row
+// holds for each of them what the three taps meet: three columns, of no other pixels.
 
 constexpr int kMaxGradBlock = kRegisters >= 32 ? 8 : 4;  // grad channels times three taps are accumulators
 
@@ -21,13 +24,13 @@ struct WgradArgs {
   const WgradRow* rows;
   int count;
   int64_t grad_lanes, x_lanes;
-  int64_t pixels;
+  int64_t pixels;  // or pairs
   float* acc;
 };
 using WgradKernel = void (*)(const WgradArgs&);
 
 // Adds kPixels neighbouring pixels, each to accumulators of its own chain if there are several chains.
-template <int kStep, int kShared, int kBlock, int kChains, int kPixels>
+template <class Terms, int kStep, int kShared, int kBlock, int kChains, int kPixels>
 RESNEXT_INLINE void wgrad_pixels(const float* x, const float* grad, int64_t x_lanes, int64_t grad_lanes,
                                  Vec (&acc)[kChains][kBlock][3]) {
   constexpr int kColumns = (kPixels - 1) * kStep + 3;
@@ -40,13 +43,15 @@ RESNEXT_INLINE void wgrad_pixels(const float* x, const float* grad, int64_t x_la
     for (int o = 0; o < kBlock; ++o) {
       const Vec g = in_register(repeat<kShared>(grad + p * grad_lanes + o * kShared));
       RESNEXT_UNROLL
-      for (int s = 0; s < 3; ++s) acc[p % kChains][o][s] += g * value[p * kStep + s];
+      for (int s = 0; s < 3; ++s) {
+        acc[p % kChains][o][s] = Terms::add(acc[p % kChains][o][s], g, value[p * kStep + s]);
+      }
     }
   }
 }
 
 // Lanes are x channels; every grad value is loaded once for the three taps.
-template <int kStep, int kShared>
+template <class Terms, int kStep, int kShared>
 void wgrad_rows(const WgradArgs& args) {
   constexpr int kBlock = kShared > 1 ? kLanes / kShared : kMaxGradBlock;
   // Enough accumulators to hide the latency of multiply-adds: 8 or more.
@@ -64,14 +69,14 @@ void wgrad_rows(const WgradArgs& args) {
     int64_t q = args.pixels;
     if constexpr (kChains > 1) {
       for (; q >= kChains; q -= kChains) {
-        wgrad_pixels<kStep, kShared, kBlock, kChains, kChains>(x, grad, args.x_lanes, args.grad_lanes, acc);
+        wgrad_pixels<Terms, kStep, kShared, kBlock, kChains, kChains>(x, grad, args.x_lanes, args.grad_lanes, acc);
         x += kChains * kStep * args.x_lanes;
         grad += kChains * args.grad_lanes;
       }
       if (q == 0) continue;
     }
     do {
-      wgrad_pixels<kStep, kShared, kBlock, kChains, 1>(x, grad, args.x_lanes, args.grad_lanes, acc);
+      wgrad_pixels<Terms, kStep, kShared, kBlock, kChains, 1>(x, grad, args.x_lanes, args.grad_lanes, acc);
       x += kStep * args.x_lanes;
       grad += args.grad_lanes;
     } while (--q > 0);
@@ -93,7 +98,11 @@ WgradKernel wgrad_kernel(const WeightGradient& g) {
   if constexpr (kShared > 1) {
     if (g.layout.shared != kShared) return wgrad_kernel<kShared / 2>(g);
   }
-  return g.stride_w == 2 ? wgrad_rows<2, kShared> : wgrad_rows<1, kShared>;
+  return with_terms(g.pairs, [&](auto terms) -> WgradKernel {
+    using Terms = decltype(terms);
+    if (g.pairs) return wgrad_rows<Terms, 3, kShared>;
+    return g.stride_w == 2 ? wgrad_rows<Terms, 2, kShared> : wgrad_rows<Terms, 1, kShared>;
+  });
 }
 
 RESNEXT_INLINE int64_t grad_lanes(const Layout& layout) { return round_up(layout.dst_channels, kLanes); }
@@ -110,7 +119,14 @@ int64_t wgrad_slice_size(const Layout& layout) {
   return layout.src_lanes / kLanes * grad_blocks(layout) * 3 * wgrad_row_size(layout);
 }
 
-RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) { return (g.x.width + 2) * g.layout.src_lanes; }
+// Pixels of a grad row, or pairs of them; columns of an x row in memory, with its zeros, and in its panel.
+RESNEXT_INLINE int64_t wgrad_pixels(const WeightGradient& g) {
+  return g.pairs ? ceil_div(g.grad.width, 2) : g.grad.width;
+}
+RESNEXT_INLINE int64_t wgrad_row_columns(const WeightGradient& g) { return g.x.width + 2; }
+RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) {
+  return (g.pairs ? 3 * wgrad_pixels(g) : wgrad_row_columns(g)) * g.layout.src_lanes;
+}
 
 // Grad rows worked on together: narrow images would otherwise load and store the accumulators for a few pixels.
 RESNEXT_INLINE int64_t wgrad_rows(const WeightGradient& g) {
@@ -124,13 +140,42 @@ RESNEXT_INLINE int64_t wgrad_ring_size(const WeightGradient& g) {
 }
 
 RESNEXT_INLINE int64_t wgrad_grad_size(const WeightGradient& g) {
-  return wgrad_rows(g) * g.grad.width * grad_lanes(g.layout);
+  return wgrad_rows(g) * wgrad_pixels(g) * grad_lanes(g.layout);
+}
+
+// Floats of an x and a grad row before their pixels become pairs.
+RESNEXT_INLINE int64_t wgrad_unpaired_size(const WeightGradient& g) {
+  if (!g.pairs) return 0;
+  return wgrad_row_columns(g) * g.layout.src_lanes + g.grad.width * grad_lanes(g.layout);
 }
 
 int64_t wgrad_scratch(const WeightGradient& g) {
-  int64_t size = wgrad_ring_size(g) + wgrad_grad_size(g);
+  int64_t size = wgrad_ring_size(g) + wgrad_grad_size(g) + wgrad_unpaired_size(g);
   if (g.chunks == 1) size += g.block * wgrad_slice_size(g.layout) + weight_scratch(g.layout);
   return size;
+}
+
+// The pixels of a grad row, two by two; with an odd number nothing follows the last.
+void pair_grad(const WeightGradient& g, const float* row, float* panel) {
+  const int64_t lanes = grad_lanes(g.layout);
+  for (int64_t pixel = 0; pixel < g.grad.width; pixel += 2, row += 2 * lanes, panel += lanes) {
+    const bool whole = pixel + 1 < g.grad.width;
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      store(panel + i, pair_lanes(load(row + i), whole ? load(row + lanes + i) : Vec{}));
+    }
+  }
+}
+
+// What the taps of each pair of grad pixels meet of an x row, which begins and ends with a column of zeros.
+void pair_taps(const WeightGradient& g, const float* row, float* panel) {
+  const int64_t lanes = g.layout.src_lanes;
+  const int64_t step = g.stride_w * lanes;
+  for (int64_t pixel = 0; pixel < g.grad.width; pixel += 2, row += 2 * step, panel += 3 * lanes) {
+    const bool whole = pixel + 1 < g.grad.width;
+    for (int64_t i = 0; i < 3 * lanes; i += kLanes) {
+      store(panel + i, pair_lanes(load(row + i), whole ? load(row + step + i) : Vec{}));
+    }
+  }
 }
 
 // Adds what grad rows [begin, end) of an image give to one bundle's slice.
@@ -146,7 +191,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p * g.stride_h + r - 1;
       if (row < 0 || row >= g.x.height) continue;
-      rows[count++] = {grad + (p - begin) * g.grad.width * grad_lanes(layout),
+      rows[count++] = {grad + (p - begin) * wgrad_pixels(g) * grad_lanes(layout),
                        ring + row % wgrad_ring_rows(g) * g.block * wgrad_panel_size(g)};
     }
     if (count == 0) continue;
@@ -154,7 +199,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
       for (int64_t o = 0; o < blocks; ++o) {
         WgradRow block_rows[kMaxRows];
         for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kMaxGradBlock, rows[i].x + v * kLanes};
-        kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, g.grad.width,
+        kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, wgrad_pixels(g),
                 slice + ((v * blocks + o) * 3 + r) * row_size});
       }
     }
@@ -234,9 +279,12 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   const IntVec grad_order = channels_of_lanes(layout, layout.group_dst);
   float* ring = scratch;
   float* grad = ring + wgrad_ring_size(g);
-  float* own_slices = grad + wgrad_grad_size(g);
+  float* unpaired_x = grad + wgrad_grad_size(g);
+  float* unpaired_grad = unpaired_x + wgrad_row_columns(g) * layout.src_lanes;
+  float* own_slices = unpaired_x + wgrad_unpaired_size(g);
   float* store_scratch = own_slices + g.block * slice_size;
   __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
+  __builtin_memset(unpaired_x, 0, wgrad_unpaired_size(g) * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % g.chunks;
     const int64_t first_bundle = task / g.chunks * g.block;
@@ -256,14 +304,18 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
         for (int64_t b = 0; b < bundles; ++b) {
           float* panel = ring + (next_row % wgrad_ring_rows(g) * g.block + b) * wgrad_panel_size(g);
           read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
-                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order, panel + layout.src_lanes);
+                   bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order,
+                   (g.pairs ? unpaired_x : panel) + layout.src_lanes);
+          if (g.pairs) pair_taps(g, unpaired_x, panel);
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
         const int64_t bundle = first_bundle + b;
         for (int64_t row = p; row < p_end; ++row) {
+          float* panel = grad + (row - p) * wgrad_pixels(g) * grad_lanes(layout);
           read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
-                   grad_lanes(layout), grad_order, grad + (row - p) * g.grad.width * grad_lanes(layout));
+                   grad_lanes(layout), grad_order, g.pairs ? unpaired_grad : panel);
+          if (g.pairs) pair_grad(g, unpaired_grad, panel);
         }
         wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
       }

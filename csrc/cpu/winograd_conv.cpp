@@ -162,7 +162,8 @@ bool run_winograd_gradient(TileGradient g, const GroupedConvShape& shape) {
 const float* packed_tile_data(const OptionalTensor& packed, int64_t in_channels, int64_t out_channels, const char* op) {
   const Kernels& kernels = active_kernels();
   const Layout layout = kernels.make_tile_layout(1, in_channels, out_channels);
-  return packed_floats(packed, std::array<int64_t, 2>{layout.tiles, kernels.tile_weight_size(layout)}, op);
+  const std::array<int64_t, 2> sizes = {layout.tiles, kernels.tile_weight_size(layout)};
+  return packed_weight(packed, ScalarType::Float, sizes, op);
 }
 
 void pack_winograd(const Tensor& weight, const Tensor& packed) {
