@@ -130,7 +130,10 @@ RESNEXT_INLINE int64_t panel_columns(const Correlation& c) {
   return c.src.width + 2 > whole_block ? c.src.width + 2 : whole_block;
 }
 RESNEXT_INLINE int64_t panel_size(const Correlation& c) { return panel_columns(c) * c.layout.src_lanes; }
-RESNEXT_INLINE int64_t ring_size(const Correlation& c) { return kRingRows * c.block * panel_size(c); }
+RESNEXT_INLINE int64_t ring_row_size(const Correlation& c) {
+  return ceil_div(c.block, c.layout.panel_bundles) * panel_size(c);
+}
+RESNEXT_INLINE int64_t ring_size(const Correlation& c) { return kRingRows * ring_row_size(c); }
 
 // Floats of a destination row of one tile.
 RESNEXT_INLINE int64_t buffer_size(const Correlation& c) {
@@ -168,7 +171,7 @@ void find_sources(const Correlation& c, int64_t first_row, const Phase& phase, c
     const int64_t row = first_row + k;
     if (row < 0 || row >= c.src.height) continue;
     plan.sources[plan.count++] = {
-        ring + row % kRingRows * c.block * panel_size(c) + (c.cols.phases == 2 ? c.layout.src_lanes : 0),
+        ring + row % kRingRows * ring_row_size(c) + (c.cols.phases == 2 ? c.layout.src_lanes : 0),
         weight + phase.taps[k] * packed_row_size(c.layout)};
   }
 }
@@ -187,8 +190,10 @@ void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& wr
 
   RowArgs args;
   args.count = plan.count;
+  const int64_t panel = bundle_of_block / layout.panel_bundles;
+  const int64_t first_lane = bundle_of_block % layout.panel_bundles * layout.src_channels;
   for (int k = 0; k < plan.count; ++k) {
-    args.sources[k] = {plan.sources[k].x + bundle_of_block * panel_size(c),
+    args.sources[k] = {plan.sources[k].x + panel * panel_size(c) + first_lane,
                        plan.sources[k].weight + packed_tile * 3 * packed_row_size(layout)};
   }
   args.depth = layout.group_src;
@@ -245,10 +250,10 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
       const int64_t first_row = h / c.rows.phases * c.rows.in_step + phase.first;
       if (next_row < first_row) next_row = first_row;
       for (; next_row < min_of(first_row + phase.count, c.src.height); ++next_row) {
-        for (int64_t b = 0; b < bundles; ++b) {
-          float* panel = ring + (next_row % kRingRows * c.block + b) * panel_size(c) + layout.src_lanes;
+        float* panel = ring + next_row % kRingRows * ring_row_size(c) + layout.src_lanes;
+        for (int64_t b = 0; b < bundles; b += layout.panel_bundles, panel += panel_size(c)) {
           const int64_t channel = (first_bundle + b) * layout.src_channels;
-          const int64_t channels = bundle_src_channels(layout, first_bundle + b);
+          const int64_t channels = bundle_src_channels(layout, first_bundle + b, min_of(bundles - b, layout.panel_bundles));
           if (layout.pairs) {
             read_row_pairs(c.src, c.read, t.n, next_row, channel, channels, layout.src_lanes, plan.src_order, unpaired,
                            panel);

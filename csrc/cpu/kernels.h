@@ -102,7 +102,8 @@ struct Layout {
   int64_t shared;  // groups of a bundle, a power of two (the last bundle may have fewer)
   int64_t bundles;
   int64_t src_channels, dst_channels;  // channels of a bundle
-  int64_t src_lanes;                   // src_channels rounded up to whole vectors
+  int64_t src_lanes;                   // of a panel of them: whole vectors
+  int64_t panel_bundles;               // whose source channels share a panel: 2 where one has half a vector of pairs
   int64_t tiles, tile_vectors;
 };
 

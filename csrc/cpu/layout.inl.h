@@ -17,6 +17,7 @@ Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pa
   layout.tile_vectors = vectors % 2 == 0 ? 2 : 1;
   layout.tiles = vectors / layout.tile_vectors;
   layout.src_lanes = round_up(layout.src_channels, kLanes);
+  layout.panel_bundles = pairs && 2 * layout.src_channels == kLanes ? 2 : 1;
   return layout;
 }
 
@@ -25,13 +26,15 @@ RESNEXT_INLINE int64_t lane_of(const Layout& layout, int64_t group, int64_t memb
   return member * layout.shared + group;
 }
 
-// Which channel of a bundle each lane of a panel's vectors holds, for `width` channels per group.
+// Which channel of its vector in memory each lane of a panel's vectors holds, for `width` channels per group.
 IntVec channels_of_lanes(const Layout& layout, int64_t width) {
   IntVec channels = in_order();
   if (layout.shared == 1) return channels;
+  const int64_t bundle_channels = layout.shared * width;
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t channel = lane % layout.shared * width + lane / layout.shared;
-    channels[lane] = static_cast<int32_t>(min_of(channel, kLanes - 1));
+    const int64_t in_bundle = lane % bundle_channels;
+    const int64_t channel = in_bundle % layout.shared * width + in_bundle / layout.shared;
+    channels[lane] = static_cast<int32_t>(lane - in_bundle + channel);
   }
   return channels;
 }
@@ -47,8 +50,9 @@ IntVec lanes_of_channels(const Layout& layout, int64_t width) {
 }
 
 RESNEXT_INLINE int64_t tile_lanes(const Layout& layout) { return layout.tile_vectors * kLanes; }
-RESNEXT_INLINE int64_t bundle_src_channels(const Layout& layout, int64_t bundle) {
-  return min_of(layout.src_channels, layout.groups * layout.group_src - bundle * layout.src_channels);
+// Source channels of `bundles` bundles.
+RESNEXT_INLINE int64_t bundle_src_channels(const Layout& layout, int64_t first_bundle, int64_t bundles = 1) {
+  return min_of(bundles * layout.src_channels, layout.groups * layout.group_src - first_bundle * layout.src_channels);
 }
 RESNEXT_INLINE int64_t bundle_dst_channels(const Layout& layout, int64_t bundle) {
   return min_of(layout.dst_channels, layout.groups * layout.group_dst - bundle * layout.dst_channels);
