@@ -131,7 +131,7 @@ RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) {
 // Grad rows worked on together: narrow images would otherwise load and store the accumulators for a few pixels.
 RESNEXT_INLINE int64_t wgrad_rows(const WeightGradient& g) {
   constexpr int64_t kPixels = 49;
-  const int64_t rows = kPixels / g.grad.width;
+  const int64_t rows = kPixels / wgrad_pixels(g);
   return rows < 1 ? 1 : min_of(rows, kMaxRows);
 }
 RESNEXT_INLINE int64_t wgrad_ring_rows(const WeightGradient& g) { return (wgrad_rows(g) - 1) * g.stride_h + 3; }
