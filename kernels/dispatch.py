@@ -4,7 +4,8 @@ Backends in order of preference: ``triton``, ``cuda`` (C++/CUDA extension), ``cp
 PyTorch, which takes everything). This is the only module that reads the environment:
 
 * ``RESNEXT_BACKEND``: force one backend for the whole process (see `use_backend`);
-* ``RESNEXT_CPU_CAPABILITY``: the instruction set of the ``cpu`` backend: ``avx512``, ``avx2`` or ``portable``;
+* ``RESNEXT_CPU_CAPABILITY``: the instruction set of the ``cpu`` backend: ``avx512_bf16``, ``avx512``, ``avx2`` or
+  ``portable``;
 * ``TRITON_INTERPRET``: whether Triton runs in its interpreter, which also takes CPU tensors;
 * ``XDG_CACHE_HOME``, else the home folder: where the user's measured settings are (tuning.py).
 """
@@ -234,8 +235,7 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
             forced or entry is not None or pointwise_by_triton(described, affine=fusion == "affine")
         ):
             return _module("pointwise_conv")
-        # 16-bit types are left to libraries, which know the instructions that some processors have for them.
-        if name == "cpu" and channels_last and (forced or dtype == torch.float32):
+        if name == "cpu" and channels_last and (forced or _products_by_cpu(dtype)):
             return _module("extension")
     return composed.Composed(elementwise(dtype, device))
 
@@ -263,6 +263,13 @@ def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
     if not isinstance(launchers, composed.Composed) or forced == "torch":
         return launchers
     return onednn if onednn.serves(*problem[5:7]) else launchers
+
+
+def _products_by_cpu(dtype: torch.dtype) -> bool:
+    """Whether the CPU backend has matrix products as fast as libraries', which know processors' 16-bit instructions."""
+    if dtype == torch.float32:
+        return True
+    return _module("extension").multiplies_pairs(dtype) and not torch.cpu._is_amx_tile_supported()
 
 
 def _fits_winograd(problem: ConvProblem) -> bool:
@@ -412,7 +419,7 @@ def _force_capability() -> None:
         extension.force_cpu_capability(capability)
     except RuntimeError:
         raise ValueError(
-            "RESNEXT_CPU_CAPABILITY: expected avx512, avx2 or portable, and a machine that has it, got "
+            "RESNEXT_CPU_CAPABILITY: expected avx512_bf16, avx512, avx2 or portable, and a machine that has it, got "
             f"{capability!r}; unset it for the best there is"
         ) from None
 

@@ -57,12 +57,20 @@ def has_cuda() -> bool:
 
 
 def force_cpu_capability(name: str) -> None:
-    """Let the CPU kernels use ``"avx512"``, ``"avx2"`` or ``"portable"``; ``""`` is the best that the machine has.
+    """Let the CPU kernels use one instruction set; ``""`` is the best that the machine has.
+
+    Args:
+        name: ``"avx512_bf16"`` (AVX-512, with products of bfloat16), ``"avx512"``, ``"avx2"``, ``"portable"`` or ``""``.
 
     Raises:
         RuntimeError: If there is none of that name, or the machine lacks it.
     """
     _C.set_cpu_capability(name)
+
+
+def multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels multiply values of a dtype two by two, for twice the rate."""
+    return dtype == torch.bfloat16 and _C.cpu_capability() == "avx512_bf16"
 
 
 def fwd(
@@ -161,14 +169,18 @@ _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def keep_packed(weight: Tensor) -> None:
     """Pack a weight, 1x1 or dense 3x3, for `conv_affine` once, instead of in every call with this very tensor.
 
-    The copy, float32, lives as long as the tensor; after a write to the tensor it does not count. A 3x3 weight is
-    packed by the first call that gains by it.
+    The copy lives as long as the tensor; after a write to the tensor it does not count. A 3x3 weight is packed by the
+    first call that gains by it.
     """
     out_channels, in_channels, kernel_size = weight.shape[:3]
     packed = None
     if kernel_size == 1:
         # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
-        packed = torch.empty(-(-out_channels // 32), -(-in_channels // 16) * 16, 32)
+        tiles = -(-out_channels // 32)
+        if in_channels % 2 == 0 and multiplies_pairs(weight.dtype):  # two source channels beside each other
+            packed = torch.empty(tiles, -(-in_channels // 32) * 16, 32, 2, dtype=weight.dtype)
+        else:
+            packed = torch.empty(tiles, -(-in_channels // 16) * 16, 32)
         _C.pack_pointwise(weight, packed)
     _PACKED[weight] = (weight._version, packed)
 
