@@ -60,7 +60,7 @@ def force_cpu_capability(name: str) -> None:
     """Let the CPU kernels use one instruction set; ``""`` is the best that the machine has.
 
     Args:
-        name: ``"avx512_bf16"`` (AVX-512, with products of bfloat16), ``"avx512"``, ``"avx2"``, ``"portable"`` or ``""``.
+        name: ``"avx512_bf16"`` (AVX-512 with products of bfloat16), ``"avx512"``, ``"avx2"``, ``"portable"``, ``""``.
 
     Raises:
         RuntimeError: If there is none of that name, or the machine lacks it.

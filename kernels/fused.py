@@ -191,7 +191,7 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     """Let `conv_affine` keep what its kernel makes of a weight before multiplying, where there is one that gains by it.
 
     Takes memory like that of the weight in float32 (of a 3x3 weight 16/9 as much, from the first call on that gains by
-    it), as long as this very tensor object lives; a write to it undoes it.
+    it; half as much in bfloat16), as long as this very tensor object lives; a write to it undoes it.
 
     Args:
         weight: (C_out, C_in / groups, k, k), which `conv_affine` will be called with.
@@ -219,7 +219,8 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
 def prefers_channels_last(x: Tensor) -> bool:
     """Whether convolutions that `gains_in_channels_last` are enough faster there to be worth turning an NCHW tensor.
 
-    Those on the CPU are, in float32. False for a tensor that is not dense, empty, or in channels_last as well.
+    Those on the CPU are, in the dtypes that it has kernels of its own for. False for a tensor that is not dense, empty,
+    or in channels_last as well.
 
     Args:
         x: Anything; True only for (N, C, H, W).

@@ -13,6 +13,7 @@ from resnext.kernels import (
     calls,
     conv_affine,
     conv_stats,
+    dispatch,
     extension,
     grouped_conv2d,
     grouped_conv2d_dgrad,
@@ -240,6 +241,7 @@ def test_which_weights_are_kept_packed():
     assert not keep_packed(torch.randn(16, 8, 3, 3), x, stride=2)
     assert not keep_packed(W, x, groups=4)
     assert not keep_packed(weight.double(), x.double())
-    assert not keep_packed(weight.bfloat16(), x.bfloat16())
+    assert not keep_packed(weight.half(), x.half())
+    assert keep_packed(weight.bfloat16(), x.bfloat16()) == dispatch._products_by_cpu(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert not keep_packed(weight, x)

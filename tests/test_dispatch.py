@@ -261,7 +261,7 @@ def test_environment_forces_the_instruction_set(built):
     result = run_python(code, RESNEXT_CPU_CAPABILITY="mmx")
     assert result.returncode == 1
     assert (
-        "RESNEXT_CPU_CAPABILITY: expected avx512, avx2 or portable, and a machine that has it, got 'mmx'"
+        "RESNEXT_CPU_CAPABILITY: expected avx512_bf16, avx512, avx2 or portable, and a machine that has it, got 'mmx'"
         in result.stderr
     )
 
@@ -390,7 +390,7 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.fused_launchers(*fused_problem(dense, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise)) is extension
     assert dispatch.fused_launchers(*fused_problem((2048, 1024, 1, 1))) is extension
-    assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) == composed_of_cpp
+    assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.float16)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem((256, 32, 1, 1), groups=2)) == composed_of_cpp
     wide = (224, 112, 3, 3)  # where PyTorch's convolution was measured to be faster, unless Winograd's algorithm serves
@@ -405,7 +405,18 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.affine_launchers(*fused_problem(dense, dtype=torch.bfloat16)) == composed_of_cpp
     with use_backend("cpu"):
         assert dispatch.fused_launchers(*fused_problem(dense)) is extension
-        assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.bfloat16)) is extension
+        assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.float16)) is extension
+
+
+@pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize(("pairs", "tiles", "ours"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_who_serves_1x1_convolutions_in_bfloat16(monkeypatch, pairs, tiles, ours):
+    monkeypatch.setattr(extension, "multiplies_pairs", lambda dtype: pairs and dtype == torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    launchers = dispatch._fused_launchers.__wrapped__(
+        None, False, "stats", *fused_problem((256, 64, 1, 1), dtype=torch.bfloat16)
+    )
+    assert launchers == (extension if ours else composed.Composed(extension))
 
 
 def test_forced_backends_serve_the_fused_operators_or_say_why_not():

@@ -103,15 +103,16 @@ def test_every_16_bit_value_is_widened_and_rounded_right(capability, dtype):
     torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8, 16, 24])
-def test_nan_and_inf_stay_in_their_group(capability, width, poison):
+def test_nan_and_inf_stay_in_their_group(capability, width, poison, dtype):
     groups = 5
     case = Case("isolation", 2, groups * width, groups * width, 5, 9, groups, (1, 2))
     dirty = slice(2 * width, 3 * width)
     clean = torch.arange(groups * width).div(width, rounding_mode="floor") != 2
     for channels_last in LAYOUTS:
-        tensors = make_tensors(case, channels_last=channels_last)
+        tensors = make_tensors(case, dtype, channels_last=channels_last)
         poisoned = {name: None if t is None else t.clone() for name, t in tensors.items()}
         poisoned["x"][:, dirty] = poison
         poisoned["grad"][:, dirty] = poison
@@ -123,12 +124,29 @@ def test_nan_and_inf_stay_in_their_group(capability, width, poison):
             assert not actual.narrow(axis, 2 * width, width).isfinite().all(), op
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("width", [4, 8])
+def test_an_infinite_pixel_meets_its_own_taps_only(capability, width, stride, dtype):
+    """With an odd number of columns, the last pixel of a row has no neighbour to be multiplied with."""
+    case = Case("one-pixel", 1, 32, 32, 4, 11, 32 // width, stride)
+    tensors = make_tensors(case, dtype, channels_last=True, integers=True)
+    for column in (0, 5, 9, 10):
+        tensors["x"][0, :, 1, column] = float("inf")
+        tensors["grad"].abs_().add_(1)  # neither zeros, which make NaN, nor two signs
+        wanted = exact("wgrad", case, tensors).value
+        actual = compute("wgrad", case, tensors, True)
+        assert torch.equal(actual.isfinite(), wanted.isfinite()), column
+        tensors["x"][0, :, 1, column] = 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("width", [4, 16])
-def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, width, stride):
+def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, width, stride, dtype):
     case = Case("threads", 3, 64, 64, 19, 23, 64 // width, stride)
     for channels_last in LAYOUTS:
-        tensors = make_tensors(case, channels_last=channels_last)
+        tensors = make_tensors(case, dtype, channels_last=channels_last)
         for op in OPS:
             torch.set_num_threads(1)
             wanted = compute(op, case, tensors, channels_last)
@@ -154,12 +172,12 @@ def test_inputs_that_start_in_the_middle_of_a_vector(capability):
 def test_capability_can_be_forced_and_released(capability):
     assert extension._C.cpu_capability() == capability
     extension.force_cpu_capability("")
-    assert extension._C.cpu_capability() in ("avx512", "avx2", "portable")
+    assert extension._C.cpu_capability() in ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 def test_unknown_capability_is_refused(built):
     before = extension._C.cpu_capability()
-    with pytest.raises(RuntimeError, match=r"expected avx512, avx2, portable or an empty name.*got 'mmx'"):
+    with pytest.raises(RuntimeError, match=r"expected avx512_bf16, avx512, avx2, portable or an empty name.*got 'mmx'"):
         extension.force_cpu_capability("mmx")
     assert extension._C.cpu_capability() == before
 

@@ -91,11 +91,11 @@ def test_what_is_kept_for_backward():
         (lambda block: block, images(2, 32, 1, 1), "auto"),
         (lambda block: block, images(0, 32, 5, 5), "auto"),
         (lambda block: block.double(), images().double(), "auto"),
-        (lambda block: block.bfloat16(), images().bfloat16(), "auto"),
+        (lambda block: block.half(), images().half(), "auto"),
         (lambda block: block.to(memory_format=CHANNELS_LAST), images(), "auto"),
         (lambda block: block, images(), "torch"),
     ],
-    ids=["channels_last", "one-pixel", "empty", "float64", "bfloat16", "weights", "torch"],
+    ids=["channels_last", "one-pixel", "empty", "float64", "float16", "weights", "torch"],
 )
 def test_what_is_computed_as_it_comes(turned, model, x, backend):
     block, plain = (model(each).eval().to(x.dtype) for each in pair())

@@ -163,7 +163,7 @@ def test_a_packed_weight_is_for_dense_convolutions(built):
 def test_packed_weights_are_the_same_for_every_instruction_set(built):
     weight = nhwc(70, 42, 3, 3)
     packed = {}
-    for capability in ("avx512", "avx2", "portable"):
+    for capability in ("avx512_bf16", "avx512", "avx2", "portable"):
         try:
             extension.force_cpu_capability(capability)
         except RuntimeError:

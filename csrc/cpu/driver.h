@@ -37,7 +37,8 @@ const float* packed_weight(const OptionalTensor& packed, ScalarType dtype, const
   if (!packed.has_value()) return nullptr;
   bool right = packed->dim() == kDims && packed->scalar_type() == dtype && packed->is_contiguous();
   for (size_t dim = 0; right && dim < kDims; ++dim) right = packed->size(static_cast<int64_t>(dim)) == sizes[dim];
-  STD_TORCH_CHECK(right, op, ": expected a contiguous ", toString(dtype), " packed weight of shape ",
+  STD_TORCH_CHECK(right, op, ": expected a contiguous ", dtype == ScalarType::Float ? "float32" : "bfloat16",
+                  " packed weight of shape ",
                   format_sizes(sizes.data(), kDims), ", got ", toString(packed->scalar_type()), " ",
                   format_sizes(*packed), "; pack the weight anew");
   return static_cast<const float*>(packed->data_ptr());
