@@ -286,7 +286,8 @@ template <class Terms>
 void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
-  const int64_t lanes = paired_lanes(src_channels, p.pairs);
+  const int64_t terms = p.pairs ? src_channels / 2 : src_channels;
+  const int64_t lanes = panel_lanes(terms);
   const int64_t tiles = ceil_div(dst_channels, kTileChannels);
   const int64_t all_pixels = p.grid.batch * p.grid.height * p.grid.width;
   float* panel = scratch;
@@ -311,8 +312,8 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       const int64_t count = min_of(kProductPixels, pixels - pixel);
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        product_pixels<Terms, kProductVectors>(panel + pixel * lanes, weight + lane, lanes, kTileChannels, count,
-                                        results + lane);
+        const auto product = channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
+        product(panel + pixel * lanes, weight + lane, terms, kTileChannels, count, results + lane);
       }
       write_block(p, write, {first + pixel, count, c, channels}, pixel, results);
     }
@@ -328,17 +329,17 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
 // Makes, or adds to, a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as
 // [pixel][lane]; x has its second vector `stride` floats behind the first, as a panel's pixels are. What is there is
 // added last: sums of sums round less than one long sum.
-template <class Terms>
+template <class Terms, int kVectors = kProductVectors>
 RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, int64_t stride, bool adds,
                                   float* dw) {
-  Vec acc[kGradientChannels][kProductVectors] = {};
+  Vec acc[kGradientChannels][kVectors] = {};
   int64_t i = 0;
   do {  // the test at the end: or GCC keeps the accumulators in memory
     RESNEXT_UNROLL
     for (int pixel = 0; pixel < kGradientPixels; ++pixel, i += kLanes) {
-      Vec value[kProductVectors];
+      Vec value[kVectors];
       RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) value[v] = in_register(load(x + v * stride + i));
+      for (int v = 0; v < kVectors; ++v) value[v] = in_register(load(x + v * stride + i));
       RESNEXT_UNROLL
       for (int o = 0; o < kGradientChannels; ++o) add_products<Terms>(acc[o], grad + i + o, value, o);
     }
@@ -347,13 +348,13 @@ RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pix
     RESNEXT_UNROLL
     for (int o = 0; o < kGradientChannels; ++o) {
       RESNEXT_UNROLL
-      for (int v = 0; v < kProductVectors; ++v) acc[o][v] += load(dw + o * kProductLanes + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) acc[o][v] += load(dw + o * kProductLanes + v * kLanes);
     }
   }
   RESNEXT_UNROLL
   for (int o = 0; o < kGradientChannels; ++o) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kProductVectors; ++v) store(dw + o * kProductLanes + v * kLanes, acc[o][v]);
+    for (int v = 0; v < kVectors; ++v) store(dw + o * kProductLanes + v * kLanes, acc[o][v]);
   }
 }
 
@@ -493,9 +494,9 @@ void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, in
         for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
           x_ahead.ask();
           grad_ahead.ask();
-          gradient_tile<Terms>(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels,
-                               g.pairs ? pixels / 2 : pixels, pixels * kLanes, /*adds=*/first != chunk_first,
-                               slice + i * grad_lanes(g) + o * kProductLanes);
+          const auto tile = x_channels - i > kLanes ? gradient_tile<Terms, kProductVectors> : gradient_tile<Terms, 1>;
+          tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, g.pairs ? pixels / 2 : pixels,
+               pixels * kLanes, /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
         }
       }
     }
