@@ -198,6 +198,22 @@ RESNEXT_INLINE Vec load_first(const float* from, int64_t count) {
 RESNEXT_INLINE void store_first(float* to, Vec value, int64_t count) {
   _mm512_mask_storeu_ps(to, first_lanes(count), bit_cast<__m512>(value));
 }
+RESNEXT_INLINE ShortVec load_first_bits(const void* from, int64_t count) {
+  return bit_cast<ShortVec>(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+RESNEXT_INLINE void store_first_bits(void* to, ShortVec bits, int64_t count) {
+  _mm256_mask_storeu_epi16(to, first_lanes(count), bit_cast<__m256i>(bits));
+}
+RESNEXT_INLINE Vec load_first(const Half* from, int64_t count) { return widen_half(load_first_bits(from, count)); }
+RESNEXT_INLINE Vec load_first(const BFloat16* from, int64_t count) {
+  return widen_bfloat16(load_first_bits(from, count));
+}
+RESNEXT_INLINE void store_first(Half* to, Vec value, int64_t count) {
+  store_first_bits(to, narrow_half(value), count);
+}
+RESNEXT_INLINE void store_first(BFloat16* to, Vec value, int64_t count) {
+  store_first_bits(to, narrow_bfloat16(value), count);
+}
 #elif RESNEXT_LANES == 8
 RESNEXT_INLINE __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
