@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import checks, composed, onednn, tuning
 from .config import ConvProblem, fits_stem, pointwise_by_triton, problem_of
+from .reference import onednn_takes
 
 BACKENDS = ("triton", "cuda", "cpu", "torch")
 _MODULES = {"triton": "grouped_conv", "cuda": "extension", "cpu": "extension", "torch": "reference"}
@@ -229,6 +230,8 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
         return _module(_MODULES[name])
     if kernel_size == checks.KERNEL_SIZE and name == "cpu" and _fits_winograd(described):
         return _module("dense_conv")
+    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and not onednn_takes(dtype):
+        return _module("extension")
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)
         if name == "triton" and (
@@ -267,7 +270,7 @@ def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
 
 def _products_by_cpu(dtype: torch.dtype) -> bool:
     """Whether the CPU backend has matrix products as fast as libraries', which know processors' 16-bit instructions."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not onednn_takes(dtype):
         return True
     return _module("extension").multiplies_pairs(dtype) and not torch.cpu._is_amx_tile_supported()
 

@@ -7,14 +7,14 @@ import functools
 import torch
 from torch import Tensor
 
-from .reference import Stride, laid_out
+from .reference import Stride, laid_out, onednn_takes
 
 
 @functools.cache
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN takes tensors of ``dtype`` on ``device``."""
     # 16-bit convolutions take 16-bit biases only: the shift would lose its digits.
-    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and dtype == torch.float32 and onednn_takes(dtype)
 
 
 def conv_affine(

@@ -247,14 +247,21 @@ def _for_backward(grad: Tensor, *others: Tensor, kernel_size: int) -> tuple[Tens
     if grad.device.type != "cpu":
         return tensors
     every_tap_counts = kernel_size == 1 or min(grad.shape[2:]) > 1
-    if grad.dtype == torch.bfloat16 and every_tap_counts and _onednn_takes_bfloat16():
+    if grad.dtype == torch.bfloat16 and every_tap_counts and onednn_takes(grad.dtype):
         return tensors
     return tuple(_wide(tensor) for tensor in tensors)
 
 
 @functools.cache
-def _onednn_takes_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's convolutions in ``dtype`` are oneDNN's on this CPU, and not its own, many times slower."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
 
 
 def _backward(grad, x, weight, stride, groups, mask):

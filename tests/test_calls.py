@@ -241,7 +241,7 @@ def test_which_weights_are_kept_packed():
     assert not keep_packed(torch.randn(16, 8, 3, 3), x, stride=2)
     assert not keep_packed(W, x, groups=4)
     assert not keep_packed(weight.double(), x.double())
-    assert not keep_packed(weight.half(), x.half())
-    assert keep_packed(weight.bfloat16(), x.bfloat16()) == dispatch._products_by_cpu(torch.bfloat16)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert keep_packed(weight.to(dtype), x.to(dtype)) == dispatch._products_by_cpu(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert not keep_packed(weight, x)

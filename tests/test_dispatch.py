@@ -390,7 +390,6 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.fused_launchers(*fused_problem(dense, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise)) is extension
     assert dispatch.fused_launchers(*fused_problem((2048, 1024, 1, 1))) is extension
-    assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.float16)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem(pointwise, channels_last=False)) == composed_of_cpp
     assert dispatch.fused_launchers(*fused_problem((256, 32, 1, 1), groups=2)) == composed_of_cpp
     wide = (224, 112, 3, 3)  # where PyTorch's convolution was measured to be faster, unless Winograd's algorithm serves
@@ -402,21 +401,34 @@ def test_who_serves_the_fused_operators_on_the_cpu():
     assert dispatch.affine_launchers(*fused_problem(pointwise, channels_last=False)) is onednn
     assert dispatch.affine_launchers(*fused_problem(dense)) is dense_conv
     assert dispatch.affine_launchers(*fused_problem(dense, stride=(2, 2))) is onednn
-    assert dispatch.affine_launchers(*fused_problem(dense, dtype=torch.bfloat16)) == composed_of_cpp
     with use_backend("cpu"):
         assert dispatch.fused_launchers(*fused_problem(dense)) is extension
         assert dispatch.fused_launchers(*fused_problem(pointwise, dtype=torch.float16)) is extension
 
 
 @pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
-@pytest.mark.parametrize(("pairs", "tiles", "ours"), [(True, False, True), (True, True, False), (False, False, False)])
-def test_who_serves_1x1_convolutions_in_bfloat16(monkeypatch, pairs, tiles, ours):
+@pytest.mark.parametrize(
+    ("dtype", "library", "pairs", "tiles", "ours"),
+    [
+        (torch.bfloat16, True, True, False, True),
+        (torch.bfloat16, True, True, True, False),
+        (torch.bfloat16, True, False, False, False),
+        (torch.bfloat16, False, False, False, True),
+        (torch.float16, True, True, False, False),
+        (torch.float16, False, True, False, True),
+    ],
+)
+def test_who_serves_16_bit_convolutions_on_the_cpu(monkeypatch, dtype, library, pairs, tiles, ours):
+    monkeypatch.setattr(dispatch, "onednn_takes", lambda dtype: library)
     monkeypatch.setattr(extension, "multiplies_pairs", lambda dtype: pairs and dtype == torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    launchers = dispatch._fused_launchers.__wrapped__(
-        None, False, "stats", *fused_problem((256, 64, 1, 1), dtype=torch.bfloat16)
-    )
-    assert launchers == (extension if ours else composed.Composed(extension))
+
+    def served_by(*weight_shape):
+        return dispatch._fused_launchers.__wrapped__(None, False, "stats", *fused_problem(weight_shape, dtype=dtype))
+
+    composed_of_cpp = composed.Composed(extension)
+    assert served_by(256, 64, 1, 1) == (extension if ours else composed_of_cpp)
+    assert served_by(64, 64, 3, 3) == (composed_of_cpp if library else extension)
 
 
 def test_forced_backends_serve_the_fused_operators_or_say_why_not():

@@ -65,6 +65,7 @@ ALLOWED = {
         ".checks",
         ".composed",
         ".onednn",
+        ".reference",
         ".config",
         ".extension",
         ".grouped_conv",

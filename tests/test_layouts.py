@@ -10,7 +10,7 @@ from torch import nn
 
 from resnext import fuse_, fusion, unfuse_
 from resnext.blocks import Bottleneck
-from resnext.kernels import extension, laid_out, use_backend
+from resnext.kernels import dispatch, extension, laid_out, use_backend
 
 NEEDS_EXTENSION = pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -91,11 +91,10 @@ def test_what_is_kept_for_backward():
         (lambda block: block, images(2, 32, 1, 1), "auto"),
         (lambda block: block, images(0, 32, 5, 5), "auto"),
         (lambda block: block.double(), images().double(), "auto"),
-        (lambda block: block.half(), images().half(), "auto"),
         (lambda block: block.to(memory_format=CHANNELS_LAST), images(), "auto"),
         (lambda block: block, images(), "torch"),
     ],
-    ids=["channels_last", "one-pixel", "empty", "float64", "float16", "weights", "torch"],
+    ids=["channels_last", "one-pixel", "empty", "float64", "weights", "torch"],
 )
 def test_what_is_computed_as_it_comes(turned, model, x, backend):
     block, plain = (model(each).eval().to(x.dtype) for each in pair())
@@ -104,6 +103,21 @@ def test_what_is_computed_as_it_comes(turned, model, x, backend):
     assert turned == []
     assert y.stride() == wanted.stride()
     assert y.dtype == wanted.dtype
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ours", [True, False])
+def test_16_bit_blocks_are_turned_where_their_products_are_ours(turned, monkeypatch, ours, dtype):
+    monkeypatch.setattr(dispatch, "_products_by_cpu", lambda dtype: ours)
+    dispatch._fused_launchers.cache_clear()
+    try:
+        block, _ = pair()
+        with torch.no_grad():
+            block.eval().to(dtype)(images().to(dtype))
+    finally:
+        dispatch._fused_launchers.cache_clear()
+    assert turned == ([True, False] if ours else [])
 
 
 @NEEDS_EXTENSION
