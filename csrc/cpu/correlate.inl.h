@@ -42,11 +42,13 @@ constexpr int pixel_of(int column, int k) {
 template <class Terms, int kStep, int kPhases, int kPixels, int kVectors, int kShared>
 RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
   constexpr int kColumns = kPhases == 2 ? kPixels / 2 + 1 : (kPixels - 1) * kStep + 3;
-  Vec acc[kPixels][kVectors];
+  // Enough accumulators to hide the latency of multiply-adds: of few pixels, one for each tap.
+  constexpr int kChains = kRegisters >= 32 && kPixels * kVectors < 12 ? 3 : 1;
+  Vec acc[kChains][kPixels][kVectors] = {};
   RESNEXT_UNROLL
   for (int p = 0; p < kPixels; ++p) {
     RESNEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[p][v] = load(args.bias + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[0][p][v] = load(args.bias + v * kLanes);
   }
   for (int row = 0; row < args.count; ++row) {
     const float* x_row = args.sources[row].x + pixel / kPhases * kStep * args.src_lanes;
@@ -69,7 +71,9 @@ RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
           const int p = pixel_of<kStep, kPhases>(column, k);
           if (p < 0 || p >= kPixels) continue;
           RESNEXT_UNROLL
-          for (int v = 0; v < kVectors; ++v) acc[p][v] = Terms::add(acc[p][v], value, w[k][v]);
+          for (int v = 0; v < kVectors; ++v) {
+            acc[k % kChains][p][v] = Terms::add(acc[k % kChains][p][v], value, w[k][v]);
+          }
         }
       }
     }
@@ -79,8 +83,10 @@ RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
     float* out = args.out + (pixel + p) * args.out_stride;
     RESNEXT_UNROLL
     for (int v = 0; v < kVectors; ++v) {
+      RESNEXT_UNROLL
+      for (int chain = 1; chain < kChains; ++chain) acc[0][p][v] += acc[chain][p][v];
       __builtin_prefetch(out + args.next_row + v * kLanes, kForWriting, kKeepInL2);
-      store(out + v * kLanes, permute(acc[p][v], args.order));
+      store(out + v * kLanes, permute(acc[0][p][v], args.order));
     }
   }
 }
