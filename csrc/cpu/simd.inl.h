@@ -246,59 +246,6 @@ RESNEXT_INLINE Vec in_register(Vec value) {
   return value;
 }
 
-// What the lanes of a sum's terms hold: a float each, or (below) two of bfloat16, whose products are both added.
-// `add`: acc + a * b, lane by lane. `add_broadcast`: acc + *x * b, with the load and the broadcast in the same
-// instruction where there is one. A value is then loaded for every vector that it meets, but instructions are what the
-// loops run out of if another thread shares the core.
-struct FloatTerms {
-  static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) { return acc + a * b; }
-  static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
-#if RESNEXT_LANES == 16
-    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*x));
-    return acc;
-#else
-    return acc + broadcast(*x) * b;
-#endif
-  }
-};
-
-// As written out, and not by intrinsics: these kernels are compiled for machines without the instruction, too, which
-// takes bfloat16's subnormals for zero.
-#if RESNEXT_LANES == 16
-struct PairTerms {
-  static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-    return acc;
-  }
-  static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
-    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*x));
-    return acc;
-  }
-};
-#endif
-
-// work(the terms). Only kernels of an instruction set that multiplies pairs are asked for them.
-template <class Work>
-RESNEXT_INLINE auto with_terms(bool pairs, Work work) {
-#if RESNEXT_LANES == 16
-  if (pairs) return work(PairTerms{});
-#endif
-  return work(FloatTerms{});
-}
-
-// acc[i] + *x * w[i] for kVectors vectors. Every second value goes by `add_broadcast`: loads and instructions balance.
-template <class Terms, int kVectors>
-RESNEXT_INLINE void add_products(Vec (&acc)[kVectors], const float* x, const Vec (&w)[kVectors], int index) {
-  if (kVectors == 1 || index % 2 == 0) {
-    RESNEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[v] = Terms::add_broadcast(acc[v], x, w[v]);
-    return;
-  }
-  const Vec value = in_register(broadcast(*x));
-  RESNEXT_UNROLL
-  for (int v = 0; v < kVectors; ++v) acc[v] = Terms::add(acc[v], value, w[v]);
-}
-
 // Integer sequences whose only member is a type: they put no code anywhere.
 template <int... I>
 struct Indices {};
@@ -353,10 +300,15 @@ RESNEXT_INLINE Vec permute(Vec value, IntVec order) {
 #endif
 }
 
-// kCount values (a power of two), again and again: one load, which takes no other execution unit.
+// kCount values (a power of two), again and again, whatever their bits stand for: one load, which takes no other
+// execution unit.
 template <int kCount>
 RESNEXT_INLINE Vec repeat(const float* from) {
-  if constexpr (kCount == 1) return broadcast(*from);
+  if constexpr (kCount == 1) {
+    int32_t bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return bit_cast<Vec>(IntVec{} + bits);
+  }
   if constexpr (kCount == 2) {
     int64_t pair;
     __builtin_memcpy(&pair, from, sizeof(pair));
@@ -369,6 +321,59 @@ RESNEXT_INLINE Vec repeat(const float* from) {
   if constexpr (kCount == 4) return bit_cast<Vec>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)));
 #endif
   return load(from);
+}
+
+// What the lanes of a sum's terms hold: a float each, or (below) two of bfloat16, whose products are both added.
+// `add`: acc + a * b, lane by lane. `add_broadcast`: acc + *x * b, with the load and the broadcast in the same
+// instruction where there is one. A value is then loaded for every vector that it meets, but instructions are what the
+// loops run out of if another thread shares the core.
+struct FloatTerms {
+  static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) { return acc + a * b; }
+  static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
+#if RESNEXT_LANES == 16
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*x));
+    return acc;
+#else
+    return acc + broadcast(*x) * b;
+#endif
+  }
+};
+
+// As written out, and not by intrinsics: these kernels are compiled for machines without the instruction, too, which
+// takes bfloat16's subnormals for zero.
+#if RESNEXT_LANES == 16
+struct PairTerms {
+  static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+  }
+  static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(b), "m"(*x));
+    return acc;
+  }
+};
+#endif
+
+// work(the terms). Only kernels of an instruction set that multiplies pairs are asked for them.
+template <class Work>
+RESNEXT_INLINE auto with_terms(bool pairs, Work work) {
+#if RESNEXT_LANES == 16
+  if (pairs) return work(PairTerms{});
+#endif
+  return work(FloatTerms{});
+}
+
+// acc[i] + *x * w[i] for kVectors vectors. Every second value goes by `add_broadcast`: loads and instructions balance.
+template <class Terms, int kVectors>
+RESNEXT_INLINE void add_products(Vec (&acc)[kVectors], const float* x, const Vec (&w)[kVectors], int index) {
+  if (kVectors == 1 || index % 2 == 0) {
+    RESNEXT_UNROLL
+    for (int v = 0; v < kVectors; ++v) acc[v] = Terms::add_broadcast(acc[v], x, w[v]);
+    return;
+  }
+  const Vec value = in_register(repeat<1>(x));
+  RESNEXT_UNROLL
+  for (int v = 0; v < kVectors; ++v) acc[v] = Terms::add(acc[v], value, w[v]);
 }
 
 // The first `count` lanes; zero in the others.
