@@ -22,8 +22,9 @@ BIN := $(VENV)/bin
 # Named versions keep pip from taking another torch along with some dependency.
 TORCH ?= torch==2.13.0 torchvision==0.28.0
 TRITON ?= triton==3.6.0
-# GCC's; the CPU kernels are compiled with them by `make sanitize`.
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# GCC's; the CPU kernels are compiled with them by `make sanitize`. (With them GCC 12's SLP vectorizer crashes.)
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
+	-fno-tree-slp-vectorize
 SANITIZED := build/sanitized
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 

@@ -230,7 +230,7 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
         return _module(_MODULES[name])
     if kernel_size == checks.KERNEL_SIZE and name == "cpu" and _fits_winograd(described):
         return _module("dense_conv")
-    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and not onednn_takes(dtype):
+    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and dtype.itemsize == 2 and not onednn_takes(dtype):
         return _module("extension")
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)

@@ -177,7 +177,7 @@ def keep_packed(weight: Tensor) -> None:
     if kernel_size == 1:
         # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
         tiles = -(-out_channels // 32)
-        if in_channels % 2 == 0 and multiplies_pairs(weight.dtype):  # two source channels beside each other
+        if _in_pairs(weight):  # two source channels beside each other
             packed = torch.empty(tiles, -(-in_channels // 32) * 16, 32, 2, dtype=weight.dtype)
         else:
             packed = torch.empty(tiles, -(-in_channels // 16) * 16, 32)
@@ -195,14 +195,25 @@ def is_kept(weight: Tensor) -> bool:
     return _kept(weight) is not None
 
 
+def gains_packed(weight: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> bool:
+    """Whether `conv_affine` may gain by `keep_packed`: with 1x1 weights, and with 3x3 ones by Winograd's algorithm."""
+    if groups > 1 or weight.shape[2] == 1:
+        return groups == 1
+    return channels_last and stride == (1, 1) and not _in_pairs(weight)
+
+
+def _in_pairs(weight: Tensor) -> bool:
+    return weight.shape[1] % 2 == 0 and multiplies_pairs(weight.dtype)
+
+
 def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
     if groups > 1 or (kept := _kept(weight)) is None:
         return None
     version, packed = kept
     if packed is not None or weight.shape[2] == 1:
         return packed
-    by_tiles = channels_last and stride == (1, 1) and winograd_serves("packed_product", x.shape, weight.shape, 1)
-    if not by_tiles:
+    gains = gains_packed(weight, stride, groups, channels_last)
+    if not gains or not winograd_serves("packed_product", x.shape, weight.shape, 1):
         return None
     # [tile of output channels][position, input channel, channel of the tile], as csrc/cpu/winograd.inl.h has it
     out_channels, in_channels = weight.shape[:2]

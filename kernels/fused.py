@@ -191,7 +191,7 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     """Let `conv_affine` keep what its kernel makes of a weight before multiplying, where there is one that gains by it.
 
     Takes memory like that of the weight in float32 (of a 3x3 weight 16/9 as much, from the first call on that gains by
-    it; half as much in bfloat16), as long as this very tensor object lives; a write to it undoes it.
+    it; half where bfloat16 is multiplied as it is), as long as this very tensor object lives; a write to it undoes it.
 
     Args:
         weight: (C_out, C_in / groups, k, k), which `conv_affine` will be called with.
@@ -210,7 +210,7 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     channels_last = checks.is_channels_last(x)
     problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
     launchers = dispatch.affine_launchers(*problem)
-    if groups > 1 or not hasattr(launchers, "keep_packed"):
+    if not hasattr(launchers, "keep_packed") or not launchers.gains_packed(weight, *problem[3:5], channels_last):
         return False
     launchers.keep_packed(weight)
     return True

@@ -40,7 +40,7 @@ def dgrad(
 ) -> Tensor:
     """Gradient of the input, (N, C_in, H, W) with ``input_size`` = (H, W)."""
     dtype = grad.dtype
-    grad, weight = _for_backward(grad, weight, kernel_size=weight.shape[2])
+    grad, weight = _for_backward(grad, weight, kernel_size=weight.shape[2], stride=stride)
     # Of x only the shape matters, and the layout, by which PyTorch picks the one it works in: nobody reads this memory.
     layout = memory_format(channels_last)
     size = (grad.shape[0], weight.shape[1] * groups, *input_size)
@@ -53,7 +53,7 @@ def dgrad(
 def wgrad(grad: Tensor, x: Tensor, stride: Stride, groups: int, channels_last: bool) -> Tensor:
     """Gradient of the 3x3 weight, (C_out, C_in/groups, 3, 3)."""
     dtype = grad.dtype
-    grad, x = _for_backward(grad, x, kernel_size=3)
+    grad, x = _for_backward(grad, x, kernel_size=3, stride=stride)
     weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // groups, 3, 3)
     _, dw, _ = _backward(grad, x, weight, stride, groups, (False, True, False))
     return laid_out(dw.to(dtype), channels_last)
@@ -70,7 +70,7 @@ def bwd(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``x`` and ``weight`` in one call, each None if it is not ``wanted``."""
     dtype = grad.dtype
-    grad, x, weight = _for_backward(grad, x, weight, kernel_size=weight.shape[2])
+    grad, x, weight = _for_backward(grad, x, weight, kernel_size=weight.shape[2], stride=stride)
     weight = weight.contiguous(memory_format=memory_format(channels_last))
     gradients = _backward(grad, x, weight, stride, groups, (*wanted, False))[:2]
     dx, dw = (laid_out(g.to(dtype), channels_last) if w else None for g, w in zip(gradients, wanted, strict=True))
@@ -237,17 +237,18 @@ def _padding(weight: Tensor) -> tuple[int, int]:
     return weight.shape[2] // 2, weight.shape[3] // 2
 
 
-def _for_backward(grad: Tensor, *others: Tensor, kernel_size: int) -> tuple[Tensor, ...]:
+def _for_backward(grad: Tensor, *others: Tensor, kernel_size: int, stride: Stride) -> tuple[Tensor, ...]:
     """The operands of PyTorch's backward: on the CPU in float32 where it is not right in 16 bits.
 
     There, it sums float16 in float16 (dgrad), bfloat16 only where oneDNN takes it in float32, and leaves bfloat16
-    weight gradients of taps that meet no pixel (grad has one row or column) uninitialised; seen in 2.13.
+    weight gradients uninitialised: of taps that meet no pixel (grad has one row or column), and of 1x1 convolutions
+    with a stride, where it also writes past their end; seen in 2.13.
     """
     tensors = (grad, *others)
     if grad.device.type != "cpu":
         return tensors
-    every_tap_counts = kernel_size == 1 or min(grad.shape[2:]) > 1
-    if grad.dtype == torch.bfloat16 and every_tap_counts and onednn_takes(grad.dtype):
+    right = stride == (1, 1) if kernel_size == 1 else min(grad.shape[2:]) > 1
+    if right and grad.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and onednn_takes(grad.dtype):
         return tensors
     return tuple(_wide(tensor) for tensor in tensors)
 

@@ -482,7 +482,8 @@ def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Fol
     shift = shift - scale * (mean if bias is None else mean - bias)
     if keeps and conv.groups == 1 and weight.device.type == "cpu":
         own = weight.detach()  # whose packed copy lives as long as what is folded
-        if conv.kernel_size == (1, 1) and keep_packed(own, x, conv.stride):
+        by_library = conv.kernel_size != (1, 1) and weight.dtype == torch.float32
+        if not by_library and keep_packed(own, x, conv.stride):
             return Folded(own, scale, shift)
         if weight.dtype == torch.float32:
             scaled = weight * scale[:, None, None, None]

@@ -113,14 +113,19 @@ def built() -> None:
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def capability(built: None, request: pytest.FixtureRequest) -> Iterator[str]:
     """Force one instruction set of the extension for the length of a test."""
-    from resnext.kernels import extension
+    from resnext.kernels import dispatch, extension
 
     try:
         extension.force_cpu_capability(request.param)
     except RuntimeError:
         pytest.skip(f"this machine lacks {request.param}")
+    remembered = (dispatch._fused_launchers, dispatch._affine_launchers)
+    for choices in remembered:
+        choices.cache_clear()
     yield request.param
     extension.force_cpu_capability("")
+    for choices in remembered:
+        choices.cache_clear()
 
 
 @pytest.fixture

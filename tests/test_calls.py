@@ -243,5 +243,7 @@ def test_which_weights_are_kept_packed():
     assert not keep_packed(weight.double(), x.double())
     for dtype in (torch.float16, torch.bfloat16):
         assert keep_packed(weight.to(dtype), x.to(dtype)) == dispatch._products_by_cpu(dtype)
+        assert not keep_packed(torch.randn(16, 8, 3, 3, dtype=dtype), x.to(dtype), stride=2)
+        assert not keep_packed(torch.randn(16, 8, 3, 3, dtype=dtype), X.to(dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert not keep_packed(weight, x)

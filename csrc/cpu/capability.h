@@ -9,13 +9,13 @@ namespace resnext::cpu {
 
 const Kernels& active_kernels();
 
-// Whether they multiply values of this dtype two by two.
-inline bool multiplies_pairs(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 && active_kernels().multiplies_pairs;
+// Whether kernels multiply values of this dtype two by two.
+inline bool by_pairs(const Kernels& kernels, Dtype dtype) {
+  return dtype == Dtype::kBFloat16 && kernels.multiplies_pairs;
 }
 
-// Forces "avx512_bf16", "avx512", "avx2" or "portable" for the whole process; "" goes back to the automatic choice. Throws
-// std::runtime_error for a name that is unknown or that this machine lacks.
+// Forces "avx512_bf16", "avx512", "avx2" or "portable" for the whole process; "" goes back to the automatic choice.
+// Throws std::runtime_error for a name that is unknown or that this machine lacks.
 void force_capability(const std::string& name);
 
 }  // namespace resnext::cpu

@@ -5,7 +5,8 @@
 // the list of sources, missing columns are zeros. A row kernel then makes one destination row of one tile, `kPixels`
 // pixels at a time in registers: every source value is loaded once for all taps of its row.
 //
-// fp32 accumulation, in an order that depends on neither threads nor bands: rows, then source channels, then columns.
+// fp32 accumulation, in an order that depends on neither threads nor bands: rows, then source channels, then columns;
+// in narrow images every column's products by themselves first.
 
 // One source row and the weights it meets; x points at the column of the first pixel's first tap.
 struct Source {
@@ -259,7 +260,8 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
         float* panel = ring + next_row % kRingRows * ring_row_size(c) + layout.src_lanes;
         for (int64_t b = 0; b < bundles; b += layout.panel_bundles, panel += panel_size(c)) {
           const int64_t channel = (first_bundle + b) * layout.src_channels;
-          const int64_t channels = bundle_src_channels(layout, first_bundle + b, min_of(bundles - b, layout.panel_bundles));
+          const int64_t panel_bundles = min_of(bundles - b, layout.panel_bundles);
+          const int64_t channels = bundle_src_channels(layout, first_bundle + b, panel_bundles);
           if (layout.pairs) {
             read_row_pairs(c.src, c.read, t.n, next_row, channel, channels, layout.src_lanes, plan.src_order, unpaired,
                            panel);

@@ -47,7 +47,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                transposed,
                /*mirrored=*/transposed && c.cols.phases == 1};
   const int64_t group_src = c.src.channels / shape.groups;
-  const bool pairs = multiplies_pairs(c.src.dtype) && group_src % 2 == 0;
+  const bool pairs = by_pairs(kernels, c.src.dtype) && group_src % 2 == 0;
   if (!pairs && winograd_serves(shape, packed == nullptr ? TileUse::kProduct : TileUse::kPackedProduct) &&
       run_winograd({c.src, c.dst, c.filters, packed}, c.read, c.write, shape, results)) {
     return;
@@ -104,7 +104,7 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   g.stride_h = shape.stride_h;
   g.stride_w = shape.stride_w;
   g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out(), /*pairs=*/false);
-  g.pairs = multiplies_pairs(g.x.dtype);
+  g.pairs = by_pairs(kernels, g.x.dtype);
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);

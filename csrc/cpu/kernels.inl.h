@@ -14,13 +14,13 @@
 #include "max_pool.inl.h"
 #include "layout_change.inl.h"
 
-#define RESNEXT_KERNELS(name, multiplies_pairs)                                                                                \
-  {                                                                                                          \
-    name, multiplies_pairs, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight, correlate_scratch, \
-        correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad, pack_matrix, product_scratch,       \
-        multiply, gradient_slice_size, gradient_scratch, pixel_gradient, reduce_gradient, make_tile_layout,  \
-        tile_weight_size, tile_weight_scratch, pack_tile_weights, tile_product_scratch, multiply_tiles,      \
-        tile_gradient_slice, tile_gradient_scratch, tile_gradient, store_tile_gradient, elementwise,         \
-        max_pool_scratch, max_pool, max_pool_gradient_scratch, max_pool_gradient, layout_change_scratch,     \
-        change_layout                                                                                        \
+#define RESNEXT_KERNELS(name, pairs)                                                                   \
+  {                                                                                                    \
+    name, pairs, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight,       \
+        correlate_scratch, correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad,            \
+        pack_matrix, product_scratch, multiply, gradient_slice_size, gradient_scratch, pixel_gradient, \
+        reduce_gradient, make_tile_layout, tile_weight_size, tile_weight_scratch, pack_tile_weights,   \
+        tile_product_scratch, multiply_tiles, tile_gradient_slice, tile_gradient_scratch,              \
+        tile_gradient, store_tile_gradient, elementwise, max_pool_scratch, max_pool,                   \
+        max_pool_gradient_scratch, max_pool_gradient, layout_change_scratch, change_layout             \
   }

@@ -26,7 +26,8 @@ RESNEXT_INLINE int64_t lane_of(const Layout& layout, int64_t group, int64_t memb
   return member * layout.shared + group;
 }
 
-// Which channel of its vector in memory each lane of a panel's vectors holds, for `width` channels per group.
+// Which channel of its vector in memory each lane of a panel's vectors holds, for `width` channels per group. (Lanes
+// that hold no channel may get anything.)
 IntVec channels_of_lanes(const Layout& layout, int64_t width) {
   IntVec channels = in_order();
   if (layout.shared == 1) return channels;
@@ -34,7 +35,7 @@ IntVec channels_of_lanes(const Layout& layout, int64_t width) {
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t in_bundle = lane % bundle_channels;
     const int64_t channel = in_bundle % layout.shared * width + in_bundle / layout.shared;
-    channels[lane] = static_cast<int32_t>(lane - in_bundle + channel);
+    channels[lane] = static_cast<int32_t>(min_of(lane - in_bundle + channel, kLanes - 1));
   }
   return channels;
 }
@@ -188,7 +189,9 @@ void pack_tile(const Layout& layout, const Filters& f, const float* filters, int
 void pair_terms(const Layout& layout, const float* from, float* to) {
   const int64_t term_size = 3 * tile_lanes(layout);
   for (int64_t term = 0; term < 3 * layout.group_src; ++term, from += 2 * term_size, to += term_size) {
-    for (int64_t i = 0; i < term_size; i += kLanes) store(to + i, pair_lanes(load(from + i), load(from + term_size + i)));
+    for (int64_t i = 0; i < term_size; i += kLanes) {
+      store(to + i, pair_lanes(load(from + i), load(from + term_size + i)));
+    }
   }
 }
 

@@ -10,7 +10,8 @@
 // With pairs of bfloat16, a lane of the products' panels and weights holds two source channels, and one of the
 // gradient's panels two pixels.
 //
-// fp32 accumulation, in an order that depends on neither threads nor instruction sets: channels, or pixels of a chunk.
+// fp32 accumulation, in an order that depends on neither threads nor, without pairs, instruction sets: channels, or
+// pixels of a chunk.
 
 // Accumulators: pixels (or channels of grad) times vectors.
 constexpr int kProductPixels = kRegisters >= 32 ? 14 : 6;
@@ -54,16 +55,15 @@ RESNEXT_INLINE void read_column(const T* data, const T* other, const ReadMap& re
   }
 }
 
-// The same, of pairs of channels: two vectors of these.
-template <bool kWhole, int kPiece, class T, template <class, class> class Map>
-RESNEXT_INLINE void read_pair_column(const T* data, const T* other, const ReadMap& read, const int64_t* offsets,
-                                     int64_t pixels, int64_t c, int64_t count, float* to) {
-  float low[kPiece * kLanes], high[kPiece * kLanes];
-  read_column<kWhole, T, Map>(data, other, read, offsets, pixels, c, min_of(kLanes, count), low);
-  read_column<kWhole, T, Map>(data, other, read, offsets, pixels, c + kLanes, count > kLanes ? count - kLanes : 0, high);
-  for (int64_t i = 0; i < pixels * kLanes; i += kLanes) {
-    store(to + i, pair_neighbours(load(low + i), load(high + i), LaneIndices{}));
-  }
+// The same of one pixel, in pairs of channels: two vectors of these.
+template <bool kWhole, class T, template <class, class> class Map>
+RESNEXT_INLINE void read_pairs(const T* data, const T* other, const ReadMap& read, const int64_t* offset, int64_t c,
+                               int64_t count, float* to) {
+  float low[kLanes], high[kLanes];
+  const int64_t of_high = count > kLanes ? count - kLanes : 0;
+  read_column<kWhole, T, Map>(data, other, read, offset, 1, c, min_of(kLanes, count), low);
+  read_column<kWhole, T, Map>(data, other, read, offset, 1, c + kLanes, of_high, high);
+  store(to, pair_neighbours(load(low), load(high), LaneIndices{}));
 }
 
 // kPiece: pixels of which one vector is read before the next. One reads in the order of memory; several keep the map in
@@ -80,7 +80,8 @@ void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, P
   int64_t pixels = kPiece;
   const auto read_lanes = [&](auto whole, int64_t c, int64_t count, float* to) RESNEXT_ALWAYS {
     if constexpr (kPairs) {
-      read_pair_column<decltype(whole)::value, kPiece, T, Map>(data, other, read, offsets, pixels, c, count, to);
+      static_assert(kPiece == 1);
+      read_pairs<decltype(whole)::value, T, Map>(data, other, read, offsets, c, count, to);
     } else {
       read_column<decltype(whole)::value, T, Map>(data, other, read, offsets, pixels, c, count, to);
     }
@@ -312,7 +313,8 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       const int64_t count = min_of(kProductPixels, pixels - pixel);
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        const auto product = channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
+        const auto product =
+            channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
         product(panel + pixel * lanes, weight + lane, terms, kTileChannels, count, results + lane);
       }
       write_block(p, write, {first + pixel, count, c, channels}, pixel, results);

@@ -328,6 +328,7 @@ RESNEXT_INLINE Vec repeat(const float* from) {
 // instruction where there is one. A value is then loaded for every vector that it meets, but instructions are what the
 // loops run out of if another thread shares the core.
 struct FloatTerms {
+  static constexpr bool kPairs = false;
   static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) { return acc + a * b; }
   static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
 #if RESNEXT_LANES == 16
@@ -343,6 +344,7 @@ struct FloatTerms {
 // takes bfloat16's subnormals for zero.
 #if RESNEXT_LANES == 16
 struct PairTerms {
+  static constexpr bool kPairs = true;
   static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
@@ -356,7 +358,7 @@ struct PairTerms {
 
 // work(the terms). Only kernels of an instruction set that multiplies pairs are asked for them.
 template <class Work>
-RESNEXT_INLINE auto with_terms(bool pairs, Work work) {
+RESNEXT_INLINE auto with_terms([[maybe_unused]] bool pairs, Work work) {
 #if RESNEXT_LANES == 16
   if (pairs) return work(PairTerms{});
 #endif

@@ -100,8 +100,11 @@ WgradKernel wgrad_kernel(const WeightGradient& g) {
   }
   return with_terms(g.pairs, [&](auto terms) -> WgradKernel {
     using Terms = decltype(terms);
-    if (g.pairs) return wgrad_rows<Terms, 3, kShared>;
-    return g.stride_w == 2 ? wgrad_rows<Terms, 2, kShared> : wgrad_rows<Terms, 1, kShared>;
+    if constexpr (Terms::kPairs) {
+      return wgrad_rows<Terms, 3, kShared>;
+    } else {
+      return g.stride_w == 2 ? wgrad_rows<Terms, 2, kShared> : wgrad_rows<Terms, 1, kShared>;
+    }
   });
 }
 
@@ -120,18 +123,18 @@ int64_t wgrad_slice_size(const Layout& layout) {
 }
 
 // Pixels of a grad row, or pairs of them; columns of an x row in memory, with its zeros, and in its panel.
-RESNEXT_INLINE int64_t wgrad_pixels(const WeightGradient& g) {
+RESNEXT_INLINE int64_t wgrad_steps(const WeightGradient& g) {
   return g.pairs ? ceil_div(g.grad.width, 2) : g.grad.width;
 }
 RESNEXT_INLINE int64_t wgrad_row_columns(const WeightGradient& g) { return g.x.width + 2; }
 RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) {
-  return (g.pairs ? 3 * wgrad_pixels(g) : wgrad_row_columns(g)) * g.layout.src_lanes;
+  return (g.pairs ? 3 * wgrad_steps(g) : wgrad_row_columns(g)) * g.layout.src_lanes;
 }
 
 // Grad rows worked on together: narrow images would otherwise load and store the accumulators for a few pixels.
 RESNEXT_INLINE int64_t wgrad_rows(const WeightGradient& g) {
   constexpr int64_t kPixels = 49;
-  const int64_t rows = kPixels / wgrad_pixels(g);
+  const int64_t rows = kPixels / wgrad_steps(g);
   return rows < 1 ? 1 : min_of(rows, kMaxRows);
 }
 RESNEXT_INLINE int64_t wgrad_ring_rows(const WeightGradient& g) { return (wgrad_rows(g) - 1) * g.stride_h + 3; }
@@ -140,7 +143,7 @@ RESNEXT_INLINE int64_t wgrad_ring_size(const WeightGradient& g) {
 }
 
 RESNEXT_INLINE int64_t wgrad_grad_size(const WeightGradient& g) {
-  return wgrad_rows(g) * wgrad_pixels(g) * grad_lanes(g.layout);
+  return wgrad_rows(g) * wgrad_steps(g) * grad_lanes(g.layout);
 }
 
 // Floats of an x and a grad row before their pixels become pairs.
@@ -191,7 +194,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p * g.stride_h + r - 1;
       if (row < 0 || row >= g.x.height) continue;
-      rows[count++] = {grad + (p - begin) * wgrad_pixels(g) * grad_lanes(layout),
+      rows[count++] = {grad + (p - begin) * wgrad_steps(g) * grad_lanes(layout),
                        ring + row % wgrad_ring_rows(g) * g.block * wgrad_panel_size(g)};
     }
     if (count == 0) continue;
@@ -199,7 +202,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
       for (int64_t o = 0; o < blocks; ++o) {
         WgradRow block_rows[kMaxRows];
         for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kMaxGradBlock, rows[i].x + v * kLanes};
-        kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, wgrad_pixels(g),
+        kernel({block_rows, count, grad_lanes(layout), layout.src_lanes, wgrad_steps(g),
                 slice + ((v * blocks + o) * 3 + r) * row_size});
       }
     }
@@ -312,7 +315,7 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
       for (int64_t b = 0; b < bundles; ++b) {
         const int64_t bundle = first_bundle + b;
         for (int64_t row = p; row < p_end; ++row) {
-          float* panel = grad + (row - p) * wgrad_pixels(g) * grad_lanes(layout);
+          float* panel = grad + (row - p) * wgrad_steps(g) * grad_lanes(layout);
           read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
                    grad_lanes(layout), grad_order, g.pairs ? unpaired_grad : panel);
           if (g.pairs) pair_grad(g, unpaired_grad, panel);

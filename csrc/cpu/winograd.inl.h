@@ -304,10 +304,11 @@ void multiply_tile(const TileProduct& p, const float* panel, int64_t first_row, 
       float* to = sums + position * sums_step(p) + tile * kTileChannels;
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
         if (channels - lane > kLanes) {
-          product_pixels<FloatTerms, kProductVectors>(source, weight + lane, layout.group_src, kTileChannels, tiles - tile,
-                                          to + lane);
+          product_pixels<FloatTerms, kProductVectors>(source, weight + lane, layout.group_src, kTileChannels,
+                                                      tiles - tile, to + lane);
         } else {
-          product_pixels<FloatTerms, 1>(source, weight + lane, layout.group_src, kTileChannels, tiles - tile, to + lane);
+          product_pixels<FloatTerms, 1>(source, weight + lane, layout.group_src, kTileChannels, tiles - tile,
+                                        to + lane);
         }
       }
     }
@@ -426,8 +427,9 @@ void tile_gradient(const TileGradient& g, float* scratch, int64_t begin, int64_t
           for (int64_t i = 0; i < b.x_channels; i += kProductLanes) {
             for (int64_t o = 0; o < b.grad_channels; o += kGradientChannels) {
               gradient_tile<FloatTerms>(grads + o / kLanes * kLanes * tiles + o % kLanes, xs + i * tiles,
-                            min_of(kGradientTiles, tiles - tile), tiles * kLanes,
-                            /*adds=*/first != chunk_first || tile > 0, to + i * tile_grad_lanes(g) + o * kProductLanes);
+                                        min_of(kGradientTiles, tiles - tile), tiles * kLanes,
+                                        /*adds=*/first != chunk_first || tile > 0,
+                                        to + i * tile_grad_lanes(g) + o * kProductLanes);
             }
           }
         }
