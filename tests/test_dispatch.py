@@ -428,7 +428,9 @@ def test_who_serves_16_bit_convolutions_on_the_cpu(monkeypatch, dtype, library, 
 
     composed_of_cpp = composed.Composed(extension)
     assert served_by(256, 64, 1, 1) == (extension if ours else composed_of_cpp)
-    assert served_by(64, 64, 3, 3) == (composed_of_cpp if library else extension)
+    assert served_by(64, 64, 3, 3) == (extension if ours else composed_of_cpp)
+    assert served_by(128, 128, 3, 3) == (composed_of_cpp if library else extension)
+    assert served_by(64, 33, 3, 3) == (composed_of_cpp if library else extension)
 
 
 def test_forced_backends_serve_the_fused_operators_or_say_why_not():
