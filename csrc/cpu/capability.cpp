@@ -42,8 +42,8 @@ const Kernels& active_kernels() { return *active().load(std::memory_order_relaxe
 void force_capability(const std::string& name) {
   const Kernels* kernels = name.empty() ? best_kernels() : find_kernels(name);
   STD_TORCH_CHECK(kernels != nullptr,
-                  "set_cpu_capability: expected avx512_bf16, avx512, avx2, portable or an empty name, and a machine that ",
-                  "has it, got '", name, "'; leave the choice automatic with ''");
+                  "set_cpu_capability: expected avx512_bf16, avx512, avx2, portable or an empty name, and a machine ",
+                  "that has it, got '", name, "'; leave the choice automatic with ''");
   active().store(kernels, std::memory_order_relaxed);
 }
 

@@ -108,10 +108,6 @@ RowKernel row_kernel(const Layout& layout, int64_t pixels) {
   constexpr int kWide = kRegisters >= 32 ? 14 : 6 + kPhases;
   constexpr int kNarrow = kRegisters >= 32 ? 6 + kPhases : 4;
   if constexpr (kShared == 1) {
-    if constexpr (kRegisters >= 32) {
-      constexpr int kFew = kPhases == 2 ? 6 : 7;  // which leave room for nine weights
-      if (layout.tile_vectors == 3) return {correlate_pixels<Terms, kStep, kPhases, kFew, 3, 1>, kFew};
-    }
     if (layout.tile_vectors == 2) return {correlate_pixels<Terms, kStep, kPhases, kNarrow, 2, 1>, kNarrow};
   }
   if (pixels >= kWide) return {correlate_pixels<Terms, kStep, kPhases, kWide, 1, kShared>, kWide};

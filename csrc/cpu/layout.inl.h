@@ -14,7 +14,7 @@ Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pa
   layout.src_channels = layout.shared * group_src;
   layout.dst_channels = layout.shared * group_dst;
   const int64_t vectors = ceil_div(layout.dst_channels, kLanes);
-  layout.tile_vectors = vectors % 2 == 0 ? 2 : kRegisters >= 32 && vectors % 3 == 0 ? 3 : 1;
+  layout.tile_vectors = vectors % 2 == 0 ? 2 : 1;
   layout.tiles = vectors / layout.tile_vectors;
   layout.src_lanes = round_up(layout.src_channels, kLanes);
   layout.panel_bundles = pairs && 2 * layout.src_channels == kLanes ? 2 : 1;
