@@ -228,11 +228,11 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
     # faster way for some.
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
-    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and _fits_winograd(described):
-        return _module("dense_conv")
-    if kernel_size == checks.KERNEL_SIZE and name == "cpu" and dtype.itemsize == 2:
+    if kernel_size == checks.KERNEL_SIZE and name == "cpu":
+        if _fits_winograd(described):
+            return _module("dense_conv")
         narrow = channels_last and described.in_channels <= 64 and described.in_channels % 2 == 0
-        if not onednn_takes(dtype) or (narrow and _products_by_cpu(dtype)):
+        if dtype.itemsize == 2 and (not onednn_takes(dtype) or (narrow and _products_by_cpu(dtype))):
             return _module("extension")
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)

@@ -47,7 +47,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                transposed,
                /*mirrored=*/transposed && c.cols.phases == 1};
   const int64_t group_src = c.src.channels / shape.groups;
-  const bool pairs = by_pairs(kernels, c.src.dtype) && group_src % 2 == 0;
+  const bool pairs = channels_by_pairs(kernels, c.src.dtype, group_src);
   if (!pairs && winograd_serves(shape, packed == nullptr ? TileUse::kProduct : TileUse::kPackedProduct) &&
       run_winograd({c.src, c.dst, c.filters, packed}, c.read, c.write, shape, results)) {
     return;

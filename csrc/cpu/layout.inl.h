@@ -185,16 +185,6 @@ void pack_tile(const Layout& layout, const Filters& f, const float* filters, int
   }
 }
 
-// A packed tile's terms, two by two.
-void pair_terms(const Layout& layout, const float* from, float* to) {
-  const int64_t term_size = 3 * tile_lanes(layout);
-  for (int64_t term = 0; term < 3 * layout.group_src; ++term, from += 2 * term_size, to += term_size) {
-    for (int64_t i = 0; i < term_size; i += kLanes) {
-      store(to + i, pair_lanes(load(from + i), load(from + term_size + i)));
-    }
-  }
-}
-
 void pack_weight(const Layout& packed_layout, const Filters& f, float* scratch, int64_t begin_bundle,
                  int64_t end_bundle, const PackedFilters& first) {
   const Layout layout = without_pairs(packed_layout);
@@ -215,7 +205,10 @@ void pack_weight(const Layout& packed_layout, const Filters& f, float* scratch, 
       } else {
         pack_tile(layout, f, filters, tile, packed);
       }
-      if (packed_layout.pairs) pair_terms(packed_layout, packed, to);
+      if (packed_layout.pairs) {
+        const int64_t term_size = 3 * tile_lanes(layout);
+        pair_pieces(packed, 3 * layout.group_src, term_size, term_size, to);
+      }
     }
     float* packed_bias = first.bias + (bundle - begin_bundle) * packed_bias_size(layout);
     __builtin_memset(packed_bias, 0, packed_bias_size(layout) * sizeof(float));

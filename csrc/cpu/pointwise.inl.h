@@ -38,8 +38,9 @@ struct PanelPart {
 
 RESNEXT_INLINE int64_t panel_lanes(int64_t channels) { return round_up(channels, kPanelLanes); }
 
+// Of an even number of channels, if in pairs.
 RESNEXT_INLINE int64_t paired_lanes(int64_t channels, bool pairs) {
-  return panel_lanes(pairs ? ceil_div(channels, 2) : channels);
+  return panel_lanes(pairs ? channels / 2 : channels);
 }
 
 // One vector of channels, from c on, of pixels of which `offsets` tells where they begin.
@@ -118,17 +119,16 @@ void read_panel(const GridImage& from, const PixelGrid& grid, const ReadMap& rea
   });
 }
 
-// The same with pairs of channels, of a bfloat16 image of an even number of them.
-template <int kPiece>
+// The same, pixel by pixel, with pairs of channels, of a bfloat16 image of an even number of them.
 void read_panel_pairs(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
                       int64_t block_pixels, float* panel) {
   if (read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
     const GridImage pairs = {as_pairs(from.image), from.step_h, from.step_w};
     const PanelPart pairs_part = {part.first, part.pixels, part.c / 2, part.channels / 2};
-    return read_panel<kPiece>(pairs, grid, read, pairs_part, block_pixels, panel);
+    return read_panel<1>(pairs, grid, read, pairs_part, block_pixels, panel);
   }
   with_read_map(read, [&](auto map) {
-    read_panel_as<true, kPiece, BFloat16, decltype(map)::template Map>(from, grid, read, part, block_pixels, panel);
+    read_panel_as<true, 1, BFloat16, decltype(map)::template Map>(from, grid, read, part, block_pixels, panel);
   });
 }
 
@@ -303,7 +303,7 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
     const int64_t pixels = min_of(p.panel_pixels, all_pixels - first);
     if (task / tiles != read) {
       read = task / tiles;
-      const auto read_terms = p.pairs ? read_panel_pairs<1> : read_panel<1>;
+      const auto read_terms = p.pairs ? read_panel_pairs : read_panel<1>;
       read_terms(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
     }
     WriteMap write = p.write;
@@ -373,10 +373,9 @@ RESNEXT_INLINE int64_t whole_iterations(const PixelGradient& g, int64_t pixels) 
 
 // The pixels of a panel of whole vectors, two by two: the first half of what every vector had.
 void pair_pixels(int64_t lanes, int64_t pixels, float* panel) {
-  for (float* end = panel + lanes * pixels; panel < end; panel += pixels * kLanes) {
-    for (int64_t i = 0; i < pixels * kLanes; i += 2 * kLanes) {
-      store(panel + i / 2, pair_lanes(load(panel + i), load(panel + i + kLanes)));
-    }
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    float* vector = panel + lane * pixels;
+    pair_pieces(vector, pixels, kLanes, kLanes, vector);
   }
 }
 

@@ -32,10 +32,6 @@ void clear(const Tensor& tensor) {
                               [&](int64_t begin, int64_t end) { std::memset(data + begin, 0, end - begin); });
 }
 
-bool channels_in_pairs(const Kernels& kernels, Dtype dtype, int64_t src_channels) {
-  return by_pairs(kernels, dtype) && src_channels % 2 == 0;
-}
-
 std::array<int64_t, 3> packed_sizes(int64_t src_channels, int64_t dst_channels, bool pairs) {
   const int64_t lanes = pairs ? src_channels / 2 : src_channels;
   return {ceil_div(dst_channels, kTileChannels), round_up(lanes, kPanelLanes), kTileChannels};
@@ -63,7 +59,7 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
   p.weight = {operands.weight.data_ptr(), dtype_of(operands.weight), operands.transposed, p.src.image.channels,
               channels};
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
-  p.pairs = channels_in_pairs(kernels, p.src.image.dtype, p.src.image.channels);
+  p.pairs = channels_by_pairs(kernels, p.src.image.dtype, p.src.image.channels);
   const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels, p.pairs);
   p.panel_pixels = pixels_of_panel(pixels, lanes);
   const int64_t panels = ceil_div(pixels, p.panel_pixels);
@@ -124,7 +120,7 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
 }
 
 const float* packed_data(const OptionalTensor& packed, const Tensor& weight, const char* op) {
-  const bool pairs = channels_in_pairs(active_kernels(), dtype_of(weight), weight.size(1));
+  const bool pairs = channels_by_pairs(active_kernels(), dtype_of(weight), weight.size(1));
   const auto sizes = packed_sizes(weight.size(1), weight.size(0), pairs);
   if (!pairs) return packed_weight(packed, ScalarType::Float, sizes, op);
   const std::array<int64_t, 4> pair_sizes = {sizes[0], sizes[1], sizes[2], 2};
@@ -141,7 +137,7 @@ void pack_pointwise(const Tensor& weight, const Tensor& packed) {
   float* data = const_cast<float*>(packed_data(packed, weight, kOp));
   const Kernels& kernels = active_kernels();
   const WeightMatrix matrix = {weight.data_ptr(), dtype_of(weight), /*transposed=*/false, sizes[1], sizes[0]};
-  pack(kernels, matrix, channels_in_pairs(kernels, matrix.dtype, sizes[1]), data);
+  pack(kernels, matrix, channels_by_pairs(kernels, matrix.dtype, sizes[1]), data);
 }
 
 }  // namespace resnext::cpu

@@ -191,6 +191,17 @@ void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t 
   }
 }
 
+// Pairs of bfloat16, which are given as floats, of `count` pieces of `size` floats that begin `step` floats apart: of
+// the first and second, third and fourth and so on; nothing follows the last of an odd number. `to` may be `from`.
+void pair_pieces(const float* from, int64_t count, int64_t step, int64_t size, float* to) {
+  for (int64_t piece = 0; piece < count; piece += 2, from += 2 * step, to += size) {
+    const bool whole = piece + 1 < count;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      store(to + i, pair_lanes(load(from + i), whole ? load(from + step + i) : Vec{}));
+    }
+  }
+}
+
 // A bfloat16 image in NHWC, of an even number of channels, whose floats are pairs.
 RESNEXT_INLINE Image as_pairs(Image image) {
   image.dtype = Dtype::kFloat32;

@@ -158,29 +158,6 @@ int64_t wgrad_scratch(const WeightGradient& g) {
   return size;
 }
 
-// The pixels of a grad row, two by two; with an odd number nothing follows the last.
-void pair_grad(const WeightGradient& g, const float* row, float* panel) {
-  const int64_t lanes = grad_lanes(g.layout);
-  for (int64_t pixel = 0; pixel < g.grad.width; pixel += 2, row += 2 * lanes, panel += lanes) {
-    const bool whole = pixel + 1 < g.grad.width;
-    for (int64_t i = 0; i < lanes; i += kLanes) {
-      store(panel + i, pair_lanes(load(row + i), whole ? load(row + lanes + i) : Vec{}));
-    }
-  }
-}
-
-// What the taps of each pair of grad pixels meet of an x row, which begins and ends with a column of zeros.
-void pair_taps(const WeightGradient& g, const float* row, float* panel) {
-  const int64_t lanes = g.layout.src_lanes;
-  const int64_t step = g.stride_w * lanes;
-  for (int64_t pixel = 0; pixel < g.grad.width; pixel += 2, row += 2 * step, panel += 3 * lanes) {
-    const bool whole = pixel + 1 < g.grad.width;
-    for (int64_t i = 0; i < 3 * lanes; i += kLanes) {
-      store(panel + i, pair_lanes(load(row + i), whole ? load(row + step + i) : Vec{}));
-    }
-  }
-}
-
 // Adds what grad rows [begin, end) of an image give to one bundle's slice.
 void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, int64_t end, const float* ring,
                     const float* grad, float* slice) {
@@ -309,7 +286,10 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
           read_row(g.x, g.read_x, n, next_row, (first_bundle + b) * layout.src_channels,
                    bundle_src_channels(layout, first_bundle + b), layout.src_lanes, x_order,
                    (g.pairs ? unpaired_x : panel) + layout.src_lanes);
-          if (g.pairs) pair_taps(g, unpaired_x, panel);
+          if (g.pairs) {  // what the taps of each pair meet
+            const int64_t step = g.stride_w * layout.src_lanes;
+            pair_pieces(unpaired_x, g.grad.width, step, 3 * layout.src_lanes, panel);
+          }
         }
       }
       for (int64_t b = 0; b < bundles; ++b) {
@@ -318,7 +298,7 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
           float* panel = grad + (row - p) * wgrad_steps(g) * grad_lanes(layout);
           read_row(g.grad, g.read_grad, n, row, bundle * layout.dst_channels, bundle_dst_channels(layout, bundle),
                    grad_lanes(layout), grad_order, g.pairs ? unpaired_grad : panel);
-          if (g.pairs) pair_grad(g, unpaired_grad, panel);
+          if (g.pairs) pair_pieces(unpaired_grad, g.grad.width, grad_lanes(layout), grad_lanes(layout), panel);
         }
         wgrad_add_rows(g, kernel, p, p_end, ring + b * wgrad_panel_size(g), grad, slices + b * slice_size);
       }
