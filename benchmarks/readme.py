@@ -1,11 +1,11 @@
-"""Rewrite the results in README.md and ZOO.md and the pictures beside the committed JSON: no figure is typed by hand.
+"""Rewrite the results in the pages and the pictures beside the committed JSON: no figure is typed by hand.
 
 python benchmarks/readme.py            rewrite
 python benchmarks/readme.py --check    say whether they are up to date (exit code 1 if not)
 
-Every folder below benchmarks/results is a device, and the program that wrote a file is the beginning of its name;
-launch settings are those of kernels/tuned. In a page, <!-- results: NAME --> ... <!-- end of results --> holds what
-`SECTIONS` makes of all of them.
+README.md has the summary, RESULTS.md every row, ZOO.md the converted networks. Every folder below benchmarks/results
+is a device, and the program that wrote a file is the beginning of its name; launch settings are those of
+kernels/tuned. In a page, <!-- results: NAME --> ... <!-- end of results --> holds what `SECTIONS` makes of all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import plots
@@ -23,20 +24,35 @@ import tables
 from tables import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "benchmarks/ZOO.md")
+PAGES = ("README.md", "benchmarks/RESULTS.md", "benchmarks/ZOO.md")
 SECTION = re.compile(r"(<!-- results: (?P<name>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
-def discover(root: Path, program: str) -> list[Run]:
-    """Every result of a program that has rows, of all devices: the largest images and batches first, then by name."""
-    paths = root.glob(f"benchmarks/results/*/{program}*.json")
-    runs = [Run(PurePosixPath(path.relative_to(root).as_posix()), json.loads(path.read_text())) for path in paths]
-    runs = [run for run in runs if "rows" in run.result]
+@dataclass(frozen=True)
+class Repository:
+    """The committed results, with paths as links from one page.
 
-    def order(run: Run) -> tuple[int, int, PurePosixPath]:
-        return -int(run.result["arguments"].get("size", 0)), -max(run.batches), run.path
+    Attributes:
+        root: Its root.
+        folder: Where the page lies, below the root.
+    """
 
-    return sorted((run for run in runs if run.result["rows"]), key=order)
+    root: Path
+    folder: str = "."
+
+    def link(self, path: Path) -> PurePosixPath:
+        """A file as linked from the page, which lies above all that it links to."""
+        return PurePosixPath(path.relative_to(self.root / self.folder).as_posix())
+
+    def runs(self, program: str) -> list[Run]:
+        """Every result of a program that has rows, of all devices: largest images and batches first, then by name."""
+        paths = self.root.glob(f"benchmarks/results/*/{program}*.json")
+        runs = [Run(self.link(path), json.loads(path.read_text())) for path in paths]
+
+        def order(run: Run) -> tuple[int, int, PurePosixPath]:
+            return -int(run.result["arguments"].get("size", 0)), -max(run.batches), run.path
+
+        return sorted((run for run in runs if run.result.get("rows")), key=order)
 
 
 def picture(run: Run) -> PurePosixPath:
@@ -47,12 +63,16 @@ def picture(run: Run) -> PurePosixPath:
 
 def pictures(root: Path) -> Mapping[Path, plots.Roofline | plots.BarChart]:
     """File -> what it shows."""
-    rooflines = {root / picture(run): plots.roofline(run.result) for run in discover(root, "grouped_conv")}
-    return rooflines | {root / picture(run): plots.bars(run.result) for run in discover(root, "model")}
+    results = Repository(root)
+    rooflines = {root / picture(run): plots.roofline(run.result) for run in results.runs("grouped_conv")}
+    return rooflines | {root / picture(run): plots.bars(run.result) for run in results.runs("model")}
 
 
-def _image(alternative: str, run: Run) -> str:
-    return f"![{tables.escaped(f'{alternative}, {run.title}')}]({picture(run)})"
+def _picture(run: Run) -> str:
+    shows = "Roofline plot: operations per second over operations per byte of each layer and pass"
+    if not run.path.name.startswith("grouped_conv"):
+        shows = "Bar chart: milliseconds per step of ours and of PyTorch's"
+    return f"![{tables.escaped(f'{shows}, {run.title}')}]({picture(run)})"
 
 
 def _collapsed(summary: str, *paragraphs: str) -> list[str]:
@@ -61,22 +81,13 @@ def _collapsed(summary: str, *paragraphs: str) -> list[str]:
 
 
 def _grouped(runs: Sequence[Run]) -> list[str]:
-    paragraphs = [
+    return [
         "**Grouped 3x3 convolutions**, fwd / dgrad / wgrad: the time of PyTorch's fastest layout over ours (above 1 we "
         "are faster), geometric mean over a network's distinct layers.",
         tables.means(runs),
         "\n".join(f"* {run.source}" for run in runs),
+        _picture(runs[0]),
     ]
-    for index, run in enumerate(runs):
-        image = _image("Roofline plot: operations per second over operations per byte of each layer and pass", run)
-        caption = f"{run.source}. Milliseconds: ours / PyTorch's fastest layout / **ratio**."
-        details = [caption, tables.convolutions(run)]
-        if index == 0:
-            paragraphs.append(image)
-        else:
-            details.insert(0, image)
-        paragraphs += _collapsed(f"Every layer: {run.title}", *details)
-    return paragraphs
 
 
 def _networks(runs: Sequence[Run]) -> list[str]:
@@ -84,10 +95,7 @@ def _networks(runs: Sequence[Run]) -> list[str]:
         "**Whole networks**: median time of a step, bars from the 20th to the 80th percentile; ratio: PyTorch's "
         "fastest over our fastest (above 1 we are faster)."
     ]
-    for run in runs:
-        image = _image("Bar chart: milliseconds per step of ours and of PyTorch's", run)
-        paragraphs += [run.source, image, *_collapsed("As a table, in milliseconds", tables.networks(run))]
-    return paragraphs
+    return paragraphs + _each(runs, _picture)
 
 
 def _memory(runs: Sequence[Run]) -> list[str]:
@@ -106,18 +114,18 @@ def _kernel_times(runs: Sequence[Run]) -> list[str]:
     return paragraphs + _each(runs, tables.kernel_times)
 
 
-def _each(runs: Sequence[Run], table: Callable[[Run], str]) -> list[str]:
-    return [paragraph for run in runs for paragraph in (run.source, table(run))]
+def _each(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:
+    return [paragraph for run in runs for paragraph in (run.source, write(run))]
 
 
-def _settings(root: Path) -> list[str]:
+def _settings(results: Repository) -> list[str]:
     paragraphs = []
-    for path in sorted(root.glob("kernels/tuned/*.json")):
+    for path in sorted(results.root.glob("kernels/tuned/*.json")):
         measured = json.loads(path.read_text())
         if entries := [entry for entry in measured["entries"] if entry["kernel_size"] == 3]:
             commits = sorted({entry["measured"]["commit"][:10] for entry in entries})
             paragraphs += [
-                f"**Measured launch settings** ([{path.name}]({path.relative_to(root).as_posix()}), "
+                f"**Measured launch settings** ([{path.name}]({results.link(path)}), "
                 f"{tables.escaped(measured['device'])}, commits {', '.join(commits)}) of grouped 3x3 convolutions, in "
                 "microseconds: our fastest / PyTorch's faster layout / **ratio**, and which backend serves. In "
                 "training and inference with what blocks fuse; PyTorch's then with separate passes of ours. What these "
@@ -127,10 +135,10 @@ def _settings(root: Path) -> list[str]:
     return paragraphs
 
 
-def performance(root: Path) -> list[str]:
+def performance(results: Repository) -> list[str]:
     """Of every device: grouped convolutions, networks, memory. And of all together: what is not faster."""
     kinds = {"grouped_conv": _grouped, "model": _networks, "memory": _memory, "kernel_times": _kernel_times}
-    found = {program: discover(root, program) for program in (*kinds, "block")}
+    found = {program: results.runs(program) for program in (*kinds, "block")}
     every = [run for runs in found.values() for run in runs]
     paragraphs = []
     for device in sorted({run.device for run in every}):
@@ -140,16 +148,41 @@ def performance(root: Path) -> list[str]:
                 paragraphs += write(runs)
     if not any("gpu" in run.result["environment"] for run in every):
         paragraphs += ["### GPU", "Not yet measured."]
-    if found_settings := _settings(root):
-        paragraphs += ["### Launch settings", *found_settings]
-    timed = [run for program in ("grouped_conv", "block", "model") for run in found[program]]
-    return [*paragraphs, "### What is not faster", *tables.not_faster(timed)]
+    if settings := _settings(results):
+        paragraphs += ["### Launch settings", *settings]
+    counted, *slower = tables.not_faster([run for name in ("grouped_conv", "block", "model") for run in found[name]])
+    paragraphs += ["### What is not faster", counted]
+    return paragraphs + (_collapsed(f"Those below {tables.CLEARLY_SLOWER}", *slower) if slower else [])
 
 
-def zoo(root: Path) -> list[str]:
+def _layers(runs: Sequence[Run]) -> list[str]:
+    paragraphs = ["Grouped 3x3 convolutions in milliseconds: ours / PyTorch's fastest layout / **ratio**."]
+    for run in runs:
+        paragraphs += [f"### {tables.escaped(run.title)}", run.source, _picture(run), tables.convolutions(run)]
+    return paragraphs
+
+
+def _steps(runs: Sequence[Run]) -> list[str]:
+    return ["Steps of whole networks in milliseconds.", *_each(runs, tables.networks)]
+
+
+def rows(results: Repository) -> list[str]:
+    """Of every device each layer and network."""
+    kinds = {"grouped_conv": _layers, "model": _steps}
+    found = {program: results.runs(program) for program in kinds}
+    paragraphs = []
+    for device in sorted({run.device for runs in found.values() for run in runs}):
+        for program, write in kinds.items():
+            if runs := [run for run in found[program] if run.device == device]:
+                what = "grouped 3x3 convolutions" if program == "grouped_conv" else "networks"
+                paragraphs += [f"## {device.upper()}: {what}", *write(runs)]
+    return paragraphs
+
+
+def zoo(results: Repository) -> list[str]:
     """Every run of zoo.py."""
     paragraphs = []
-    for run in discover(root, "zoo"):
+    for run in results.runs("zoo"):
         paragraphs += [
             f"{tables.escaped(run.title)}: {run.machine}. Relative errors against the unconverted network, in "
             "parentheses its own against float64; seconds of the conversion.",
@@ -158,14 +191,14 @@ def zoo(root: Path) -> list[str]:
     return paragraphs
 
 
-SECTIONS: Mapping[str, Callable[[Path], list[str]]] = {"performance": performance, "zoo": zoo}
+SECTIONS: Mapping[str, Callable[[Repository], list[str]]] = {"performance": performance, "rows": rows, "zoo": zoo}
 
 
-def rewritten(text: str, root: Path) -> str:
+def rewritten(text: str, results: Repository) -> str:
     """A page's text with its sections made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return match[1] + "\n\n".join(SECTIONS[match["name"]](root)) + "\n" + match[3]
+        return match[1] + "\n\n".join(SECTIONS[match["name"]](results)) + "\n" + match[3]
 
     return SECTION.sub(replace, text)
 
@@ -175,8 +208,12 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if anything is out of date")
     args = parser.parse_args(argv)
-    pages = {root / name: (root / name).read_text() for name in PAGES}
-    new_pages = {path: text for path, old in pages.items() if (text := rewritten(old, root)) != old}
+    new_pages = {}
+    for name in PAGES:
+        old = (root / name).read_text()
+        text = rewritten(old, Repository(root, str(PurePosixPath(name).parent)))
+        if text != old:
+            new_pages[root / name] = text
     new_pictures = {path: plot for path, plot in pictures(root).items() if not plots.is_current(path, plot)}
     if args.check:
         for path in (*new_pages, *new_pictures):

@@ -20,7 +20,7 @@ class Run:
     """A file of results.
 
     Attributes:
-        path: From the repository's root, where README.md links from; the folder is the device.
+        path: From the page that links it; the folder is the device.
         result: Its content.
     """
 
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def source(self) -> str:
-        """Title, file and machine, as a line of README.md."""
+        """Title, file and machine, as a line of a page."""
         return f"[{escaped(self.title)}]({self.path}): {self.machine}"
 
 

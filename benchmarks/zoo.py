@@ -1,7 +1,7 @@
 """Convert networks of torchvision and timm with `resnext.fuse_` and compare each with itself before.
 
     python benchmarks/zoo.py --list
-    python benchmarks/zoo.py --json benchmarks/results/cpu/zoo.json
+    python benchmarks/zoo.py --json benchmarks/results/epyc/zoo.json
     python benchmarks/zoo.py --names timm/resnext50_32x4d,torchvision/resnet18
 
 By default: every network of the two libraries that holds a 3x3 convolution with more than one group and fewer groups

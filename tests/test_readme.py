@@ -1,4 +1,4 @@
-"""README.md says what is true: its tables come from the committed results, its names and links exist."""
+"""README.md and the pages of results say what is true: tables are the committed results', names and links exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import resnext
@@ -18,6 +19,7 @@ from resnext.cli.logs import line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text()
 
 
 def test_tables_are_those_of_the_committed_results():
@@ -27,19 +29,18 @@ def test_tables_are_those_of_the_committed_results():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_table_shows_each_ratio_of_the_results():
+def test_tables_show_each_ratio_of_the_results():
     """Of every file of these programs, below a link to it, each row once."""
-    below: dict[str, str] = {}
-    shown, _, _ = README.partition("### What is not faster")
-    _, *parts = re.split(r"\]\((benchmarks/results/\S+\.json)\)", shown)
-    for path, text in zip(parts[::2], parts[1::2], strict=True):
-        below[path] = below.get(path, "") + text
+    summary, _, _ = README.partition("### What is not faster")
     keys_of = {"grouped_conv": ["layer"], "model": ["model", "mode", "batch"], "memory": ["model", "batch"]}
     for program, names in keys_of.items():
+        page, folder = (summary, ROOT) if program == "memory" else (RESULTS, ROOT / "benchmarks")
+        _, *parts = re.split(r"\]\((\S+\.json)\)", page)
+        below = dict(zip(parts[::2], parts[1::2], strict=True))
         paths = sorted(ROOT.glob(f"benchmarks/results/*/{program}*.json"))
         assert paths
         for path in paths:
-            lines = below[path.relative_to(ROOT).as_posix()].splitlines()
+            lines = below[path.relative_to(folder).as_posix()].splitlines()
             rows = json.loads(path.read_text())["rows"]
             assert rows
             for row in rows:
@@ -77,9 +78,11 @@ def test_commands_are_understood():
             assert options.model in resnext.list_models()
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/RESULTS.md", "benchmarks/ZOO.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", path.read_text()):
+        assert (path.parent / target).exists(), target
 
 
 def test_commands_are_targets_of_the_makefile():

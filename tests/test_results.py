@@ -86,10 +86,11 @@ def _run(result: dict[str, object], name: str = "grouped_conv.json") -> Run:
 def root(tmp_path):
     """A repository with pages whose sections are empty, and results of a CPU."""
     pytest.importorskip("matplotlib")
-    folder = tmp_path / "benchmarks/results/cpu"
+    folder = tmp_path / "benchmarks/results/desk"
     folder.mkdir(parents=True)
     empty = "before\n\n<!-- results: {} -->\n<!-- end of results -->\n\nafter\n"
     (tmp_path / "README.md").write_text(empty.format("performance"))
+    (tmp_path / "benchmarks/RESULTS.md").write_text(empty.format("rows"))
     (tmp_path / "benchmarks/ZOO.md").write_text(empty.format("zoo"))
     (folder / "grouped_conv_small.json").write_text(json.dumps(_convolutions(batch=1)))
     (folder / "grouped_conv.json").write_text(json.dumps(_convolutions()))
@@ -113,14 +114,26 @@ def test_rewritten_pages_and_pictures_are_current(root):
     page = (root / "README.md").read_text()
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
-    assert "### CPU\n" in page
+    assert "### DESK\n" in page
     assert "### GPU\n\nNot yet measured.\n" in page
     assert "| network | float32, batch 8 | float32, batch 1 |\n" in page
     assert "| resnext50_32x4d | 2.00 / 2.00 / 2.00 | 2.00 / 2.00 / 2.00 |\n" in page
     assert "resnext50_32x2d" not in page
-    for name in ("grouped_conv_roofline.svg", "grouped_conv_small_roofline.svg"):
-        assert f"](benchmarks/results/cpu/{name})" in page
-        assert (root / "benchmarks/results/cpu" / name).exists()
+    assert page.count("_roofline.svg)") == 1
+    assert "](benchmarks/results/desk/grouped_conv_roofline.svg)" in page
+
+
+def test_every_row_is_on_the_page_of_rows(root):
+    readme.main([], root)
+    page = (root / "benchmarks/RESULTS.md").read_text()
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert headings == ["## DESK: grouped 3x3 convolutions", "### float32, batch 8", "### float32, batch 1"]
+    for layer in NETWORKS["resnext50_32x4d"]:
+        assert page.count(f"\n| {layer.name} | 2.00 / 4.00 / **2.00** | 2.00 / 4.00 / **2.00** |") == 2
+        assert layer.name not in (root / "README.md").read_text()
+    for name in ("grouped_conv.json", "grouped_conv_roofline.svg", "grouped_conv_small_roofline.svg"):
+        assert f"](results/desk/{name})" in page
+        assert (root / "benchmarks/results/desk" / name).exists()
 
 
 def test_check_changes_nothing(root):
@@ -131,24 +144,24 @@ def test_check_changes_nothing(root):
 
 def test_check_names_what_is_out_of_date(root, capsys):
     readme.main([], root)
-    path = root / "benchmarks/results/cpu/grouped_conv.json"
+    path = root / "benchmarks/results/desk/grouped_conv.json"
     result = json.loads(path.read_text())
     result["rows"][0]["flops"] *= 2  # in no table
     path.write_text(json.dumps(result))
     assert readme.main(["--check"], root) == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("benchmarks/results/cpu/grouped_conv_roofline.svg: differs")
+    assert line.startswith("benchmarks/results/desk/grouped_conv_roofline.svg: differs")
     readme.main([], root)
     _change(path, 0.5)
     assert readme.main(["--check"], root) == 1
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("README.md: differs")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["README.md", "benchmarks/RESULTS.md"]
 
 
 def test_current_pictures_are_left_alone(root):
     """Another matplotlib would draw the same data in other bytes."""
     readme.main([], root)
-    picture = root / "benchmarks/results/cpu/grouped_conv_roofline.svg"
+    picture = root / "benchmarks/results/desk/grouped_conv_roofline.svg"
     drawn_elsewhere = picture.read_text() + "<!-- by another version -->\n"
     picture.write_text(drawn_elsewhere)
     assert readme.main(["--check"], root) == 0
@@ -165,35 +178,38 @@ def test_new_folder_is_a_new_device(root):
     assert readme.main([], root) == 0
     page = (root / "README.md").read_text()
     headings = [line for line in page.splitlines() if line.startswith("#")]
-    assert headings == ["### CPU", "### GPU1", "### What is not faster"]
+    assert headings == ["### DESK", "### GPU1", "### What is not faster"]
     assert "](benchmarks/results/gpu1/model_4.svg)" in page
     assert "[bfloat16, batch 4, 64 pixels, triton](benchmarks/results/gpu1/memory.json): GPU 1; torch 2.99" in page
     assert "| resnet | 4 | 2 | 3 | **1.50** |" in page
     assert page.index("model_4.svg") < page.index("memory.json") < page.index("What is not faster")
+    every_row = (root / "benchmarks/RESULTS.md").read_text()
+    assert "## GPU1: networks\n" in every_row
+    assert "| resnet\\|$&lt;b&gt; | inference | 4 | 10 | 5 | **0.50** |" in every_row
     assert "[gpu1](benchmarks/results/gpu1/model_4.json) | ours_compiled | **0.50** |" in page
 
 
-def test_long_tables_are_collapsed(root):
+def test_what_is_slower_is_collapsed(root):
     """GitHub renders Markdown in HTML only between empty lines."""
+    _change(root / "benchmarks/results/desk/grouped_conv.json", 0.5)
     readme.main([], root)
     page = (root / "README.md").read_text()
+    before, block = page.split("\n<summary>Those below 0.95</summary>\n\n")
+    assert before.endswith("\n\n<details>")
+    block, end, _ = block.partition("\n\n</details>\n")
+    assert end
     layer = next(iter(NETWORKS["resnext50_32x4d"])).name
-    for summary, picture in (("float32, batch 8", False), ("float32, batch 1", True)):
-        before, block = page.split(f"\n<summary>Every layer: {summary}</summary>\n\n")
-        assert before.endswith("\n\n<details>")
-        block, end, _ = block.partition("\n\n</details>\n\n")
-        assert end
-        assert f"\n| {layer} | 2.00 / 4.00 / **2.00** | 2.00 / 4.00 / **2.00** |" in block
-        assert block.startswith("![") == picture
-    outside = "".join(part.partition("</details>")[2] or part for part in page.split("<details>"))
-    assert layer not in outside
+    assert (
+        f"\n| {layer} | fwd | 8 | float32 | [desk](benchmarks/results/desk/grouped_conv.json) | cpu | **0.50** |"
+        in block
+    )
 
 
 def test_kernels_of_a_step_in_milliseconds(root):
     times = {"step_seconds": 0.02, "kernel_seconds": 0.015, "small_step_seconds": 0.01}
     result = {**_networks(), "rows": [{"model": "net|1", "mode": "training", "contender": "ours", **times}]}
-    (root / "benchmarks/results/cpu/kernel_times.json").write_text(json.dumps(result))
-    (root / "benchmarks/results/cpu/kernel_times_old.json").write_text(json.dumps({"steps": {}}))  # has no rows
+    (root / "benchmarks/results/desk/kernel_times.json").write_text(json.dumps(result))
+    (root / "benchmarks/results/desk/kernel_times_old.json").write_text(json.dumps({"steps": {}}))  # has no rows
     readme.main([], root)
     page = (root / "README.md").read_text()
     assert "| net\\|1 | training | ours | 20.0 | 15.0 | 10.0 |" in page
@@ -232,7 +248,7 @@ def test_zoo_links_nothing_from_its_other_folder(root):
         **{"failure": None, "note": "a|b"},
     }
     result = {**_convolutions(), "rows": [row]}
-    (root / "benchmarks/results/cpu/zoo.json").write_text(json.dumps(result))
+    (root / "benchmarks/results/desk/zoo.json").write_text(json.dumps(result))
     readme.main([], root)
     page = (root / "benchmarks/ZOO.md").read_text()
     assert "| lib/&lt;net&gt; | 64 | 8 | 1 | 0 | 2 | 1e-06 (2e-06) | - | 0.50 | a\\|b |" in page
