@@ -123,15 +123,32 @@ void walk_nchw(Elementwise e, int64_t begin, int64_t end) {
   }
 }
 
+template <bool kWhole, class T>
+RESNEXT_INLINE void moments_piece(const T* z, int64_t pixels, const ChannelLanes& lanes, const WriteMap& map) {
+  const auto get = [&](int64_t pixel) RESNEXT_ALWAYS {
+    return load_lanes<kWhole>(z + pixel * map.channels, lanes.count);
+  };
+  Moments<T> moments(map, lanes);
+  moments.start(pixels, get);
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) moments(get(pixel), Vec{});
+  moments.finish();
+}
+
 template <class T>
 void moments_nhwc(Elementwise e, int64_t begin, int64_t end) {
+  constexpr int64_t kPiece = 16;  // pixels; of whose vectors memory is read in order
+  WriteMap map{};
+  map.channels = e.channels;
   for (int64_t part = begin; part < end; ++part) {
+    map.partial = partial_of(e, part);
     const int64_t first = part * e.part_pixels;
     const int64_t pixels = min_of(e.part_pixels, e.batch * e.pixels - first);
-    const T* z = static_cast<const T*>(e.z) + first * e.channels;
-    for (int64_t c = 0; c < e.channels; c += kLanes) {
-      const ChannelLanes channels{c, min_of(kLanes, e.channels - c)};
-      add_moments(z + c, e.channels, pixels, channels, 0, partial_of(e, part), e.channels);
+    for (map.before = 0; map.before < pixels; map.before += kPiece) {
+      const T* z = static_cast<const T*>(e.z) + (first + map.before) * e.channels;
+      const int64_t count = min_of(kPiece, pixels - map.before);
+      int64_t c = 0;
+      for (; c + kLanes <= e.channels; c += kLanes) moments_piece<true>(z + c, count, {c, kLanes}, map);
+      if (c < e.channels) moments_piece<false>(z + c, count, {c, e.channels - c}, map);
     }
   }
 }

@@ -60,6 +60,7 @@ struct WriteMap {
   const void* other;  // laid out as the image
   bool relu;          // after kAffine and kAffineAdd
   float* partial;     // null if there are no sums
+  int64_t before;     // kMoments: pixels that are in these sums already
   int64_t channels;   // of the image
 };
 

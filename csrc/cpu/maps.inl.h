@@ -1,6 +1,6 @@
 // What becomes of values on their way between memory and the kernels: ReadMap and WriteMap of kernels.h, as classes for
-// the loops of rows.inl.h. An object serves some channels: it keeps their vectors in registers, and their sums until
-// finish().
+// the loops of rows.inl.h. An object serves some channels: it keeps their vectors in registers, and, of what is written,
+// their sums from start() to finish().
 
 // The channels c, c + 1, ... of a vector whose lanes are channels; lanes past the last one count as zero.
 struct ChannelLanes {
@@ -38,6 +38,8 @@ struct KeepValue {
   static constexpr bool kOther = false;
   template <class Map>
   RESNEXT_INLINE KeepValue(const Map&, const Channels&) {}
+  template <class Get>
+  RESNEXT_INLINE void start(int64_t, Get) const {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec) const { return value; }
   RESNEXT_INLINE void finish() const {}
 };
@@ -85,6 +87,8 @@ struct ScaleShift {
   bool with_relu;
   RESNEXT_INLINE ScaleShift(const WriteMap& map, const ChannelLanes& channels)
       : scale(channels.get(map.affine.scale)), shift(channels.get(map.affine.shift)), with_relu(map.relu) {}
+  template <class Get>
+  RESNEXT_INLINE void start(int64_t, Get) const {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec other) const {
     value = value * scale + shift;
     if (kAdd) value += other;
@@ -105,6 +109,8 @@ struct ReluGradient {
         dshift_sums(map.partial),
         dscale_sums(map.partial + map.channels),
         affine(map.affine, lanes) {}
+  template <class Get>
+  RESNEXT_INLINE void start(int64_t, Get) const {}
   RESNEXT_INLINE Vec operator()(Vec value, Vec x) {
     const Vec t = affine(x) <= kLargestZero<T> ? Vec{} : value;
     dshift += t;

@@ -1,61 +1,85 @@
-// Mean and sum of squared deviations, in two passes over values that stay in the L1 cache in between. Values are taken
-// relative to one of them, the shift: a mean far larger than the spread then costs no digits, and the variance of a
-// constant is exactly zero.
-//
-// A record of a part is [shift, mean, m2][channel] with the mean relative to the shift; the driver merges records.
+// Mean and sum of squared deviations. A record of a part is [shift, mean, m2][channel], with the mean relative to the
+// shift, which is close to it: a mean far larger than the spread then costs no digits, and the variance of a constant is
+// exactly zero. The driver merges records.
 
-template <bool kWhole, class T, class Term>
-RESNEXT_INLINE Vec sum_lanes(const T* data, int64_t step, int64_t steps, int64_t count, Term term) {
+// Adds the values of some channels, whatever is made of them by rounding to a T, to their record, in pieces: the sums of
+// a piece are about the mean of those before it, of the first one about its own, so that squares lose no digits (Chan,
+// Golub and LeVeque 1979).
+template <class T>
+class Moments {
+ public:
+  static constexpr bool kOther = false;
+  RESNEXT_INLINE Moments(const WriteMap& map, const ChannelLanes& lanes)
+      : channels_(lanes),
+        record_{map.partial, map.partial + map.channels, map.partial + 2 * map.channels},
+        before_(map.before) {}
+  // A piece has so many pixels, whose values are `get(pixel)`.
+  template <class Get>
+  RESNEXT_INLINE void start(int64_t pixels, Get get) {
+    pixels_ = pixels;
+    if (before_ != 0) {
+      center_ = channels_.get(record_[0]) + channels_.get(record_[1]);
+      return;
+    }
+    const Vec first = round_to<T>(get(0));
+    Vec sum{};
+    for (int64_t pixel = 1; pixel < pixels; ++pixel) sum += round_to<T>(get(pixel)) - first;
+    center_ = first + sum / static_cast<float>(pixels);
+  }
+  RESNEXT_INLINE Vec operator()(Vec value, Vec) {
+    const Vec deviation = round_to<T>(value) - center_;
+    sum_ += deviation;
+    squares_ += deviation * deviation;
+    return value;
+  }
+  RESNEXT_INLINE void finish() const {
+    const float count = static_cast<float>(pixels_);
+    Vec mean = sum_ / count;
+    Vec m2 = relu(squares_ - sum_ * mean);
+    Vec shift = center_;
+    if (before_ != 0) {
+      shift = channels_.get(record_[0]);
+      const float share = count / static_cast<float>(before_ + pixels_);
+      const Vec old_mean = channels_.get(record_[1]);
+      const Vec delta = (center_ - shift - old_mean) + mean;
+      mean = old_mean + delta * share;
+      m2 += channels_.get(record_[2]) + delta * delta * (share * static_cast<float>(before_));
+    }
+    channels_.set(record_[0], shift);
+    channels_.set(record_[1], mean);
+    channels_.set(record_[2], m2);
+  }
+
+ private:
+  const ChannelLanes channels_;
+  float* const record_[3];
+  const int64_t before_;
+  int64_t pixels_ = 0;
+  Vec center_{}, sum_{}, squares_{};
+};
+
+// Of `vectors` vectors that follow each other in memory.
+template <class T, class Term>
+RESNEXT_INLINE Vec sum_of(const T* data, int64_t vectors, Term term) {
   constexpr int kChains = 4;  // additions that do not wait for each other
   Vec sum[kChains] = {};
   int64_t i = 0;
-  for (; i + kChains <= steps; i += kChains) {
+  for (; i + kChains <= vectors; i += kChains) {
     RESNEXT_UNROLL
-    for (int k = 0; k < kChains; ++k) sum[k] += term(load_lanes<kWhole>(data + (i + k) * step, count));
+    for (int k = 0; k < kChains; ++k) sum[k] += term(load(data + (i + k) * kLanes));
   }
-  for (; i < steps; ++i) sum[0] += term(load_lanes<kWhole>(data + i * step, count));
+  for (; i < vectors; ++i) sum[0] += term(load(data + i * kLanes));
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-template <class T, class Term>
-RESNEXT_INLINE Vec sum_of(const T* data, int64_t step, int64_t steps, int64_t count, Term term) {
-  return count == kLanes ? sum_lanes<true>(data, step, steps, count, term)
-                         : sum_lanes<false>(data, step, steps, count, term);
-}
-
-// Adds `pixels` values, `step` elements apart, of some channels to a record that has seen `before` pixels (Chan, Golub
-// and LeVeque 1979).
-template <class T>
-void add_moments(const T* data, int64_t step, int64_t pixels, const ChannelLanes& channels, int64_t before,
-                 float* record, int64_t all_channels) {
-  float* const records[3] = {record, record + all_channels, record + 2 * all_channels};
-  const Vec shift = before == 0 ? load_first(data, channels.count) : channels.get(records[0]);
-  const float count = static_cast<float>(pixels);
-  Vec mean = sum_of(data, step, pixels, channels.count, [=](Vec value) { return value - shift; }) / count;
-  Vec m2 = sum_of(data, step, pixels, channels.count, [=](Vec value) {
-    const Vec deviation = value - shift - mean;
-    return deviation * deviation;
-  });
-  if (before != 0) {
-    const float share = count / static_cast<float>(before + pixels);
-    const Vec old_mean = channels.get(records[1]);
-    const Vec delta = mean - old_mean;
-    mean = old_mean + delta * share;
-    m2 = channels.get(records[2]) + m2 + delta * delta * (share * static_cast<float>(before));
-  }
-  channels.set(records[0], shift);
-  channels.set(records[1], mean);
-  channels.set(records[2], m2);
-}
-
-// The record of `count` values of one channel that follow each other in memory.
+// The record of `count` values of one channel that follow each other in memory, in two passes.
 template <class T>
 void plane_moments(const T* data, int64_t count, float* record, int64_t all_channels) {
   const int64_t vectors = count / kLanes;
   const int64_t rest = count % kLanes;
   const Vec last = load_first(data + vectors * kLanes, rest);
   const auto sum_terms = [=](auto term) {
-    return sum_of_lanes(sum_lanes<true>(data, kLanes, vectors, kLanes, term) + keep_first(term(last), rest));
+    return sum_of_lanes(sum_of(data, vectors, term) + keep_first(term(last), rest));
   };
   const float shift = load_first(data, 1)[0];
   const float mean = sum_terms([=](Vec value) { return value - shift; }) / static_cast<float>(count);

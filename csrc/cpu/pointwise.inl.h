@@ -256,25 +256,9 @@ RESNEXT_INLINE void write_run(const Image& dst, WriteMap write, const PanelPart&
   write_row(pixel_run(dst, part.first, part.pixels), write, 0, 0, part.c, part.channels, lanes, results);
 }
 
-// The same, and takes their statistics, whose sums are `write.partial`: `before` pixels have been counted in these.
-void write_pixels(const Image& dst, const WriteMap& write, const PanelPart& part, int64_t lanes, int64_t before,
-                  float* results) {
-  write_run(dst, write, part, lanes, results);
-  if (write.kind != WriteMap::kMoments) return;
-  if (dst.dtype != Dtype::kFloat32) {  // of what is stored
-    read_row(pixel_run(dst, part.first, part.pixels), {}, 0, 0, part.c, part.channels, lanes, in_order(), results);
-  }
-  for (int64_t lane = 0; lane < part.channels; lane += kLanes) {
-    add_moments(results + lane, lanes, part.pixels, {part.c + lane, min_of(kLanes, part.channels - lane)}, before,
-                write.partial, dst.channels);
-  }
-}
-
 // Writes the results of a block of pixels, which have to follow each other only where all of the destination's have.
-void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& part, int64_t before, float* results) {
-  if (p.dst.step_h == 1 && p.dst.step_w == 1) {
-    return write_pixels(p.dst.image, write, part, kTileChannels, before, results);
-  }
+void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& part, const float* results) {
+  if (p.dst.step_h == 1 && p.dst.step_w == 1) return write_run(p.dst.image, write, part, kTileChannels, results);
   for (int64_t i = 0; i < part.pixels; ++i) {
     write_run(p.dst.image, write, {image_pixel(p.grid, p.dst, part.first + i), 1, part.c, part.channels}, kTileChannels,
               results + i * kTileChannels);
@@ -317,7 +301,8 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
             channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
         product(panel + pixel * lanes, weight + lane, terms, kTileChannels, count, results + lane);
       }
-      write_block(p, write, {first + pixel, count, c, channels}, pixel, results);
+      write.before = pixel;
+      write_block(p, write, {first + pixel, count, c, channels}, results);
     }
   }
 }

@@ -81,6 +81,7 @@ void write_row_nhwc(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
   for (int64_t c = 0; c < to.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, to.channels - c);
     Map map(write, ChannelLanes{to.c + c, count});
+    map.start(to.pixels, [=](int64_t pixel) RESNEXT_ALWAYS { return load(panel + pixel * lanes + c); });
     if (count == kLanes) {
       write_column<true>(to, c, count, map, lanes, panel);
     } else {
@@ -131,6 +132,7 @@ void write_row_nchw(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
   for (int64_t c = 0; c < to.channels; c += kLanes) {
     const int64_t count = min_of(kLanes, to.channels - c);
     Map map(write, ChannelLanes{to.c + c, count});
+    map.start(to.pixels, [=](int64_t pixel) RESNEXT_ALWAYS { return load(panel + pixel * lanes + c); });
     for (int64_t pixel = 0; pixel < to.pixels; pixel += kLanes) {
       const int64_t width = min_of(kLanes, to.pixels - pixel);
       const int64_t offset = c * to.stride + pixel;
@@ -180,8 +182,9 @@ void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t 
   const auto piece = piece_of<T>(image, write.other, n, h, c, channels);
   switch (write.kind) {
     case WriteMap::kNone:
-    case WriteMap::kMoments:
       return write_piece<KeepValue<T, ChannelLanes>>(image, piece, write, lanes, panel);
+    case WriteMap::kMoments:
+      return write_piece<Moments<T>>(image, piece, write, lanes, panel);
     case WriteMap::kAffine:
       return write_piece<ScaleShift<false>>(image, piece, write, lanes, panel);
     case WriteMap::kAffineAdd:
@@ -274,6 +277,7 @@ RESNEXT_INLINE BandTask band_task(const RowCuts& cuts, const Image& image, int64
 RESNEXT_INLINE WriteMap map_of_row(WriteMap write, const RowCuts& cuts, const Image& image, int64_t n, int64_t h) {
   if (write.partial != nullptr) {
     write.partial += (n * cuts.parts + h / cuts.part_rows) * kPartialSums * image.channels;
+    write.before = h % cuts.part_rows * image.width;
   }
   return write;
 }

@@ -291,7 +291,7 @@ RESNEXT_INLINE Vec transform_results(const float* sums, int64_t step, int64_t ro
 
 // Tile number `task` of all groups' channels, of a panel whose source is transformed.
 void multiply_tile(const TileProduct& p, const float* panel, int64_t first_row, int64_t rows, int64_t task,
-                   const WriteMap& write, float* sums, float* results) {
+                   WriteMap write, float* sums, float* results) {
   const Layout& layout = p.layout;
   const Image& dst = p.dst;
   const int64_t lanes = task % layout.tiles * kTileChannels;
@@ -315,7 +315,6 @@ void multiply_tile(const TileProduct& p, const float* panel, int64_t first_row, 
   }
   const int64_t tile_rows = tiles_of(dst.height);
   Vec check{};
-  int64_t before = 0;
   for (int64_t row = first_row; row < first_row + rows; ++row, sums += tile_columns(p) * kTileChannels) {
     const int64_t n = row / tile_rows;
     const int64_t h = row % tile_rows * 2;
@@ -326,8 +325,8 @@ void multiply_tile(const TileProduct& p, const float* panel, int64_t first_row, 
     }
     const PanelPart part = {(n * dst.height + h) * dst.width, image_rows * dst.width,
                             task / layout.tiles * layout.group_dst + lanes, channels};
-    write_pixels(dst, write, part, kTileChannels, before, results);
-    before += part.pixels;
+    write_run(dst, write, part, kTileChannels, results);
+    write.before += part.pixels;
   }
   tell_not_finite(check, p.not_finite);
 }
