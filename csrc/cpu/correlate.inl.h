@@ -183,7 +183,7 @@ void find_sources(const Correlation& c, int64_t first_row, const Phase& phase, c
   }
 }
 
-// One destination row of one tile. Whole vectors of float32 NHWC that nothing is made of go straight to memory;
+// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory if they are stored as they are;
 // everything else by the buffer.
 void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& write, int64_t n, int64_t h,
                    int64_t bundle, int64_t bundle_of_block, int64_t tile, float* buffer) {
@@ -192,8 +192,9 @@ void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& wr
   const int64_t packed_tile = bundle_of_block * layout.tiles + tile;
   const int64_t channel = bundle * layout.dst_channels + tile * lanes;
   const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
-  const bool direct = write.kind == WriteMap::kNone && c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last &&
-                      channels == lanes && plan.fits;
+  const bool mapped = write.kind != WriteMap::kNone && write.kind != WriteMap::kMoments;
+  const bool direct =
+      !mapped && c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes && plan.fits;
   const int64_t row_stride = c.dst.width * c.dst.channels;
 
   RowArgs args;
@@ -214,7 +215,11 @@ void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& wr
   args.order = plan.dst_order;
   plan.kernel.run(args);
 
-  if (!direct) write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
+  if (!direct) return write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
+  if (write.kind != WriteMap::kMoments) return;
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    add_moments<true>(args.out + lane, args.out_stride, args.pixels, {channel + lane, kLanes}, write);
+  }
 }
 
 void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {

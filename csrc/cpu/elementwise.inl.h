@@ -123,20 +123,9 @@ void walk_nchw(Elementwise e, int64_t begin, int64_t end) {
   }
 }
 
-template <bool kWhole, class T>
-RESNEXT_INLINE void moments_piece(const T* z, int64_t pixels, const ChannelLanes& lanes, const WriteMap& map) {
-  const auto get = [&](int64_t pixel) RESNEXT_ALWAYS {
-    return load_lanes<kWhole>(z + pixel * map.channels, lanes.count);
-  };
-  Moments<T> moments(map, lanes);
-  moments.start(pixels, get);
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) moments(get(pixel), Vec{});
-  moments.finish();
-}
-
 template <class T>
 void moments_nhwc(Elementwise e, int64_t begin, int64_t end) {
-  constexpr int64_t kPiece = 16;  // pixels; of whose vectors memory is read in order
+  constexpr int64_t kPiece = 16;  // pixels
   WriteMap map{};
   map.channels = e.channels;
   for (int64_t part = begin; part < end; ++part) {
@@ -147,8 +136,8 @@ void moments_nhwc(Elementwise e, int64_t begin, int64_t end) {
       const T* z = static_cast<const T*>(e.z) + (first + map.before) * e.channels;
       const int64_t count = min_of(kPiece, pixels - map.before);
       int64_t c = 0;
-      for (; c + kLanes <= e.channels; c += kLanes) moments_piece<true>(z + c, count, {c, kLanes}, map);
-      if (c < e.channels) moments_piece<false>(z + c, count, {c, e.channels - c}, map);
+      for (; c + kLanes <= e.channels; c += kLanes) add_moments<true>(z + c, e.channels, count, {c, kLanes}, map);
+      if (c < e.channels) add_moments<false>(z + c, e.channels, count, {c, e.channels - c}, map);
     }
   }
 }

@@ -1,6 +1,6 @@
 // What becomes of values on their way between memory and the kernels: ReadMap and WriteMap of kernels.h, as classes for
-// the loops of rows.inl.h. An object serves some channels: it keeps their vectors in registers, and, of what is written,
-// their sums from start() to finish().
+// the loops of rows.inl.h. An object serves some channels: it keeps their vectors in registers, and of what is
+// written their sums from start() to finish(), in `kChains` chains of additions that do not wait for each other.
 
 // The channels c, c + 1, ... of a vector whose lanes are channels; lanes past the last one count as zero.
 struct ChannelLanes {
@@ -36,11 +36,12 @@ constexpr float kLargestZero<BFloat16> = 0x1p-134f;
 template <class T, class Channels>
 struct KeepValue {
   static constexpr bool kOther = false;
+  static constexpr int kChains = 1;
   template <class Map>
   RESNEXT_INLINE KeepValue(const Map&, const Channels&) {}
   template <class Get>
   RESNEXT_INLINE void start(int64_t, Get) const {}
-  RESNEXT_INLINE Vec operator()(Vec value, Vec) const { return value; }
+  RESNEXT_INLINE Vec operator()(Vec value, Vec, int = 0) const { return value; }
   RESNEXT_INLINE void finish() const {}
 };
 
@@ -83,13 +84,14 @@ RESNEXT_INLINE void with_read_map(const ReadMap& read, Work work) {
 template <bool kAdd>
 struct ScaleShift {
   static constexpr bool kOther = kAdd;
+  static constexpr int kChains = 1;
   Vec scale, shift;
   bool with_relu;
   RESNEXT_INLINE ScaleShift(const WriteMap& map, const ChannelLanes& channels)
       : scale(channels.get(map.affine.scale)), shift(channels.get(map.affine.shift)), with_relu(map.relu) {}
   template <class Get>
   RESNEXT_INLINE void start(int64_t, Get) const {}
-  RESNEXT_INLINE Vec operator()(Vec value, Vec other) const {
+  RESNEXT_INLINE Vec operator()(Vec value, Vec other, int) const {
     value = value * scale + shift;
     if (kAdd) value += other;
     return with_relu ? relu(value) : value;
@@ -100,10 +102,11 @@ struct ScaleShift {
 template <class T>
 struct ReluGradient {
   static constexpr bool kOther = true;
+  static constexpr int kChains = 2;
   const ChannelLanes channels;
   float *dshift_sums, *dscale_sums;
   const AffineVectors<ChannelLanes> affine;
-  Vec dshift{}, dscale{};
+  Vec dshift[kChains] = {}, dscale[kChains] = {};
   RESNEXT_INLINE ReluGradient(const WriteMap& map, const ChannelLanes& lanes)
       : channels(lanes),
         dshift_sums(map.partial),
@@ -111,14 +114,25 @@ struct ReluGradient {
         affine(map.affine, lanes) {}
   template <class Get>
   RESNEXT_INLINE void start(int64_t, Get) const {}
-  RESNEXT_INLINE Vec operator()(Vec value, Vec x) {
+  RESNEXT_INLINE Vec operator()(Vec value, Vec x, int chain) {
     const Vec t = affine(x) <= kLargestZero<T> ? Vec{} : value;
-    dshift += t;
-    dscale += t * (x - affine.center);
+    dshift[chain] += t;
+    dscale[chain] += t * (x - affine.center);
     return affine.scale * t;
   }
   RESNEXT_INLINE void finish() const {
-    channels.add(dshift_sums, dshift);
-    channels.add(dscale_sums, dscale);
+    channels.add(dshift_sums, dshift[0] + dshift[1]);
+    channels.add(dscale_sums, dscale[0] + dscale[1]);
   }
 };
+
+// work(pixel, chain) for every pixel, the chains in turn.
+template <int kChains, class Work>
+RESNEXT_INLINE void for_pixels(int64_t pixels, Work work) {
+  int64_t pixel = 0;
+  for (; pixel + kChains <= pixels; pixel += kChains) {
+    RESNEXT_UNROLL
+    for (int chain = 0; chain < kChains; ++chain) work(pixel + chain, chain);
+  }
+  for (; pixel < pixels; ++pixel) work(pixel, 0);
+}

@@ -1,14 +1,14 @@
 // Mean and sum of squared deviations. A record of a part is [shift, mean, m2][channel], with the mean relative to the
-// shift, which is close to it: a mean far larger than the spread then costs no digits, and the variance of a constant is
-// exactly zero. The driver merges records.
+// shift, which is close to it: a mean far larger than the spread then costs no digits, and the variance of a constant
+// is exactly zero. The driver merges records.
 
-// Adds the values of some channels, whatever is made of them by rounding to a T, to their record, in pieces: the sums of
-// a piece are about the mean of those before it, of the first one about its own, so that squares lose no digits (Chan,
-// Golub and LeVeque 1979).
+// Adds the values of some channels, rounded to a T, to their record, in pieces: the sums of a piece are about the mean
+// of those before it, of the first one about its own, so that squares lose no digits (Chan, Golub and LeVeque 1979).
 template <class T>
 class Moments {
  public:
   static constexpr bool kOther = false;
+  static constexpr int kChains = 2;
   RESNEXT_INLINE Moments(const WriteMap& map, const ChannelLanes& lanes)
       : channels_(lanes),
         record_{map.partial, map.partial + map.channels, map.partial + 2 * map.channels},
@@ -26,16 +26,17 @@ class Moments {
     for (int64_t pixel = 1; pixel < pixels; ++pixel) sum += round_to<T>(get(pixel)) - first;
     center_ = first + sum / static_cast<float>(pixels);
   }
-  RESNEXT_INLINE Vec operator()(Vec value, Vec) {
+  RESNEXT_INLINE Vec operator()(Vec value, Vec, int chain) {
     const Vec deviation = round_to<T>(value) - center_;
-    sum_ += deviation;
-    squares_ += deviation * deviation;
+    sums_[chain] += deviation;
+    squares_[chain] += deviation * deviation;
     return value;
   }
   RESNEXT_INLINE void finish() const {
     const float count = static_cast<float>(pixels_);
-    Vec mean = sum_ / count;
-    Vec m2 = relu(squares_ - sum_ * mean);
+    const Vec sum = sums_[0] + sums_[1];
+    Vec mean = sum / count;
+    Vec m2 = relu(squares_[0] + squares_[1] - sum * mean);
     Vec shift = center_;
     if (before_ != 0) {
       shift = channels_.get(record_[0]);
@@ -55,8 +56,23 @@ class Moments {
   float* const record_[3];
   const int64_t before_;
   int64_t pixels_ = 0;
-  Vec center_{}, sum_{}, squares_{};
+  Vec center_{}, sums_[kChains] = {}, squares_[kChains] = {};
 };
+
+// A piece of pixels that begin `step` elements apart; map: that of its part.
+template <bool kWhole, class T>
+RESNEXT_INLINE void add_moments(const T* values, int64_t step, int64_t pixels, const ChannelLanes& lanes,
+                                const WriteMap& map) {
+  const auto get = [&](int64_t pixel) RESNEXT_ALWAYS {
+    return load_lanes<kWhole>(values + pixel * step, lanes.count);
+  };
+  Moments<T> moments(map, lanes);
+  moments.start(pixels, get);
+  for_pixels<Moments<T>::kChains>(pixels, [&](int64_t pixel, int chain) RESNEXT_ALWAYS {
+    moments(get(pixel), Vec{}, chain);
+  });
+  moments.finish();
+}
 
 // Of `vectors` vectors that follow each other in memory.
 template <class T, class Term>

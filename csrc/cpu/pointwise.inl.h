@@ -56,17 +56,6 @@ RESNEXT_INLINE void read_column(const T* data, const T* other, const ReadMap& re
   }
 }
 
-// The same of one pixel, in pairs of channels: two vectors of these.
-template <bool kWhole, class T, template <class, class> class Map>
-RESNEXT_INLINE void read_pairs(const T* data, const T* other, const ReadMap& read, const int64_t* offset, int64_t c,
-                               int64_t count, float* to) {
-  float low[kLanes], high[kLanes];
-  const int64_t of_high = count > kLanes ? count - kLanes : 0;
-  read_column<kWhole, T, Map>(data, other, read, offset, 1, c, min_of(kLanes, count), low);
-  read_column<kWhole, T, Map>(data, other, read, offset, 1, c + kLanes, of_high, high);
-  store(to, pair_neighbours(load(low), load(high), LaneIndices{}));
-}
-
 // kPiece: pixels of which one vector is read before the next. One reads in the order of memory; several keep the map in
 // registers, which is faster where what is read is in the cache.
 template <bool kPairs, int kPiece, class T, template <class, class> class Map>
@@ -82,7 +71,7 @@ void read_panel_as(const GridImage& from, const PixelGrid& grid, ReadMap read, P
   const auto read_lanes = [&](auto whole, int64_t c, int64_t count, float* to) RESNEXT_ALWAYS {
     if constexpr (kPairs) {
       static_assert(kPiece == 1);
-      read_pairs<decltype(whole)::value, T, Map>(data, other, read, offsets, c, count, to);
+      store(to, read_channel_pairs<decltype(whole)::value, Map>(data, other, read, offsets[0] + c, c, count));
     } else {
       read_column<decltype(whole)::value, T, Map>(data, other, read, offsets, pixels, c, count, to);
     }
@@ -129,6 +118,60 @@ void read_panel_pairs(const GridImage& from, const PixelGrid& grid, const ReadMa
   }
   with_read_map(read, [&](auto map) {
     read_panel_as<true, 1, BFloat16, decltype(map)::template Map>(from, grid, read, part, block_pixels, panel);
+  });
+}
+
+// One vector of channels, from c on, of pixels two by two; nothing follows the last of an odd number.
+template <bool kWhole, template <class, class> class Map>
+RESNEXT_INLINE void read_pair_column(const BFloat16* data, const BFloat16* other, const ReadMap& read,
+                                     const int64_t* offsets, int64_t pixels, int64_t c, int64_t count, float* to) {
+  const Map<float, ChannelLanes> map(read, {c, count});  // rounded when they are paired
+  const auto value = [&](int64_t pixel) RESNEXT_ALWAYS {
+    const int64_t offset = offsets[pixel] + c;
+    Vec other_lanes{};
+    if (Map<float, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
+    return map(load_lanes<kWhole>(data + offset, count), other_lanes);
+  };
+  for (int64_t pixel = 0; pixel < pixels; pixel += 2, to += kLanes) {
+    const Vec second = pixel + 1 < pixels ? value(pixel + 1) : Vec{};
+    store(to, round_to_pairs(value(pixel), second));
+  }
+}
+
+// A panel of one block of so many pixels, an even number, two by two, of a bfloat16 image.
+template <template <class, class> class Map>
+void read_pixel_pairs_as(const GridImage& from, const PixelGrid& grid, ReadMap read, PanelPart part,
+                         int64_t panel_pixels, float* panel) {
+  const auto* data = static_cast<const BFloat16*>(from.image.data);
+  const auto* other = static_cast<const BFloat16*>(read.other);
+  const int64_t stride = panel_pixels / 2 * kLanes;
+  const int64_t lanes = panel_lanes(part.channels);
+  int64_t offsets[kGradientPiece];
+  for (int64_t pixel = 0; pixel < part.pixels; pixel += kGradientPiece) {
+    const int64_t pixels = min_of(kGradientPiece, part.pixels - pixel);
+    for (int64_t i = 0; i < pixels; ++i) {
+      offsets[i] = image_pixel(grid, from, part.first + pixel + i) * from.image.channels;
+    }
+    float* to = panel + pixel / 2 * kLanes;
+    int64_t i = 0;
+    for (; i + kLanes <= part.channels; i += kLanes, to += stride) {
+      read_pair_column<true, Map>(data, other, read, offsets, pixels, part.c + i, kLanes, to);
+    }
+    for (; i < lanes; i += kLanes, to += stride) {
+      const int64_t count = i < part.channels ? part.channels - i : 0;
+      read_pair_column<false, Map>(data, other, read, offsets, pixels, part.c + i, count, to);
+    }
+  }
+  const int64_t read_lanes = ceil_div(part.pixels, 2) * kLanes;
+  for (int64_t i = 0; i < lanes; i += kLanes, panel += stride) {
+    __builtin_memset(panel + read_lanes, 0, (stride - read_lanes) * sizeof(float));
+  }
+}
+
+void read_pixel_pairs(const GridImage& from, const PixelGrid& grid, const ReadMap& read, const PanelPart& part,
+                      int64_t panel_pixels, float* panel) {
+  with_read_map(read, [&](auto map) {
+    read_pixel_pairs_as<decltype(map)::template Map>(from, grid, read, part, panel_pixels, panel);
   });
 }
 
@@ -314,10 +357,10 @@ void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end)
 // --- weight gradient ---
 
 // Makes, or adds to, a tile of dw: kGradientChannels channels of grad, kProductLanes of x. Both operands lie as
-// [pixel][lane]; x has its second vector `stride` floats behind the first, as a panel's pixels are. What is there is
+// [term][lane], a term being a pixel or two; x has its second vector `stride` floats behind the first. What is there is
 // added last: sums of sums round less than one long sum.
 template <class Terms, int kVectors = kProductVectors>
-RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pixels, int64_t stride, bool adds,
+RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t terms, int64_t stride, bool adds,
                                   float* dw) {
   Vec acc[kGradientChannels][kVectors] = {};
   int64_t i = 0;
@@ -330,7 +373,7 @@ RESNEXT_INLINE void gradient_tile(const float* grad, const float* x, int64_t pix
       RESNEXT_UNROLL
       for (int o = 0; o < kGradientChannels; ++o) add_products<Terms>(acc[o], grad + i + o, value, o);
     }
-  } while (i < pixels * kLanes);
+  } while (i < terms * kLanes);
   if (adds) {
     RESNEXT_UNROLL
     for (int o = 0; o < kGradientChannels; ++o) {
@@ -351,17 +394,9 @@ RESNEXT_INLINE int64_t x_lanes(const PixelGradient& g) { return round_up(g.x_blo
 
 int64_t gradient_slice_size(const PixelGradient& g) { return grad_lanes(g) * x_lanes(g); }
 
-// The pixels of a panel that holds so many.
+// The pixels, or pairs, of a panel that holds so many pixels.
 RESNEXT_INLINE int64_t whole_iterations(const PixelGradient& g, int64_t pixels) {
-  return round_up(pixels, g.pairs ? 2 * kGradientPixels : kGradientPixels);
-}
-
-// The pixels of a panel of whole vectors, two by two: the first half of what every vector had.
-void pair_pixels(int64_t lanes, int64_t pixels, float* panel) {
-  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-    float* vector = panel + lane * pixels;
-    pair_pieces(vector, pixels, kLanes, kLanes, vector);
-  }
+  return round_up(g.pairs ? ceil_div(pixels, 2) : pixels, kGradientPixels);
 }
 
 // Floats of both panels.
@@ -462,15 +497,18 @@ void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, in
     const int64_t chunk_first = all_pixels * chunk / g.chunks;
     for (int64_t first = chunk_first; first < chunk_end; first += g.panel_pixels) {
       const int64_t count = min_of(g.panel_pixels, chunk_end - first);
-      const int64_t pixels = whole_iterations(g, count);
-      read_panel<kGradientPiece>(g.x, g.grid, g.read_x, {first, count, x_c, x_channels}, pixels, x);
-      __builtin_memset(x + panel_lanes(x_channels) * pixels, 0,
-                       (x_lanes(g) - panel_lanes(x_channels)) * pixels * sizeof(float));
-      read_panel<kGradientPiece>(g.grad, g.grid, g.read_grad, {first, count, grad_c, grad_channels}, pixels, grad);
+      const int64_t terms = whole_iterations(g, count);
+      const PanelPart x_part = {first, count, x_c, x_channels};
+      const PanelPart grad_part = {first, count, grad_c, grad_channels};
       if (g.pairs) {
-        pair_pixels(panel_lanes(x_channels), pixels, x);
-        pair_pixels(panel_lanes(grad_channels), pixels, grad);
+        read_pixel_pairs(g.x, g.grid, g.read_x, x_part, 2 * terms, x);
+        read_pixel_pairs(g.grad, g.grid, g.read_grad, grad_part, 2 * terms, grad);
+      } else {
+        read_panel<kGradientPiece>(g.x, g.grid, g.read_x, x_part, terms, x);
+        read_panel<kGradientPiece>(g.grad, g.grid, g.read_grad, grad_part, terms, grad);
       }
+      __builtin_memset(x + panel_lanes(x_channels) * terms, 0,
+                       (x_lanes(g) - panel_lanes(x_channels)) * terms * sizeof(float));
       const int64_t next = first + g.panel_pixels;
       const int64_t next_count = next < chunk_end ? min_of(g.panel_pixels, chunk_end - next) : 0;
       const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, kGradientChannels);
@@ -481,8 +519,8 @@ void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, in
           x_ahead.ask();
           grad_ahead.ask();
           const auto tile = x_channels - i > kLanes ? gradient_tile<Terms, kProductVectors> : gradient_tile<Terms, 1>;
-          tile(grad + o / kLanes * kLanes * pixels + o % kLanes, x + i * pixels, g.pairs ? pixels / 2 : pixels,
-               pixels * kLanes, /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
+          tile(grad + o / kLanes * kLanes * terms + o % kLanes, x + i * terms, terms, terms * kLanes,
+               /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
         }
       }
     }

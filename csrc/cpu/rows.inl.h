@@ -64,7 +64,7 @@ template <bool kWhole, class T, class Map>
 RESNEXT_INLINE void write_column(Piece<T> to, int64_t c, int64_t count, Map& map, int64_t lanes,
                                  const float* panel) {
   const int64_t next_row = to.pixels * to.stride;
-  for (int64_t pixel = 0; pixel < to.pixels; ++pixel) {
+  for_pixels<Map::kChains>(to.pixels, [=, &map](int64_t pixel, int chain) RESNEXT_ALWAYS {
     const int64_t offset = pixel * to.stride + c;
     Vec other{};
     if (Map::kOther) {
@@ -72,8 +72,8 @@ RESNEXT_INLINE void write_column(Piece<T> to, int64_t c, int64_t count, Map& map
       other = load_lanes<kWhole>(to.other + offset, count);
     }
     __builtin_prefetch(to.data + offset + next_row, kForWriting, kKeepInL2);
-    store_lanes<kWhole>(to.data + offset, map(load(panel + pixel * lanes + c), other), count);
-  }
+    store_lanes<kWhole>(to.data + offset, map(load(panel + pixel * lanes + c), other, chain), count);
+  });
 }
 
 template <class T, class Map>
@@ -143,7 +143,7 @@ void write_row_nchw(Piece<T> to, const WriteMap& write, int64_t lanes, const flo
       }
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        square[i] = i < width ? map(load(panel + (pixel + i) * lanes + c), other[i]) : Vec{};
+        square[i] = i < width ? map(load(panel + (pixel + i) * lanes + c), other[i], i % Map::kChains) : Vec{};
       }
       transpose(square);
       RESNEXT_UNROLL
@@ -195,7 +195,7 @@ void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t 
 }
 
 // Pairs of bfloat16, which are given as floats, of `count` pieces of `size` floats that begin `step` floats apart: of
-// the first and second, third and fourth and so on; nothing follows the last of an odd number. `to` may be `from`.
+// the first and second, third and fourth and so on; nothing follows the last of an odd number.
 void pair_pieces(const float* from, int64_t count, int64_t step, int64_t size, float* to) {
   for (int64_t piece = 0; piece < count; piece += 2, from += 2 * step, to += size) {
     const bool whole = piece + 1 < count;
@@ -228,12 +228,52 @@ void read_row(const Image& image, const ReadMap& read, int64_t n, int64_t h, int
   }
 }
 
+// A vector of pairs of neighbouring channels c, c + 1, ... of one pixel, whose first element is number `offset`. Even
+// `count`, of 2 * kLanes channels if kWhole.
+template <bool kWhole, template <class, class> class Map>
+RESNEXT_INLINE Vec read_channel_pairs(const BFloat16* data, const BFloat16* other, const ReadMap& read, int64_t offset,
+                                      int64_t c, int64_t count) {
+  const auto half = [&](int64_t first, int64_t lanes) RESNEXT_ALWAYS {
+    const Map<float, ChannelLanes> map(read, {c + first, lanes});  // rounded when they are paired
+    Vec other_lanes{};
+    if (Map<float, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset + first, lanes);
+    return map(load_lanes<kWhole>(data + offset + first, lanes), other_lanes);
+  };
+  if (kWhole) return pair_neighbours(half(0, kLanes), half(kLanes, kLanes), LaneIndices{});
+  const int64_t low = min_of(count, kLanes);
+  return pair_neighbours(half(0, low), half(kLanes, count - low), LaneIndices{});
+}
+
+template <template <class, class> class Map>
+void read_row_pairs_nhwc(Piece<BFloat16> from, ReadMap read, int64_t lanes, IntVec order, float* panel) {
+  const int64_t next_row = from.pixels * from.stride;
+  const auto read_lanes = [&](auto whole, int64_t pixel, int64_t c, int64_t count) RESNEXT_ALWAYS {
+    const int64_t offset = pixel * from.stride + c;
+    __builtin_prefetch(from.data + offset + next_row, kForReading, kKeepInL2);
+    if (Map<float, ChannelLanes>::kOther) __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
+    const auto pairs =
+        read_channel_pairs<decltype(whole)::value, Map>(from.data, from.other, read, offset, from.c + c, count);
+    store(panel + pixel * lanes + c / 2, permute(pairs, order));
+  };
+  for (int64_t pixel = 0; pixel < from.pixels; ++pixel) {
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= from.channels; c += 2 * kLanes) read_lanes(std::true_type{}, pixel, c, 2 * kLanes);
+    if (c < from.channels) read_lanes(std::false_type{}, pixel, c, from.channels - c);
+  }
+}
+
 // The same for a panel of pairs: of neighbouring channels, pairs [c, c + pairs) of those of a bfloat16 image. `row`:
 // scratch, width * 2 * lanes floats.
 void read_row_pairs(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t pairs,
                     int64_t lanes, IntVec order, float* row, float* panel) {
   if (image.channels_last && read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
     return read_row(as_pairs(image), read, n, h, c, pairs, lanes, order, panel);
+  }
+  if (image.channels_last) {
+    const auto piece = piece_of<BFloat16>(image, read.other, n, h, 2 * c, 2 * pairs);
+    return with_read_map(read, [&](auto map) {
+      read_row_pairs_nhwc<decltype(map)::template Map>(piece, read, lanes, order, panel);
+    });
   }
   read_row(image, read, n, h, 2 * c, 2 * pairs, 2 * lanes, in_order(), row);
   for (int64_t pixel = 0; pixel < image.width; ++pixel) {

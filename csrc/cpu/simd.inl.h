@@ -272,10 +272,18 @@ RESNEXT_INLINE Vec pair_lanes(Vec first, Vec second) {
   return bit_cast<Vec>((bit_cast<UintVec>(first) >> 16) | (bit_cast<UintVec>(second) & 0xffff0000));
 }
 
-// Of neighbouring lanes, those of `low` before those of `high`.
+// Pairs of what two vectors round to in bfloat16: of neighbouring lanes, those of `low` before those of `high`.
 template <int... L>
 RESNEXT_INLINE Vec pair_neighbours(Vec low, Vec high, Indices<L...>) {
+#if RESNEXT_LANES == 16  // which takes subnormals for zero, as products of pairs do
+  Vec pairs;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs) : "v"(low), "v"(high));
+  return pairs;
+#else
+  low = round_to<BFloat16>(low);
+  high = round_to<BFloat16>(high);
   return pair_lanes(shuffle<(2 * L)...>(low, high), shuffle<(2 * L + 1)...>(low, high));
+#endif
 }
 
 template <int... L>
@@ -387,6 +395,13 @@ template <int... L>
 RESNEXT_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high, Indices<L...>) {
   *low = shuffle<(L / 2 + (L % 2) * kLanes)...>(a, b);
   *high = shuffle<(kLanes / 2 + L / 2 + (L % 2) * kLanes)...>(a, b);
+}
+
+// Pairs of what two vectors round to in bfloat16, lane by lane.
+RESNEXT_INLINE Vec round_to_pairs(Vec first, Vec second) {
+  Vec low, high;
+  interleave(first, second, &low, &high, LaneIndices{});
+  return pair_neighbours(low, high, LaneIndices{});
 }
 
 // Transposes a square of kLanes vectors: log2(kLanes) perfect shuffles of its two halves.
