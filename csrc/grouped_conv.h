@@ -149,8 +149,8 @@ inline GroupedConvShape check_conv_stats_dgrad(const Tensor& dz, const OptionalT
                                                const OptionalTensor& center, const OptionalTensor& scale,
                                                const OptionalTensor& shift, const Tensor& dx,
                                                const OptionalTensor& dscale, const OptionalTensor& dshift,
-                                               int64_t stride_h, int64_t stride_w, int64_t groups,
-                                               bool channels_last, int64_t kernel = 3) {
+                                               const OptionalTensor& onto, int64_t stride_h, int64_t stride_w,
+                                               int64_t groups, bool channels_last, int64_t kernel = 3) {
   constexpr const char* kOp = "conv_stats";
   const GroupedConvShape shape = check_dgrad(dz, weight, dx, stride_h, stride_w, groups, channels_last, kOp, kernel);
   const Checks check(kOp);
@@ -159,7 +159,12 @@ inline GroupedConvShape check_conv_stats_dgrad(const Tensor& dz, const OptionalT
   check_prologue(check, dx, center, scale, shift);
   check.vector(dscale, "dscale", shape.in_channels, dz, "grad");
   check.vector(dshift, "dshift", shape.in_channels, dz, "grad");
-  check.together({&x, &scale, &shift, &dscale, &dshift}, "input, scale, shift, dscale and dshift");
+  const bool masked = check.together({&x, &scale, &shift, &dscale, &dshift}, "input, scale, shift, dscale and dshift");
+  if (onto.has_value()) {
+    const bool serves = kernel == 1 && !masked && !dz.is_cuda() && onto->data_ptr() == dx.data_ptr();
+    STD_TORCH_CHECK(serves, kOp, ": expected onto with a 1x1 convolution on the CPU, without a prologue, and as its ",
+                    "dx, got it with another; add it up");
+  }
   return shape;
 }
 

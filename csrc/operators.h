@@ -13,7 +13,7 @@ struct Operators {
   void (*grouped_conv2d_wgrad)(const Tensor& grad, const Tensor& x, const Tensor& out, int64_t stride_h,
                                int64_t stride_w, int64_t groups, bool channels_last);
 
-  // Fused convolutions.
+  // Fused convolutions. `onto` is dx, where it is added to: of 1x1 convolutions, on the CPU.
   void (*conv_stats_fwd)(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
                          const OptionalTensor& shift, const Tensor& weight, const Tensor& z, const OptionalTensor& mean,
                          const OptionalTensor& var, int64_t stride_h, int64_t stride_w, int64_t groups,
@@ -22,8 +22,8 @@ struct Operators {
                            const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& weight,
                            const OptionalTensor& x, const OptionalTensor& center, const OptionalTensor& scale,
                            const OptionalTensor& shift, const Tensor& dx, const OptionalTensor& dscale,
-                           const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w, int64_t groups,
-                           bool channels_last);
+                           const OptionalTensor& dshift, const OptionalTensor& onto, int64_t stride_h,
+                           int64_t stride_w, int64_t groups, bool channels_last);
   void (*conv_stats_wgrad)(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
                            const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& x,
                            const OptionalTensor& center, const OptionalTensor& scale, const OptionalTensor& shift,

@@ -26,6 +26,8 @@ _NO_STATISTICS = (None, None, None, None)
 
 _C: Any = None  # resnext._C, once it is loaded
 
+adds = True  # as of `pointwise_conv`: 1x1 convolutions on the CPU
+
 
 @functools.cache
 def load() -> str | None:
@@ -128,17 +130,23 @@ def conv_stats_bwd(
     groups: int,
     channels_last: bool,
     wanted: tuple[bool, bool],
+    onto: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight."""
+    """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight.
+
+    ``onto``: like x, in channels_last; that of x is added to it, and it is returned, where the operator can.
+    """
     dx = dscale = dshift = dw = None
     statistics_of_z = grad_prologue or _NO_STATISTICS
     geometry = (stride[0], stride[1], groups, channels_last)
     if wanted[0]:
-        size = x.shape
-        vector = size[1] if prologue else None
+        if prologue or x.is_cuda or weight.shape[2] != 1:
+            onto = None
+        vector = x.shape[1] if prologue else None
         masked = (x, *prologue) if prologue else (None, *_NO_AFFINE)
-        made = _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, size, vector, vector, *geometry)
-        dx, dscale, dshift = made if prologue else (made, None, None)
+        results = (x.shape if onto is None else onto, vector, vector)
+        made = _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, *results, onto, *geometry)
+        dx, dscale, dshift = made if prologue else (made if onto is None else onto, None, None)
     if wanted[1]:
         dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), weight.shape, *geometry)
     return dx, dscale, dshift, dw

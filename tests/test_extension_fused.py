@@ -228,6 +228,27 @@ def test_statistics_of_a_mean_far_larger_than_the_spread(capability):
                 assert got_var[1] == 0
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
+def test_a_gradient_is_added_to_another(capability, stride, kernel):
+    """Of whole numbers, which no dtype rounds. Where the operator cannot, the other stays as it was."""
+    for dtype in DTYPES:
+        generator = torch.Generator().manual_seed(0)
+
+        def numbers(*shape, dtype=dtype, generator=generator):
+            drawn = torch.randint(-2, 3, shape, generator=generator).to(dtype)
+            return drawn.to(memory_format=torch.channels_last)
+
+        x, other, weight = numbers(2, 20, 5, 7), numbers(2, 20, 5, 7), numbers(36, 20, kernel, kernel)
+        dz = numbers(2, 36, *(-(-size // step) for size, step in zip((5, 7), stride, strict=True)))
+        arguments = (dz, None, x, None, weight, stride, 1, True, (True, False))
+        alone, onto = extension.conv_stats_bwd(*arguments)[0], other.clone()
+        result = extension.conv_stats_bwd(*arguments, onto=onto)[0]
+        assert (result is onto) == (kernel == 1)
+        assert torch.equal(result, alone + other if kernel == 1 else alone)
+        assert kernel == 1 or torch.equal(onto, other)
+
+
 def test_wanted_masks(built):
     case = FusedCase("wanted", 2, 16, 16, 6, 5, 4)
     tensors = make_tensors(case, True)
@@ -267,20 +288,8 @@ WRONG = {
     "no-input-for-the-mask": (
         "conv_stats_dgrad",
         (
-            IMAGE,
-            *[None] * 4,
-            torch.zeros(8, 4, 3, 3),
-            None,
-            None,
-            VECTOR,
-            VECTOR,
-            IMAGE,
-            VECTOR,
-            VECTOR,
-            1,
-            1,
-            2,
-            False,
+            *(IMAGE, *[None] * 4, torch.zeros(8, 4, 3, 3), None, None, VECTOR, VECTOR),
+            *(IMAGE, VECTOR, VECTOR, None, 1, 1, 2, False),
         ),
         "conv_stats: expected all of input, scale, shift, dscale and dshift or none, got 4",
     ),
@@ -288,6 +297,11 @@ WRONG = {
         "conv_stats_wgrad",
         (IMAGE, IMAGE[:1], *[VECTOR] * 3, IMAGE, None, None, None, torch.zeros(8, 4, 3, 3), 1, 1, 2, False),
         r"conv_stats: expected z of shape \(2, 8, 5, 5\), got \(1, 8, 5, 5\)",
+    ),
+    "3x3-onto-another": (
+        "conv_stats_dgrad",
+        (IMAGE, *[None] * 4, torch.zeros(8, 4, 3, 3), *[None] * 4, IMAGE, None, None, IMAGE, 1, 1, 2, False),
+        "conv_stats: expected onto with a 1x1 convolution on the CPU",
     ),
     "residual-of-other-dtype": (
         "conv_affine",

@@ -203,18 +203,21 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
                       const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& weight,
                       const OptionalTensor& x, const OptionalTensor& center, const OptionalTensor& scale,
                       const OptionalTensor& shift, const Tensor& dx, const OptionalTensor& dscale,
-                      const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w, int64_t groups,
-                      bool channels_last) {
-  const GroupedConvShape shape =
-      check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, stride_h,
-                             stride_w, groups, channels_last, kernel_of(weight, groups, channels_last));
+                      const OptionalTensor& dshift, const OptionalTensor& onto, int64_t stride_h, int64_t stride_w,
+                      int64_t groups, bool channels_last) {
+  const GroupedConvShape shape = check_conv_stats_dgrad(
+      dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, onto, stride_h, stride_w, groups,
+      channels_last, kernel_of(weight, groups, channels_last));
   const GradPrologue prologue(z, mean, dmean, dvar);
   const OwnedAffine affine = affine_of(dx.size(1), center, scale, shift);
   WriteMap write{};
+  write.affine = affine.affine;
   if (x.has_value()) {
     write.kind = WriteMap::kReluGradient;
-    write.affine = affine.affine;
     write.other = x->data_ptr();
+  } else if (onto.has_value()) {
+    write.kind = WriteMap::kAffineAdd;
+    write.other = onto->data_ptr();
   }
   const std::array<float*, 2> results = {floats_of(dshift), floats_of(dscale)};
   if (shape.kernel == 1) {

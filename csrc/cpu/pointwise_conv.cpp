@@ -72,7 +72,8 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
     pack(kernels, p.weight, p.pairs, packed.get());
     p.packed = packed.get();
   }
-  if (p.dst.step_h != 1 || p.dst.step_w != 1) clear(operands.dst);
+  const bool sparse = p.dst.step_h != 1 || p.dst.step_w != 1;
+  if (sparse && write.kind != WriteMap::kAffineAdd) clear(operands.dst);  // else added to what is there
 
   const Parts parts = {1, panels, pixels, p.panel_pixels};
   const Buffer partial = takes_sums(write) ? allocate_partial(parts, channels) : nullptr;

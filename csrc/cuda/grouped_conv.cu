@@ -51,10 +51,11 @@ void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
                       const OptionalTensor& dmean, const OptionalTensor& dvar, const Tensor& weight,
                       const OptionalTensor& x, const OptionalTensor& center, const OptionalTensor& scale,
                       const OptionalTensor& shift, const Tensor& dx, const OptionalTensor& dscale,
-                      const OptionalTensor& dshift, int64_t stride_h, int64_t stride_w, int64_t groups,
-                      bool channels_last) {
-  const GroupedConvShape shape = check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx,
-                                                        dscale, dshift, stride_h, stride_w, groups, channels_last);
+                      const OptionalTensor& dshift, const OptionalTensor& onto, int64_t stride_h, int64_t stride_w,
+                      int64_t groups, bool channels_last) {
+  const GroupedConvShape shape =
+      check_conv_stats_dgrad(dz, z, mean, dmean, dvar, weight, x, center, scale, shift, dx, dscale, dshift, onto,
+                             stride_h, stride_w, groups, channels_last);
   const Call call(dz);
   const OptionalTensor z_nhwc = to_nhwc(z);
   Output target(dx, channels_last);
