@@ -364,7 +364,8 @@ def _gradients(ctx: Any, dout: Tensor) -> list[Tensor | None]:
     """Of the tensors that the block was given."""
     tensors = ctx.saved_tensors
     needed = ctx.needs_input_grad[5:]
-    if torch.is_grad_enabled():
+    differentiated = torch.is_grad_enabled()
+    if differentiated or calls.attention((dout,)) is calls.Attention.FULL:  # a batch of gradients, for instance
 
         def again(*tensors: Tensor) -> Tensor:
             values = [None] * ctx.size
@@ -374,7 +375,8 @@ def _gradients(ctx: Any, dout: Tensor) -> list[Tensor | None]:
                 step.again(values)
             return values[ctx.result]
 
-        return through_formula(again, tensors[: len(needed)], (dout,), needed)
+        with torch.enable_grad():
+            return through_formula(again, tensors[: len(needed)], (dout,), needed, differentiated)
     gradients: Values = [None] * ctx.size
     wanted = [True] * ctx.size
     for place, wants in zip(ctx.given, needed, strict=True):

@@ -186,9 +186,9 @@ def keep_packed(weight: Tensor) -> None:
         # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
         tiles = -(-out_channels // 32)
         if _in_pairs(weight):  # two source channels beside each other
-            packed = torch.empty(tiles, -(-in_channels // 32) * 16, 32, 2, dtype=weight.dtype)
+            packed = weight.new_empty(tiles, -(-in_channels // 32) * 16, 32, 2)
         else:
-            packed = torch.empty(tiles, -(-in_channels // 16) * 16, 32)
+            packed = weight.new_empty(tiles, -(-in_channels // 16) * 16, 32, dtype=torch.float32)
         _C.pack_pointwise(weight, packed)
     _PACKED[weight] = (weight._version, packed)
 
@@ -225,7 +225,7 @@ def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, 
         return None
     # [tile of output channels][position, input channel, channel of the tile], as csrc/cpu/winograd.inl.h has it
     out_channels, in_channels = weight.shape[:2]
-    packed = torch.empty(-(-out_channels // 32), 16 * in_channels * 32)
+    packed = weight.new_empty(-(-out_channels // 32), 16 * in_channels * 32, dtype=torch.float32)
     _C.pack_winograd(weight, packed)
     _PACKED[weight] = (version, packed)
     return packed

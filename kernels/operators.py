@@ -122,8 +122,9 @@ def through_formula(
     tensors: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
+    differentiated: bool = True,
 ) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated: autograd's, through the formula in plain PyTorch."""
+    """Autograd's gradients, through the formula in plain PyTorch; which can be ``differentiated`` themselves."""
     outputs = function(*tensors)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad]
@@ -131,5 +132,5 @@ def through_formula(
     if not pairs:
         return [None] * len(tensors)
     outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=differentiated, allow_unused=True))
     return [next(found) if n else None for n in needed]

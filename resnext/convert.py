@@ -9,6 +9,7 @@ names of classes, so it does not matter whose model it is.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from resnext import batch_norm, fusion
 from resnext.graph import RecordError, record, tensor_arguments
 from resnext.kernels import grouped_conv2d, use_backend
-from resnext.layers import GroupedConv2d, original_class
+from resnext.layers import GroupedConv2d, is_layer, original_class
 from resnext.plan import Plan, plan
 
 
@@ -89,26 +90,39 @@ class Converted:
     _fused_backend = "auto"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Copies and pickles look classes up by name, where the original one is. Plans are made anew.
-        _, arguments, state, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(protocol, 2)))
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != "_fused_plans"}
-        return _unpickled, (self._fused_from, *arguments[1:]), state, *rest
+        # Copies and pickles look classes up by name, where the original one is.
+        made_by, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(protocol, 2)))
+        if made_by is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _unpickled, (self._fused_from, *arguments[1:]), *rest
+        of_class = self._fused_from if made_by is type(self) else made_by
+        return _made_anew, (of_class, arguments), *rest
+
+
+class Plans(dict[int, Plan]):
+    """The plans of a module, by number of arguments. Copies of the module share them; pickles have none."""
+
+    def __deepcopy__(self, _: Any) -> Plans:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plans, ()
 
 
 class FusedModule(Converted):
     """A module with a plan."""
 
-    _fused_plans: dict[int, Plan] = {}  # noqa: RUF012  # by number of arguments; instances have their own
+    _fused_plans = Plans()
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self._fused_plans, _ = _plans(cast(nn.Module, self))
+        # Attributes that were read may have been copied too; unpickled modules have no plans.
+        if _why_not(self) is not None:
+            self._fused_plans, _ = _plans(cast(nn.Module, self))
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Switch between training and evaluation; what evaluation has folded is folded anew."""
         fusion.forget(self)  # type: ignore[arg-type]
-        return super().train(mode)  # type: ignore[misc]
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
 
 class _Conv2dCalls(TorchFunctionMode):
@@ -166,24 +180,29 @@ def fuse_(
         )
     with use_backend(backend):  # which knows the names
         pass
-    before = [(module, type(module), module.__dict__.copy()) for module in model.modules() if strict]
+    before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
     report = FuseReport([], [])
     names = {module: name for name, module in model.named_modules()}
-    for module in reversed(names):  # children first
-        name = names[module]
-        if filter_fn is None or filter_fn(module, name):
-            _fuse_module(module, name, report)
-            if isinstance(module, Converted):
-                module._fused_backend = backend
-    report.fused.reverse()
-    inside = _parts_of_plans(model)
-    report.skipped[:] = [each for each in reversed(report.skipped) if each.name not in inside]
-    if strict and report.skipped:
+    try:
+        for module in reversed(names):  # children first
+            name = names[module]
+            if filter_fn is None or filter_fn(module, name):
+                _fuse_module(module, name, report)
+                if isinstance(module, Converted):
+                    module._fused_backend = backend
+        report.fused.reverse()
+        inside = _parts_of_plans(model)
+        report.skipped[:] = [each for each in reversed(report.skipped) if each.name not in inside]
+        if strict and report.skipped:
+            raise ValueError(
+                f"fuse_: expected nothing to be left as it is, got\n{report}\nuse filter_fn or strict=False"
+            )
+    except BaseException:
         for module, cls, attributes in before:
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        raise ValueError(f"fuse_: expected nothing to be left as it is, got\n{report}\nuse filter_fn or strict=False")
+        raise
     return report
 
 
@@ -240,9 +259,10 @@ def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
     original = original_class(module)
     cls = original.__name__
     if isinstance(module, nn.Conv2d):
-        if (reason := _why_not_grouped(module)) is None:
-            if not isinstance(module, (Converted, GroupedConv2d)):
-                _set_class(module, _convolution_class)
+        reason = _why_not_grouped(module)
+        if reason is None and not isinstance(module, (Converted, GroupedConv2d)):
+            reason = _set_class(module, _convolution_class)
+        if reason is None:
             report.fused.append(Fused(name, "convolution", cls))
         elif reason:
             report.skipped.append(Skipped(name, cls, reason))
@@ -251,9 +271,9 @@ def _fuse_module(module: Any, name: str, report: FuseReport) -> None:
         return
     kept = isinstance(module, FusedModule) and _why_not(module) is None
     plans, reason = (module._fused_plans, "") if kept else _plans(module)
-    if plans:
-        if not isinstance(module, FusedModule):
-            _set_class(module, _fused_class)
+    if plans and not isinstance(module, FusedModule):
+        reason = _set_class(module, _fused_class) or ""
+    if plans and not reason:
         module._fused_plans = plans
         report.fused.append(Fused(name, next(iter(plans.values())).kind, cls))
         return
@@ -289,9 +309,9 @@ def _why_not_grouped(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _plans(module: nn.Module) -> tuple[dict[int, Plan], str]:
-    """The plans of a module by number of arguments; or why there is none, if one might be expected."""
-    plans: dict[int, Plan] = {}
+def _plans(module: nn.Module) -> tuple[Plans, str]:
+    """The plans of a module; or why there is none, if one might be expected."""
+    plans = Plans()
     reason = "it has a forward of its own" if "forward" in module.__dict__ else ""
     for tensors in () if reason else tensor_arguments(module):
         try:
@@ -319,7 +339,7 @@ def _is_layer(module: nn.Module) -> bool:
     """Whether a module is a layer rather than made of layers."""
     if isinstance(module, (nn.Conv2d, _BatchNorm)) or batch_norm.is_known(module):
         return True
-    return original_class(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return is_layer(module)
 
 
 def _parts(module: nn.Module) -> tuple[int, int]:
@@ -356,8 +376,13 @@ def _why_nothing_to_fuse(module: nn.Module) -> str:
 # --- classes ---
 
 
-def _set_class(module: Any, derived: Callable[[Any], type[nn.Module]]) -> None:
-    module.__class__ = derived(type(module))
+def _set_class(module: Any, derived: Callable[[Any], type[nn.Module]]) -> str | None:
+    """Give a module the class derived from its own; returns why it cannot have one, or None."""
+    try:
+        module.__class__ = derived(type(module))
+    except TypeError as error:  # of a metaclass, __init_subclass__ or __slots__
+        return f"its class has none derived from it ({error})"
+    return None
 
 
 @functools.cache
@@ -401,6 +426,13 @@ def _unpickled(original: type[nn.Module], *arguments: Any) -> nn.Module:
     derived: Any = _convolution_class if issubclass(original, nn.Conv2d) else _fused_class
     cls = derived(original)
     return cls.__new__(cls, *arguments)
+
+
+def _made_anew(original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What a class with a ``__reduce__`` of its own makes of its arguments, converted."""
+    module = original(*arguments)
+    fuse_(module)
+    return module
 
 
 def forced(backend: str) -> contextlib.AbstractContextManager[None]:

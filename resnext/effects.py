@@ -8,16 +8,21 @@ import contextlib
 import functools
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 Contents = tuple[Any, ...]
 Snapshot = tuple[tuple[Any, Contents], ...]
 """Containers, each with what was in it."""
+
+PLAIN = (bool, int, float, str, bytes, tuple)
+"""Types of values that are the same if they are equal."""
 
 _DEPTH = 3
 _OPAQUE = (Tensor, nn.Module, type, functools.partial, types.ModuleType, types.FunctionType, types.MethodType)
@@ -43,7 +48,7 @@ def restore(before: Snapshot) -> None:
         container.clear()
         if isinstance(container, dict):
             container.update(zip(contents[::2], contents[1::2], strict=True))
-        elif isinstance(container, list):
+        elif isinstance(container, (list, collections.deque)):
             container.extend(contents)
         else:
             container.update(contents)
@@ -53,8 +58,7 @@ def same(value: Any, other: Any) -> bool:
     """Whether two values are one object, or equal and plain."""
     if value is other:
         return True
-    plain = (bool, int, float, str, bytes, tuple)
-    return isinstance(value, plain) and type(value) is type(other) and value == other
+    return isinstance(value, PLAIN) and type(value) is type(other) and value == other
 
 
 def is_generator(value: Any) -> bool:
@@ -73,25 +77,59 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+# As they are when nothing is recorded (`without_modes`).
+_is_autocast_enabled, _get_autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+_is_grad_enabled, _is_inference_mode_enabled = torch.is_grad_enabled, torch.is_inference_mode_enabled
+
+
 def modes() -> tuple[Any, ...]:
     """What decides about gradients and dtypes of the operations that follow."""
-    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+    autocast = [(_is_autocast_enabled(device), _get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    return _is_grad_enabled(), _is_inference_mode_enabled(), *autocast
+
+
+@contextlib.contextmanager
+def without_modes(refuse: Callable[[str], Any]) -> Iterator[None]:
+    """Call ``refuse`` where a forward sets what `modes` tells, even to what it is, or asks for it: calls may differ."""
+    thread = threading.get_ident()
+    asked = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
+    places: list[tuple[Any, str]] = [(torch, name) for name in asked]
+    places += [(torch.autocast, "__enter__"), (torch.inference_mode, "__enter__"), (torch._C, "_set_grad_enabled")]
+    kept = [getattr(place, name) for place, name in places]
+
+    def refusing(usual: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                refuse("its forward switches gradients or autocast on or off, or asks whether they are on")
+            return usual(*args, **kwargs)
+
+        return instead
+
+    for (place, name), usual in zip(places, kept, strict=True):
+        setattr(place, name, refusing(usual))
+    try:
+        yield
+    finally:
+        for (place, name), usual in zip(places, kept, strict=True):
+            setattr(place, name, usual)
 
 
 def random_states() -> tuple[Any, ...]:
     """The states of the generators that everybody shares: Python's, PyTorch's on the CPU, numpy's."""
     numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.get_rng_state(), None if numpy is None else numpy.random.get_state()
+    with _disable_current_modes():  # those of fake tensors, for instance
+        of_torch = torch.get_rng_state()
+    return random.getstate(), of_torch, None if numpy is None else numpy.random.get_state()
 
 
 def restore_random_states(states: tuple[Any, ...]) -> bool:
     """Put the generators back; returns whether that was needed."""
     of_random, of_torch, of_numpy = states
     now = random_states()
-    drawn = now[0] != of_random or not torch.equal(now[1], of_torch)
+    with _disable_current_modes():
+        drawn = now[0] != of_random or not torch.equal(now[1], of_torch)
+        torch.set_rng_state(of_torch)
     random.setstate(of_random)
-    torch.set_rng_state(of_torch)
     if of_numpy is not None:
         drawn = drawn or now[2][2] != of_numpy[2] or bool((now[2][1] != of_numpy[1]).any())
         sys.modules["numpy"].random.set_state(of_numpy)
@@ -120,9 +158,11 @@ def taken_for_tensors(stand_in: type) -> Iterator[None]:
 def noted_reads() -> Iterator[dict[int, set[str]]]:
     """Note the names of the attributes that are read of modules, by the module's ``id``."""
     reads: dict[int, set[str]] = collections.defaultdict(set)
+    thread = threading.get_ident()
 
     def read(self: nn.Module, name: str) -> Any:
-        reads[id(self)].add(name)
+        if threading.get_ident() == thread:
+            reads[id(self)].add(name)
         return object.__getattribute__(self, name)
 
     nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
@@ -153,7 +193,7 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
     if isinstance(value, _OPAQUE) or is_generator(value):
         return
     inside: Any = ()
-    if isinstance(value, (dict, list, set)):
+    if isinstance(value, (dict, list, set, collections.deque)):
         yield value
         inside = value.values() if isinstance(value, dict) else value
     elif isinstance(value, tuple):

@@ -6,6 +6,7 @@ nobody may be listening to its calls; otherwise the module's own forward runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm, recorded
 from resnext.batch_norm import BatchNorm, Statistics
-from resnext.graph import Node, Shell, changed_attribute, replaced
+from resnext.graph import Node, Ref, Shell, changed_attribute, replaced
 from resnext.kernels import (
     affine_add_relu,
     affine_relu_max_pool,
@@ -67,6 +69,12 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
     for shell in plan.shells:
         if reason := _why_not_shell(shell, child(unit, shell.name) if shell.name else unit):
             return reason
+    for watched in plan.watched:
+        if (module := child(unit, watched.name)) is None or (attribute := changed_attribute(module, watched)):
+            return f"{attribute if module else 'something'} of {watched.name} is not what it was when it was converted"
+    for one, other in plan.aliases:
+        if child(unit, one) is not child(unit, other):
+            return f"{one} and {other} are not the same module any more"
     for name, kind in plan.roles:
         if reason := _why_not_role(name, child(unit, name), kind):
             return reason
@@ -129,6 +137,8 @@ def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
         return f"{name} is {type(conv).__name__}, not Conv2d"
     if reason := why_not_quiet(name, conv):
         return reason
+    if "_conv_forward" in conv.__dict__:
+        return f"{name} has a _conv_forward of its own"
     if conv.padding_mode != "zeros":
         return f"{name}.padding_mode is {conv.padding_mode}, not zeros"
     weight = held(conv, "weight")
@@ -179,8 +189,10 @@ def _why_not_shell(shell: Shell, module: nn.Module | None) -> str | None:
     for child_name, is_none in shell.children:
         if (module._modules.get(child_name) is None) != is_none:
             return f"{name} has another child {child_name} than when it was converted"
-    if attribute := changed_attribute(module, shell):
+    if attribute := changed_attribute(module, shell.watched):
         return f"{attribute} of {name} is not what it was when it was converted"
+    if shell.type.forward is not shell.forward:
+        return f"{shell.type.__name__}.forward is not what it was when {name} was converted"
     return None
 
 
@@ -246,7 +258,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
         elif isinstance(step, Pool):
             values[step.out] = _affine_relu_max_pool(values[step.z], values[step.affine])
         else:
-            values[step.out] = _call(unit, step.node, values)
+            values[step.out] = _call(unit, step.node, values, in_nchw=turned and step.sees_layout)
         for slot in free:
             values[slot] = None
     _update(updates)
@@ -272,8 +284,11 @@ def _in_nchw(value: Any) -> Any:
     return laid_out(value, False) if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
-def _call(unit: nn.Module, node: Node, values: list[Any]) -> Any:
-    args, kwargs = replaced((node.args, node.kwargs), lambda ref: values[ref.index])
+def _call(unit: nn.Module, node: Node, values: list[Any], in_nchw: bool) -> Any:
+    def value(ref: Ref) -> Any:
+        return _in_nchw(values[ref.index]) if in_nchw else values[ref.index]
+
+    args, kwargs = replaced((node.args, node.kwargs), value)
     if node.kind == "module":
         return child(unit, node.target)(*args, **kwargs)
     if node.kind == "function":
@@ -412,6 +427,18 @@ class _Kept(NamedTuple):
 _KEPT: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
+@functools.cache
+def _watch_optimizers() -> None:
+    """Drop all that is kept when an optimizer has taken a step that leaves no trace in the parameters' versions."""
+
+    def forget_all(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if any(group.get("fused") for group in optimizer.param_groups):
+            _KEPT.clear()
+
+    forget_all._dynamo_marked_constant = True  # type: ignore[attr-defined]  # compiled steps leave one
+    register_optimizer_step_post_hook(forget_all)
+
+
 def _conv_affine(conv: nn.Conv2d, folded: Folded, x: Tensor, residual: Tensor | None, step: ConvAffine) -> Tensor:
     if residual is not None:
         height, width = (-(-size // stride) for size, stride in zip(x.shape[2:], conv.stride, strict=True))
@@ -425,13 +452,20 @@ def _conv_affine(conv: nn.Conv2d, folded: Folded, x: Tensor, residual: Tensor | 
 
 def _infers(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
     """Whether batch norms can be folded: images, no batch statistics, and nothing for a backward pass."""
-    if arguments[0].shape[0] == 0 or any(child(unit, name).training for name in plan.dropouts):
+    if arguments[0].shape[0] == 0 or not all(
+        map(_passes_on, plan.dropouts, (child(unit, each.name) for each in plan.dropouts))
+    ):
         return False
     if any(batch_norm.uses_batch_statistics(child(unit, bn)) for _, bn in plan.pairs):
         return False
     if not torch.is_grad_enabled():
         return True
     return not any(tensor.requires_grad for tensor in (*arguments, *_tensors(unit, plan.pairs)))
+
+
+def _passes_on(shell: Shell, module: nn.Module | None) -> bool:
+    """Whether a module that inference leaves out still returns what it is called with."""
+    return module is not None and not module.training and _why_not_shell(shell, module) is None
 
 
 def forget(unit: nn.Module) -> None:
@@ -442,7 +476,7 @@ def forget(unit: nn.Module) -> None:
 def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dict[tuple[str, str], Folded]:
     """The folded vectors of each pair, kept until a parameter or buffer changes.
 
-    What writes through ``Tensor.data`` leaves no trace; `forget` is for that.
+    What writes through ``Tensor.data``, and other processes, leave no trace; `forget` is for that.
     """
     tensors = _tensors(unit, pairs)
     # A compiler computes the vectors in its graph. So must a CUDA graph, to follow the parameters when replayed.
@@ -462,6 +496,7 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
         state.append(torch.cuda.current_stream(x.device).cuda_stream)
     kept = _KEPT.get(unit)
     if kept is None or kept.state != state:
+        _watch_optimizers()
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             folded = {pair: _fold(unit, pair, x, keeps=True) for pair in pairs}

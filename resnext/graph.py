@@ -7,10 +7,12 @@ refused: a module's record must be true for every later call.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +23,10 @@ from resnext.effects import Snapshot
 from resnext.layers import original_class
 
 # What every module has, and what belongs to the conversion; a recording may depend on all other attributes.
-_INTERNAL = frozenset(vars(nn.Module())) | {"_fused_plans", "_fused_backend", "_compiled_call_impl", "recompute"}
+_INTERNAL = frozenset(dir(nn.Module())) | {"_fused_plans", "_fused_backend", "_fused_from", "recompute"}
+
+# Recording patches what all threads share: one at a time, and for its own thread alone.
+_LOCK = threading.RLock()
 
 
 class RecordError(Exception):
@@ -75,30 +80,59 @@ def replaced(argument: Any, by: Callable[[Ref], Any]) -> Any:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """A module whose attributes a forward read when it was recorded, and what the record takes for granted of these.
+
+    Attributes:
+        name: Its name in the recorded module; "" for that module itself.
+        attributes: The plain attributes that were read; None for those that were not there.
+        contents: What was in those that are containers.
+        inherited: What was read of its class alone: methods, which may not be set on the module.
+    """
+
+    name: str
+    attributes: tuple[tuple[str, Any], ...] = ()
+    contents: Snapshot = ()
+    inherited: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Shell:
     """A module whose forward was recorded rather than called, and what the record takes for granted of it.
 
     Attributes:
-        name: Its name in the recorded module; "" for that module itself.
+        watched: Its attributes.
         type: Its class, before it was converted itself.
+        forward: What that class had for its forward.
         children: The names of its children, and of those that are None.
-        attributes: The plain attributes that were read; None for those that were not there.
-        contents: What was in those that are containers.
     """
 
-    name: str
+    watched: Watched
     type: type[nn.Module]
+    forward: Any
     children: tuple[tuple[str, bool], ...]
-    attributes: tuple[tuple[str, Any], ...]
-    contents: Snapshot
+
+    @property
+    def name(self) -> str:
+        """Its name in the recorded module; "" for that module itself."""
+        return self.watched.name
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The nodes of a module's forward, in the order of execution, and the modules they were recorded from."""
+    """What a module's forward computes.
+
+    Attributes:
+        nodes: In the order of execution.
+        shells: The modules they were recorded from.
+        watched: Further modules of which attributes were read.
+        aliases: Pairs of names of one module.
+    """
 
     nodes: tuple[Node, ...]
     shells: tuple[Shell, ...]
+    watched: tuple[Watched, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
 
 
 def record(
@@ -115,39 +149,76 @@ def record(
     Raises:
         RecordError: With the reason.
     """
+    recordings = _recorded(root, tensors, is_leaf, owners, (True, False))
+    if recordings[0].nodes != recordings[1].nodes:
+        raise RecordError("its forward computes something else in training than in evaluation")
+    return recordings[1]  # which knows what both have read
+
+
+def passes_on(module: nn.Module, name: str) -> Shell | None:
+    """What has to hold for a module to return in evaluation the tensor that it is called with; None if it does not.
+
+    Args:
+        module: The module; unchanged.
+        name: What to call it.
+    """
+    try:
+        (recording,) = _recorded(module, 1, lambda _: False, lambda _: False, (False,))
+    except RecordError:
+        return None
+    last = recording.nodes[-1]
+    if len(recording.nodes) != 2 or last.args != (Ref(0),) or len(recording.shells) > 1:
+        return None
+    (shell,) = recording.shells
+    return replace(shell, watched=replace(shell.watched, name=name))
+
+
+def _recorded(
+    root: nn.Module,
+    tensors: int,
+    is_leaf: Callable[[nn.Module], bool],
+    owners: Callable[[nn.Module], bool],
+    modes: Sequence[bool],
+) -> list[Recording]:
+    """A recording for each mode: True for training."""
     modules = list(root.modules())
     shells = [module for module in modules if module is root or not is_leaf(module)]
     if any(effects.is_generator(value) for module in shells for value in module.__dict__.values()):
         raise RecordError("it has a generator of random numbers of its own")
-    before = [effects.snapshot(module.__dict__) for module in modules]
-    states = effects.random_states()
-    recordings = []
-    try:
-        with effects.modes_kept(root), effects.noted_reads() as reads:
-            for training in (True, False):
-                for module in modules:
-                    module.training = training
-                tracer = _Tracer(is_leaf, owners)
-                with effects.without_autograd_functions(_Value, tracer.refuse), effects.taken_for_tensors(_Value):
-                    graph = tracer.trace(root, _defaults(root, tensors))
-                recordings.append(_recording(root, tracer, graph, tensors, reads))
-    except RecordError:
-        raise
-    except Exception as error:  # whatever a forward does with placeholders
-        text = str(error).strip().splitlines() or [""]
-        raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
-    finally:
-        changed = [contents for contents in before if not effects.holds(contents)]
-        for contents in changed:
-            effects.restore(contents)
-        drawn = effects.restore_random_states(states)
+    if called := [module for module in modules[1:] if type(module).__call__ is not nn.Module.__call__]:
+        raise RecordError(f"its {type(called[0]).__name__} has a __call__ of its own")
+    with _LOCK:
+        before = [effects.snapshot(module.__dict__) for module in modules]
+        states = effects.random_states()
+        recordings = []
+        try:
+            with effects.modes_kept(root), effects.noted_reads() as reads:
+                for training in modes:
+                    for module in modules:
+                        module.training = training
+                    tracer = _Tracer(is_leaf, owners)
+                    with (
+                        effects.without_autograd_functions(_Value, tracer.refuse),
+                        effects.without_modes(tracer.refuse),
+                        effects.taken_for_tensors(_Value),
+                    ):
+                        graph = tracer.trace(root, _defaults(root, tensors))
+                    recordings.append(_recording(root, tracer, graph, tensors, reads))
+        except RecordError:
+            raise
+        except Exception as error:  # whatever a forward does with placeholders
+            text = str(error).strip().splitlines() or [""]
+            raise RecordError(f"its forward cannot be recorded ({type(error).__name__}: {text[0][:120]})") from error
+        finally:
+            changed = [contents for contents in before if not effects.holds(contents)]
+            for contents in changed:
+                effects.restore(contents)
+            drawn = effects.restore_random_states(states)
     if changed:
         raise RecordError("its forward sets attributes")
     if drawn:
         raise RecordError("its forward draws random numbers outside of modules")
-    if recordings[0].nodes != recordings[1].nodes:
-        raise RecordError("its forward computes something else in training than in evaluation")
-    return recordings[1]  # which knows what both have read
+    return recordings
 
 
 def tensor_arguments(module: nn.Module) -> range:
@@ -159,15 +230,18 @@ def tensor_arguments(module: nn.Module) -> range:
     return range(max(required, 1), len(parameters) + 1)
 
 
-def changed_attribute(module: nn.Module, shell: Shell) -> str | None:
+def changed_attribute(module: nn.Module, watched: Watched) -> str | None:
     """Which attribute that the forward reads is no longer what a record takes for granted, or None.
 
     Inside a compiler what is in containers is not looked at.
     """
-    for name, value in shell.attributes:
+    for name, value in watched.attributes:
         if not effects.same(getattr(module, name, None), value):
             return name
-    if torch.compiler.is_compiling() or effects.holds(shell.contents):
+    for name in watched.inherited:
+        if name in module.__dict__:
+            return name
+    if torch.compiler.is_compiling() or effects.holds(watched.contents):
         return None
     return "something in an attribute"
 
@@ -177,6 +251,11 @@ class _Value(fx.Proxy):
 
     tracer: _Tracer
     _is_param = _is_buffer = False  # which is how Python asks for an nn.Parameter or nn.Buffer
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        if not hasattr(torch.Tensor, name):  # which a forward may try
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return super().__getattr__(name)
 
     def __float__(self) -> float:
         return self.tracer.refuse("its forward depends on values")
@@ -205,6 +284,7 @@ class _Tracer(fx.Tracer):
         self._is_leaf, self._owners = is_leaf, owners
         self._owner = ""
         self._modes = effects.modes()
+        self._thread = threading.get_ident()
         self.refusal = ""
         self.node_owners: dict[fx.Node, str] = {}
         self.shells: dict[str, nn.Module] = {}
@@ -221,6 +301,8 @@ class _Tracer(fx.Tracer):
         return self._is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         try:
             name = self.path_of_module(m)
         except NameError:  # made in the forward, as in nn.ReLU()(x)
@@ -240,8 +322,19 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def create_arg(self, a: Any) -> Any:
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a) is collections.OrderedDict:  # of which fx makes a dictionary
+            return self.create_node("call_function", collections.OrderedDict, (self.create_arg([*a.items()]),), {})
+        if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
+            self.refuse(f"its forward makes a {type(a).__name__}, which is more than a dictionary")
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if effects.modes() != self._modes:
@@ -282,23 +375,42 @@ def _recording(
             nodes.append(Node(kinds[node.op], node.target, refs(node.args), refs(node.kwargs), owner))
         index[node] = len(nodes) - 1
     shells = {"": root} | tracer.shells
-    named = [(name, module, sorted(reads[id(module)])) for name, module in shells.items()]
-    return Recording(tuple(nodes), tuple(_shell(*each) for each in named))
+    named = dict(root.named_modules())
+    names = {id(module): name for name, module in reversed(named.items())}
+    watched = [_watched(name, module, reads[id(module)]) for name, module in named.items() if name not in shells]
+    return Recording(
+        tuple(nodes),
+        tuple(_shell(name, module, reads[id(module)]) for name, module in shells.items()),
+        tuple(each for each in watched if each.attributes or each.inherited),
+        tuple(
+            (names[id(module)], name)
+            for name, module in root.named_modules(remove_duplicate=False)
+            if names[id(module)] != name
+        ),
+    )
 
 
-def _shell(name: str, module: nn.Module, reads: Sequence[str]) -> Shell:
+def _shell(name: str, module: nn.Module, reads: set[str]) -> Shell:
     children = tuple((child, value is None) for child, value in module._modules.items())
-    attributes = {each: module.__dict__.get(each) for each in reads if _is_setting(module, each)}
+    original = original_class(module)
+    return Shell(_watched(name, module, reads), original, original.forward, children)
+
+
+def _watched(name: str, module: nn.Module, reads: set[str]) -> Watched:
+    """Of what was read: no state, children, or parts of every module."""
+    attributes, inherited = {}, set()
+    for each in sorted(reads - _INTERNAL):
+        if each.startswith("__") or any(
+            each in kind for kind in (module._modules, module._parameters, module._buffers)
+        ):
+            continue
+        of_class = inspect.getattr_static(type(module), each, None)
+        if each in module.__dict__ or of_class is None or isinstance(of_class, effects.PLAIN):
+            attributes[each] = getattr(module, each, None)
+        else:
+            inherited.add(each)
     contents = effects.snapshot(tuple(attributes.values()))
-    return Shell(name, original_class(module), children, tuple(attributes.items()), contents)
-
-
-def _is_setting(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is the module's own, or nobody's yet: no state, child, method or part of every module."""
-    if name in _INTERNAL or name.startswith("__"):
-        return False
-    kinds = (module._modules, module._parameters, module._buffers)
-    return name in module.__dict__ or not (hasattr(type(module), name) or any(name in kind for kind in kinds))
+    return Watched(name, tuple(attributes.items()), contents, frozenset(inherited))
 
 
 def _defaults(root: nn.Module, tensors: int) -> dict[str, Any]:

@@ -119,6 +119,11 @@ def child(module: nn.Module, name: str) -> Any:
     return module
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PyTorch's layers; `torch.nn.Sequential` is none."""
+    return original_class(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
 def is_plain_conv(module: nn.Module) -> bool:
     """Whether ``module`` computes what ``torch.nn.Conv2d`` computes, and is no subclass that computes more."""
     return original_class(module) in (nn.Conv2d, GroupedConv2d)

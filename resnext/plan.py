@@ -18,16 +18,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnext import batch_norm
-from resnext.graph import Node, Recording, Ref, Shell, replaced
+from resnext.graph import Node, RecordError, Recording, Ref, Shell, Watched, passes_on, record, replaced
 from resnext.kernels import gains_in_channels_last, why_not_conv_stats
-from resnext.layers import is_plain_conv
+from resnext.layers import is_layer, is_plain_conv
 
 _RELUS = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True, "relu": False, "relu_": True}
 _SUMS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
 _IN_PLACE = (operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
-# Modules that pass their input on in evaluation; the names are those of timm and torchvision.
+# Modules that pass their input on in evaluation.
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_DROP_PATHS = ("DropPath", "StochasticDepth", "DropBlock2d")
+
+# What asks for strides or depends on them, by the names of methods and functions; where other functions are harmless.
+_OF_LAYOUT = frozenset(
+    ("view", "view_as", "as_strided", "as_strided_", "stride", "is_contiguous", "dim_order", "data_ptr", "storage")
+    + ("untyped_storage", "storage_offset", "resize_", "resize_as_", "set_")
+)
+_HOMES = frozenset(("torch", "_operator", "math", "builtins", "resnext"))
 
 NONE = -1
 """The slot of a value that is not there."""
@@ -94,10 +100,11 @@ class ConvAffine:
 
 @dataclass(frozen=True)
 class Call:
-    """A node as it was recorded."""
+    """A node as it was recorded; ``sees_layout``: what it does may depend on the layout of the tensors it is given."""
 
     node: Node
     out: int
+    sees_layout: bool
 
 
 Step = ConvStats | BlockEnd | Activation | Pool | ConvAffine | Call
@@ -139,8 +146,10 @@ class Plan:
         folds: Those of them that ``infer`` runs with the norm folded into the convolution.
         convs: Names of further convolutions, without a norm.
         roles: Names of further modules that the steps stand for, with their classes.
-        dropouts: Names of the modules that ``infer`` leaves out, which pass their input on in evaluation.
+        dropouts: The modules that ``infer`` leaves out, which pass their input on in evaluation.
         shells: The modules whose forwards the steps replace.
+        watched: Further modules of whose attributes the steps depend.
+        aliases: Pairs of names of one module.
         in_channels_last: How many of the convolutions `gains_in_channels_last`.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
         segments: The segments of ``train``, by the number of their first step.
@@ -154,8 +163,10 @@ class Plan:
     folds: tuple[tuple[str, str], ...]
     convs: tuple[str, ...]
     roles: tuple[tuple[str, type[nn.Module]], ...]
-    dropouts: tuple[str, ...]
+    dropouts: tuple[Shell, ...]
     shells: tuple[Shell, ...]
+    watched: tuple[Watched, ...]
+    aliases: tuple[tuple[str, str], ...]
     in_channels_last: int
     writes: bool
     segments: dict[int, Segment]
@@ -189,6 +200,8 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
         shells=recording.shells,
+        watched=recording.watched,
+        aliases=recording.aliases,
         in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
         segments=_segments(train_program),
@@ -253,7 +266,7 @@ class _Planner:
         self.pairs: list[tuple[str, str]] = []
         self.convs: list[str] = []
         self.roles: list[tuple[str, type[nn.Module]]] = []
-        self.dropouts: list[str] = []
+        self.dropouts: list[Shell] = []
         self._read(recording)
         self.users: list[list[int]] = [[] for _ in self.ops]
         for index, op in enumerate(self.ops):
@@ -278,8 +291,8 @@ class _Planner:
                 self.roles.append((node.target, nn.Identity))
                 value.append(node.refs[0])
                 continue
-            if role == "dropout" and self.inference:
-                self.dropouts.append(node.target)
+            if role == "dropout" and self.inference and (shell := _dropout(self.root, node.target)) is not None:
+                self.dropouts.append(shell)
                 value.append(node.refs[0])
                 continue
             two_in_one = role == "norm" and batch_norm.has_relu(self.root.get_submodule(node.target))
@@ -418,7 +431,10 @@ class _Planner:
             self._stands_for(op)
             norm = self.pools[index]
             return Pool(self.ops[norm].inputs[0], norm, index)
-        return Call(op.node, index)
+        return self._call(op.node, index)
+
+    def _call(self, node: Node, out: int) -> Call:
+        return Call(node, out, _sees_layout(self.root, node))
 
     def _convolution(self, index: int, op: _Op) -> Step | None:
         norm = self._norm_of(index)
@@ -426,11 +442,11 @@ class _Planner:
             if norm != NONE and norm in self.pools.values():
                 return self._conv_stats(index, norm)
             users = self.users[index]
-            return None if len(users) == 1 and self._is_pair(users[0]) else Call(op.node, index)
+            return None if len(users) == 1 and self._is_pair(users[0]) else self._call(op.node, index)
         if any(norm == branch for branch, _ in self.ends.values()):
             return None
         step = self._conv_stats(index, norm)
-        return Call(op.node, index) if norm == step.prologue == NONE else step
+        return self._call(op.node, index) if norm == step.prologue == NONE else step
 
     def _conv_stats(self, index: int, norm: int) -> ConvStats:
         op, x, prologue = self.ops[index], self.ops[index].inputs[0], NONE
@@ -446,9 +462,9 @@ class _Planner:
     def _norm(self, index: int, op: _Op) -> Step | None:
         if not self.inference:
             lazy = self._is_pair(index) and self._is_lazy(index)
-            return None if lazy else Call(op.node, index + op.two_in_one)
+            return None if lazy else self._call(op.node, index + op.two_in_one)
         if not self._is_pair(index):
-            return Call(op.node, index + op.two_in_one)
+            return self._call(op.node, index + op.two_in_one)
         if index in self.activations.values() or any(index == branch for branch, _ in self.ends.values()):
             return None
         return self._conv_affine(index, NONE, False, index)
@@ -473,7 +489,7 @@ class _Planner:
             if self.inference:
                 return self._conv_affine(norm, NONE, True, index)
             return None if self._is_read_lazily(index) else Activation(self.ops[norm].inputs[0], norm, index)
-        return None if self.ops[op.inputs[0]].two_in_one else Call(op.node, index)
+        return None if self.ops[op.inputs[0]].two_in_one else self._call(op.node, index)
 
     def _conv_affine(self, norm: int, residual: int, relu: bool, out: int) -> ConvAffine:
         conv = self.ops[self.ops[norm].inputs[0]]
@@ -500,9 +516,46 @@ def _role_of(module: Any) -> str:
         return "norm"
     if kind is nn.MaxPool2d:
         return "pool" if is_stem_pool(module) else ""
-    if kind in _DROPOUTS or kind.__name__ in _DROP_PATHS:
+    if kind in _DROPOUTS or "drop" in kind.__name__.lower() or kind.__name__ == "StochasticDepth":
         return "dropout"
     return {nn.ReLU: "relu", nn.Identity: "identity"}.get(kind, "")
+
+
+def _dropout(root: nn.Module, name: str) -> Shell | None:
+    """What has to hold for a module, by its name a dropout, to pass its input on in evaluation; None if it does not."""
+    module = root.get_submodule(name)
+    if type(module) in _DROPOUTS:
+        return Shell(Watched(name), type(module), type(module).forward, ())
+    return passes_on(module, name)
+
+
+def _sees_layout(root: nn.Module, node: Node) -> bool:
+    """Whether a node that is called as it was recorded may ask for strides, or views memory by them."""
+    if node.kind == "module":
+        return _module_sees_layout(root.get_submodule(node.target), len(node.args))
+    if node.kind == "method":
+        return node.target in _OF_LAYOUT
+    if node.kind != "function":
+        return False
+    home = getattr(node.target, "__module__", None) or "torch"  # methods of Tensor have none
+    return home.partition(".")[0] not in _HOMES or getattr(node.target, "__name__", "") in _OF_LAYOUT
+
+
+def _module_sees_layout(module: nn.Module, tensors: int) -> bool:
+    if is_layer(module) or batch_norm.is_known(module) or _role_of(module) == "dropout":
+        return False
+    if plans := module.__dict__.get("_fused_plans"):
+        programs = [program for made in plans.values() for program in (made.train, made.infer)]
+        return any(isinstance(step, Call) and step.sees_layout for program in programs for step, _ in program.steps)
+
+    def is_leaf(each: nn.Module) -> bool:
+        return each is not module and (is_layer(each) or "_fused_plans" in each.__dict__)
+
+    try:
+        recording = record(module, tensors, is_leaf, lambda _: False)
+    except RecordError:
+        return True
+    return any(_sees_layout(module, node) for node in recording.nodes)
 
 
 def _gains(conv: Any) -> bool:

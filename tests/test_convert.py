@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -163,3 +167,112 @@ def test_unfused_models_are_plain_pytorch():
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert [list(vars(module)) for module in model.modules()] == [list(vars(module)) for module in plain.modules()]
     assert unfuse_(model) is model
+
+
+class FreezesNorms(nn.Sequential):
+    """A common pattern: norms that stay in evaluation."""
+
+    def train(self, mode: bool = True, freezes: bool = False):
+        super().train(mode)
+        for module in self.modules():
+            if freezes and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def chain(kind: type[nn.Sequential] = nn.Sequential) -> nn.Sequential:
+    return kind(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+
+def test_arguments_of_train_are_passed_on():
+    model = chain(FreezesNorms)
+    assert fuse_(model).fused
+    assert model.train(freezes=True) is model
+    assert model.training
+    assert not model[1].training
+
+
+class Reduced(nn.Sequential):
+    def __reduce__(self):
+        return made_anew, ()
+
+
+def made_anew() -> nn.Sequential:
+    return chain(Reduced)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_reduces_itself_is_copied_converted(copied):
+    model = made_anew()
+    assert fuse_(model).fused
+    other = copied(model)
+    assert type(other).__name__ == "Reduced"
+    assert why_not_fused(other) == {}
+    assert fuse_(other).fused == fuse_(model).fused
+
+
+class Registered(nn.Module):
+    def __init_subclass__(cls, *, name: str):
+        super().__init_subclass__()
+
+
+class RegisteredBlock(Registered, name="block"):
+    def __init__(self):
+        super().__init__()
+        self.chain = chain()
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(self.chain(x))))
+
+
+def test_a_class_that_has_none_derived_from_it():
+    report = fuse_(RegisteredBlock())
+    assert [each.name for each in report.fused] == ["chain"]
+    (skipped,) = report.skipped
+    assert skipped.reason.startswith("its class has none derived from it (")
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = network()
+    classes = [type(module) for module in model.modules()]
+
+    def stop(module: nn.Module, name: str) -> bool:
+        if not name:
+            raise KeyError("stop")
+        return True
+
+    with pytest.raises(KeyError, match="stop"):
+        fuse_(model, stop)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("_fused_plans" in vars(module) for module in model.modules())
+
+
+def test_copies_in_several_threads():
+    """Recording patches what all threads share; another thread's modules go on as they are meanwhile."""
+    model = network().eval()
+    fuse_(model)
+    call, instance = nn.Module.__call__, builtins.isinstance
+    stop = threading.Event()
+    heard: list[int] = []
+
+    def listen() -> None:
+        linear = nn.Linear(2, 2)
+        linear.register_forward_hook(lambda *_: heard.append(1))
+        calls = 0
+        while not stop.is_set():
+            linear(torch.ones(1, 2))
+            calls += 1
+        assert len(heard) == calls
+
+    copiers = (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)))
+    with ThreadPoolExecutor(4) as pool:
+        listening = pool.submit(listen)
+        copies = list(pool.map(lambda i: copiers[i % 2](model), range(12)))
+        stop.set()
+        listening.result()
+    assert nn.Module.__call__ is call
+    assert builtins.isinstance is instance
+    for each in copies:
+        assert why_not_fused(each) == {}
+        assert fuse_(each).fused == fuse_(model).fused

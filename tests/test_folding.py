@@ -34,6 +34,13 @@ def step(block: nn.Module) -> None:
     block.eval()
 
 
+def fused_step(block: nn.Module) -> None:
+    """In evaluation all along, by an optimizer that does not tell the parameters' versions."""
+    optimizer = torch.optim.AdamW(block.parameters(), 0.1, fused=True)
+    block(IDENTITY.images()).square().mean().backward()
+    optimizer.step()
+
+
 @torch.no_grad()
 def train_without_gradients(block: nn.Module) -> None:
     """With no call of train() or eval(): the batch norm alone changes mode."""
@@ -56,6 +63,7 @@ UPDATES = {
         {k: v + 1 for k, v in block.state_dict().items()}, assign=True
     ),
     "a training step": step,
+    "a step of a fused optimizer": fused_step,
     "running statistics": train_without_gradients,
 }
 
@@ -190,3 +198,21 @@ def test_captured_inference_follows_parameters(cuda):
         block(x)
         graph.replay()
         assert torch.equal(out, copy.deepcopy(block)(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_inference_does_not_depend_on_defaults(layout):
+    block, _ = PROJECTION.pair()
+    x = PROJECTION.images().contiguous(memory_format=layout)
+    block.eval()
+    with torch.no_grad():
+        wanted = copy.deepcopy(block)(x)
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        try:
+            got = block(x)
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(None)
+    assert torch.equal(got, wanted)

@@ -42,6 +42,52 @@ def images(*size: int) -> torch.Tensor:
     return torch.randn(*(size or (2, 32, 9, 7)), generator=torch.Generator().manual_seed(1))
 
 
+class Views(nn.Module):
+    """Asks for memory in NCHW in the middle and at the end: by itself, in a module and in a converted one."""
+
+    def __init__(self, middle: nn.Module):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64)
+        self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64)
+        self.conv3, self.bn3 = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)
+        self.middle = middle
+
+    def forward(self, x):
+        x = self.middle(torch.relu(self.bn1(self.conv1(x))))
+        x = torch.relu(self.bn3(self.conv3(torch.relu(self.bn2(self.conv2(x))))))
+        return x.view(-1, 64 * 9 * 7), torch.as_strided(x, (2, 3), (5, 1))
+
+
+class Flat(nn.Module):
+    def forward(self, x):
+        return (x.view(x.size(0), -1) * 2).view(x.size(0), 64, 9, 7)
+
+
+class FlatChain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.flat = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), Flat()
+
+    def forward(self, x):
+        return self.flat(torch.relu(self.bn(self.conv(x))))
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("middle", [nn.Identity, Flat, FlatChain], ids=lambda kind: kind.__name__)
+def test_what_asks_for_memory_gets_nchw(turned, middle, training):
+    torch.manual_seed(0)
+    model = Views(middle()).train(training)
+    plain = copy.deepcopy(model)
+    fuse_(model)
+    x = images()
+    with torch.set_grad_enabled(training):
+        results, wanted = model(x), plain(x)
+    assert turned[:1] == [True]
+    for got, expected in zip(results, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("stride", [1, 2])

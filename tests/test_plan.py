@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import random
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnext import fuse_
+from resnext import fuse_, why_not_fused
 from resnext.plan import Activation, BlockEnd, Call, ConvAffine, ConvStats, Plan, Program
 
 from .block_cases import buffers, forward_and_gradients
@@ -148,6 +149,33 @@ class WithoutGradients(Block):
         return self.relu(self.branch(x) + x + constant)
 
 
+class InFullPrecision(Block):
+    """What `torch.autocast` says is so already where it is recorded."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.relu(self.branch(x) + x)
+
+
+class AsksForGradients(Block):
+    def forward(self, x):
+        return self.relu(self.branch(x) + x) if torch.is_grad_enabled() else x
+
+
+class CallsOfItsOwn(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class HasCallsOfItsOwn(Block):
+    def __init__(self):
+        super().__init__()
+        self.conv3 = CallsOfItsOwn(8, 8, 1)
+
+    def forward(self, x):
+        return self.relu(self.branch(x) + self.conv3(x))
+
+
 class Checkpoints(Block):
     def forward(self, x):
         return self.relu(checkpoint(self.branch, x, use_reentrant=False) + x)
@@ -171,6 +199,9 @@ REFUSED = {
     TensorConstant: "its forward makes a tensor of its own, or keeps one outside of its buffers",
     TensorAttribute: "its forward makes a tensor of its own, or keeps one outside of its buffers",
     WithoutGradients: "its forward switches gradients or autocast on or off",
+    InFullPrecision: "its forward switches gradients or autocast on or off",
+    AsksForGradients: "its forward switches gradients or autocast on or off, or asks whether they are on",
+    HasCallsOfItsOwn: "its CallsOfItsOwn has a __call__ of its own",
     Checkpoints: "its forward branches on values",
     AnyArguments: "no ReLU follows a batch norm that follows a convolution",
 }
@@ -362,3 +393,169 @@ def test_a_plan_for_each_number_of_arguments():
     for call in (*calls, lambda block: block(x, None)):
         torch.testing.assert_close(call(module), call(plain))
     assert not torch.equal(module(x), module(x, -x))
+
+
+class Outputs(collections.OrderedDict):
+    """With attributes, as some libraries have them."""
+
+    @property
+    def maps(self):
+        return self["maps"]
+
+
+class Returns(Block):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind([("maps", self.relu(self.branch(x) + x)), ("more", [x])])
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, Outputs])
+def test_dictionaries_stay_what_they_are(kind):
+    module = Returns(kind).double()
+    plain = copy.deepcopy(module)
+    report = fuse_(module)
+    results, wanted = module(maps()), plain(maps())
+    assert type(results) is kind
+    assert list(results) == list(wanted)
+    torch.testing.assert_close(results["maps"], wanted["maps"])
+    reasons = [each.reason for each in report.skipped]
+    assert reasons == (["its forward makes a Outputs, which is more than a dictionary"] if kind is Outputs else [])
+
+
+class Drop(nn.Module):
+    """Stochastic depth in several forms, by names that say so."""
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.p, self.always = p, False
+
+    def forward(self, x):
+        return x * torch.bernoulli(torch.tensor(self.p)) if self.training or self.always else x
+
+
+class ScalesDrop(Drop):
+    def forward(self, x):
+        return x * torch.bernoulli(torch.tensor(self.p)) if self.training else x * self.p
+
+
+class AlwaysDrop(Drop):
+    def forward(self, x):
+        return F.dropout(x, self.p, training=True)
+
+
+class Dropping(Block):
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x):
+        return self.relu(self.drop(self.branch(x)) + x)
+
+
+def in_evaluation(module: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return module(maps())
+
+
+@pytest.mark.parametrize("drop", [Drop(), ScalesDrop(), AlwaysDrop(), nn.Dropout()], ids=lambda d: type(d).__name__)
+def test_dropouts_are_left_out_if_they_pass_on(drop):
+    module = Dropping(drop).double().eval()
+    plain = copy.deepcopy(module)
+    fuse_(module)
+    (made,) = module._fused_plans.values()
+    assert [shell.name for shell in made.dropouts] == (["drop"] if type(drop) in (Drop, nn.Dropout) else [])
+    torch.testing.assert_close(in_evaluation(module), in_evaluation(plain))
+
+
+class Doubles(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+DROPOUT_CHANGES = {
+    "attribute": (Drop(0.1), lambda module: setattr(module.drop, "always", True)),
+    "other": (nn.Dropout(), lambda module: setattr(module, "drop", Doubles())),
+    "hook": (nn.Dropout(), lambda module: module.drop.register_forward_hook(lambda *args: 2 * args[-1])),
+    "forward": (nn.Dropout(), lambda module: setattr(module.drop, "forward", lambda x: 2 * x)),
+}
+
+
+@pytest.mark.parametrize(("drop", "change"), DROPOUT_CHANGES.values(), ids=DROPOUT_CHANGES)
+def test_a_dropout_that_changes_is_called(drop, change):
+    module = Dropping(drop).double().eval()
+    plain = copy.deepcopy(module)
+    fuse_(module)
+    before = in_evaluation(module)
+    for each in (module, plain):
+        change(each)
+    after = in_evaluation(module)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, in_evaluation(plain))
+
+
+class Reads(Block):
+    """What a forward may read besides its own attributes."""
+
+    residual = True
+
+    def __init__(self):
+        super().__init__()
+        self.act = self.relu
+        self.gate = nn.Identity()
+        self.gate.on = True
+
+    def forward(self, x):
+        branch = self.bn2(F.conv2d(self.act(self.bn1(self.conv1(x))), self.conv2.weight, None, 1, 1, 1, 2))
+        branch = branch if self.gate.on else 3 * branch
+        return self.relu(branch + x if self.residual else branch + 0 * x)
+
+
+CHANGES = {
+    "class-attribute": lambda module: setattr(module, "residual", False),
+    "second-name": lambda module: setattr(module, "act", nn.Sigmoid()),
+    "attribute-of-a-child": lambda module: setattr(module.gate, "on", False),
+    "conv-forward": lambda module: setattr(module.conv1, "_conv_forward", lambda x, weight, bias: x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_noticed(change):
+    module = Reads().double()
+    plain = copy.deepcopy(module)
+    fuse_(module)
+    assert why_not_fused(module) == {}
+    before = module(maps())
+    for each in (module, plain):
+        change(each)
+    assert list(why_not_fused(module)) == [""]
+    after = module(maps())
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, plain(maps()))
+
+
+def test_methods_that_are_replaced_are_noticed(monkeypatch):
+    module, other = Block().double(), Block().double()
+    for each in (module, other):
+        fuse_(each)
+    module.branch = lambda x: 2 * x
+    assert why_not_fused(module) == {"": "branch of the module is not what it was when it was converted"}
+    torch.testing.assert_close(module(maps()), 3 * maps().relu())
+    monkeypatch.setattr(Block, "forward", lambda self, x: 2 * x)
+    assert why_not_fused(other) == {"": "Block.forward is not what it was when the module was converted"}
+    assert torch.equal(other(maps()), 2 * maps())
+
+
+class Asks(Block):
+    """What others do to take lists of tensors, or tensors with a mask."""
+
+    def forward(self, x):
+        x = x.tensors if hasattr(x, "tensors") else x
+        return self.relu(self.branch(x) + x) if getattr(x, "mask", None) is None else x
+
+
+def test_tensors_have_no_attributes_but_their_own():
+    assert plan_of(Asks()) is not None

@@ -155,6 +155,21 @@ def test_checkpointed(reentrant, one_by_one):
     assert_equal(checkpointed(block), one_by_one(checkpointed, other))
 
 
+def test_batches_of_gradients():
+    block, plain = IDENTITY.pair()
+    x = IDENTITY.images()
+    found = []
+    for each in (block, plain.double()):
+        each.train()
+        images = x.to(next(each.parameters()).dtype).requires_grad_()
+        y = each(images)
+        several = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        found.append(torch.autograd.grad(y, [images, *each.parameters()], several, is_grads_batched=True))
+        assert not any(gradient.requires_grad for gradient in found[-1])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_a_parameter_changed_before_backward_is_an_error():
     block, _ = IDENTITY.pair()
     out = block(IDENTITY.images())
