@@ -131,17 +131,24 @@ Update = tuple[BatchNorm, Statistics | None]
 """A batch norm, and the statistics of the batch that it was given; None where it used its running ones."""
 
 
-@torch.no_grad()
 def update_running_statistics(updates: Sequence[Update]) -> None:
     """Do what a training step does to the buffers of batch norms; nothing outside training or for running statistics.
 
     The running variance is the unbiased one. A ``momentum`` of None means the cumulative average of all steps, and
     its factor stays on the device.
     """
-    updates = [(bn, of) for bn, of in updates if of is not None and bn.training and bn.track_running_stats]
-    if not _update_together(updates):  # type: ignore[arg-type]
-        for bn, statistics in updates:
-            _update(bn, statistics)  # type: ignore[arg-type]
+    due = [(bn, of) for bn, of in updates if of is not None and bn.training and bn.track_running_stats]
+    if not due:
+        return
+    if torch.compiler.is_compiling():
+        # Saved graphs cannot have regions without gradients, nor numbers that are quotients of sizes.
+        for bn, (mean, var, number) in due:
+            _update(bn, Statistics(mean.detach(), var.detach(), number))
+        return
+    with torch.no_grad():
+        if not _update_together(due):
+            for bn, statistics in due:
+                _update(bn, statistics)
 
 
 def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> bool:
@@ -164,10 +171,9 @@ def _update_together(updates: Sequence[tuple[BatchNorm, Statistics]]) -> bool:
         return False
     if any(buffer.dtype != value.dtype for buffer, value in zip(buffers, values, strict=True)):
         return False
-    if updates:
-        torch._foreach_add_(counters, 1)
-        torch._foreach_mul_(buffers, kept)
-        torch._foreach_add_(buffers, torch._foreach_mul(values, factors))  # type: ignore[arg-type]
+    torch._foreach_add_(counters, 1)
+    torch._foreach_mul_(buffers, kept)
+    torch._foreach_add_(buffers, torch._foreach_mul(values, factors))  # type: ignore[arg-type]
     return True
 
 
@@ -180,10 +186,10 @@ def _update(bn: BatchNorm, statistics: Statistics) -> None:
             factor = 1.0 / bn.num_batches_tracked.to(mean.dtype)
     if bn.running_mean is None or bn.running_var is None:
         return
-    for buffer, value, correction in ((bn.running_mean, mean, 1.0), (bn.running_var, var, number / (number - 1))):
+    for buffer, value in ((bn.running_mean, mean), (bn.running_var, var * number / (number - 1))):
         running = buffer.to(mean.dtype)
         running.mul_(1 - factor)
-        running.add_(value * (factor * correction))
+        running.add_(value * factor)
         if running is not buffer:
             buffer.copy_(running)
 

@@ -17,7 +17,7 @@ from resnext.checkpoint_keys import match
 
 # Where training scripts put weights among the other things they save, averaged ones first.
 _EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "shadow")
-_ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "module")
+_ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
 
 # Counters: of batch norms, which old checkpoints lack and frozen ones never count, and of weight averaging.
 _COUNTERS = re.compile(r"(?:^|\.)(?:num_batches_tracked|n_averaged)$")
@@ -73,9 +73,9 @@ def load_checkpoint(
 
     Weights are found inside what training scripts save: under ``state_dict_ema``, ``model_ema``, ``ema_state_dict``,
     ``ema``, ``shadow`` (unless ``use_ema`` is False), else ``state_dict``, ``model_state_dict``, ``model``, ``net``,
-    ``network``, ``module``, in this order. Prefixes go (``module.``, ``_orig_mod.``, ``backbone.``, ...), and names
-    are translated between the layouts of torchvision, timm, mmpretrain and common implementations, in either
-    direction (`resnext.checkpoint_keys.LAYOUTS`).
+    ``network``, ``module``, ``weights``, ``params``, in this order. Prefixes go (``module.``, ``_orig_mod.``,
+    ``backbone.``, ...), and names are translated between the layouts of torchvision, timm, mmpretrain and common
+    implementations, in either direction (`resnext.checkpoint_keys.LAYOUTS`).
 
     Tensors are copied into the model's parameters and buffers, which keep their dtype, device and layout. The
     classifier is skipped, with a warning, if it has another number of classes. The first convolution of a model with

@@ -170,13 +170,18 @@ def fuse_(
         What was converted, and what was not and why. Print it.
 
     Raises:
-        TypeError: ``model`` is no module, or is in TorchScript.
+        TypeError: ``model`` is no module, or is in TorchScript; ``filter_fn`` cannot be called.
         ValueError: There is no such backend; or, with ``strict``, something could not be converted.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"fuse_: expected a torch.nn.Module that is not in TorchScript, got {type(model).__name__}; give a model, "
             "and convert it before torch.jit.trace or torch.jit.script"
+        )
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"fuse_: expected filter_fn to be called with a module and its name, got {filter_fn!r}; give a function, "
+            "such as lambda module, name: name.startswith('layer1')"
         )
     with use_backend(backend):  # which knows the names
         pass
@@ -209,14 +214,24 @@ def fuse_(
 def unfuse_(model: nn.Module) -> nn.Module:
     """Undo `fuse_`: give every module of ``model`` its original class back, in place.
 
-    For what needs plain PyTorch, such as ``torch.jit.script`` or exporting to ONNX. Our own models become plain too.
+    For what needs plain PyTorch, such as ``torch.jit.script``, quantization or exporting to ONNX. Our own models become
+    plain too (their code is not TorchScript's, which takes them traced).
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    _check_module("unfuse_", model)
     for module in model.modules():
         _restore(module)
     return model
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}; give a model")
 
 
 def _restore(module: nn.Module) -> None:
@@ -236,7 +251,11 @@ def why_not_fused(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
 
     Returns:
         The reasons by the modules' names ("" for ``model`` itself); empty if all would run fused.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    _check_module("why_not_fused", model)
     reasons = {}
     for name, module in model.named_modules():
         if isinstance(module, FusedModule) and (reason := _why_not(module, x if module is model else None)):

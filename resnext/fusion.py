@@ -86,6 +86,10 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
     for conv in plan.convs:
         if reason := _why_not_conv(conv, child(unit, conv), x):
             return reason
+    for conv in plan.entries if x is not None else ():
+        weight, groups = held(child(unit, conv), "weight"), child(unit, conv).groups
+        if x.shape[1] != weight.shape[1] * groups:  # type: ignore[union-attr]
+            return f"the input has {x.shape[1]} channels, and {conv} takes {weight.shape[1] * groups}"  # type: ignore[union-attr]
     return None
 
 
@@ -151,7 +155,8 @@ def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
         return None
     if weight.device != x.device:
         return f"the input is on {x.device}, and {name} on {weight.device}"
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (weight.dtype, x.dtype)
+    if weight.dtype != x.dtype and not cast:
         return f"the input is {x.dtype}, and {name} {weight.dtype}"
     return None
 
@@ -441,7 +446,7 @@ def _watch_optimizers() -> None:
 
 def _conv_affine(conv: nn.Conv2d, folded: Folded, x: Tensor, residual: Tensor | None, step: ConvAffine) -> Tensor:
     if residual is not None:
-        height, width = (-(-size // stride) for size, stride in zip(x.shape[2:], conv.stride, strict=True))
+        height, width = ((size - 1) // stride + 1 for size, stride in zip(x.shape[2:], conv.stride, strict=True))
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if not _is_like(residual, (x.shape[0], conv.out_channels, height, width), dtype, step.in_place):
@@ -476,7 +481,7 @@ def forget(unit: nn.Module) -> None:
 def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dict[tuple[str, str], Folded]:
     """The folded vectors of each pair, kept until a parameter or buffer changes.
 
-    What writes through ``Tensor.data``, and other processes, leave no trace; `forget` is for that.
+    What writes through ``Tensor.data`` leaves no trace; `forget` is for that.
     """
     tensors = _tensors(unit, pairs)
     # A compiler computes the vectors in its graph. So must a CUDA graph, to follow the parameters when replayed.
@@ -499,7 +504,11 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
         _watch_optimizers()
         # Tensors made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
-            folded = {pair: _fold(unit, pair, x, keeps=True) for pair in pairs}
+            # What other processes may change leaves no trace in this one.
+            keeps = x.is_cuda or not any(tensor.is_shared() for tensor in tensors)
+            folded = {pair: _fold(unit, pair, x, keeps) for pair in pairs}
+            if not keeps:
+                return folded
             # The aliases hold the memory, so that no other tensor gets the same address.
             kept = _KEPT[unit] = _Kept(state, folded, [tensor.detach() for tensor in tensors])
     return kept.folded

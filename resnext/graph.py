@@ -8,9 +8,11 @@ refused: a module's record must be true for every later call.
 from __future__ import annotations
 
 import collections
+import gc
 import inspect
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -190,7 +192,7 @@ def _recorded(
     with _LOCK:
         before = [effects.snapshot(module.__dict__) for module in modules]
         states = effects.random_states()
-        recordings = []
+        recordings, kept = [], False
         try:
             with effects.modes_kept(root), effects.noted_reads() as reads:
                 for training in modes:
@@ -203,6 +205,7 @@ def _recorded(
                         effects.taken_for_tensors(_Value),
                     ):
                         graph = tracer.trace(root, _defaults(root, tensors))
+                    kept = kept or tracer.keeps_values()
                     recordings.append(_recording(root, tracer, graph, tensors, reads))
         except RecordError:
             raise
@@ -216,6 +219,8 @@ def _recorded(
             drawn = effects.restore_random_states(states)
     if changed:
         raise RecordError("its forward sets attributes")
+    if kept:
+        raise RecordError("its forward keeps what it computes")
     if drawn:
         raise RecordError("its forward draws random numbers outside of modules")
     return recordings
@@ -285,6 +290,7 @@ class _Tracer(fx.Tracer):
         self._owner = ""
         self._modes = effects.modes()
         self._thread = threading.get_ident()
+        self._values: weakref.WeakSet[_Value] = weakref.WeakSet()
         self.refusal = ""
         self.node_owners: dict[fx.Node, str] = {}
         self.shells: dict[str, nn.Module] = {}
@@ -320,7 +326,15 @@ class _Tracer(fx.Tracer):
                 self._owner = ""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        value = _Value(node, self)
+        self._values.add(value)
+        return value
+
+    def keeps_values(self) -> bool:
+        """Whether somebody still holds one of the values after the forward."""
+        if self._values:
+            gc.collect(1)  # cycles that the recording left
+        return bool(self._values)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:

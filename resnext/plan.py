@@ -145,6 +145,7 @@ class Plan:
         pairs: Names of the convolutions and the norms behind them that the steps stand for.
         folds: Those of them that ``infer`` runs with the norm folded into the convolution.
         convs: Names of further convolutions, without a norm.
+        entries: Names of those convolutions that are given the first argument.
         roles: Names of further modules that the steps stand for, with their classes.
         dropouts: The modules that ``infer`` leaves out, which pass their input on in evaluation.
         shells: The modules whose forwards the steps replace.
@@ -162,6 +163,7 @@ class Plan:
     pairs: tuple[tuple[str, str], ...]
     folds: tuple[tuple[str, str], ...]
     convs: tuple[str, ...]
+    entries: tuple[str, ...]
     roles: tuple[tuple[str, type[nn.Module]], ...]
     dropouts: tuple[Shell, ...]
     shells: tuple[Shell, ...]
@@ -197,6 +199,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         pairs=pairs,
         folds=tuple(dict.fromkeys(step.pair for step, _ in infer_program.steps if isinstance(step, ConvAffine))),
         convs=tuple(train.convs),
+        entries=tuple(op.name for op in train.ops if op.role == "conv" and op.inputs == [0]),
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
         dropouts=tuple(infer.dropouts),
         shells=recording.shells,

@@ -103,7 +103,7 @@ class _Assembled:
         if not self._casts and weight.dtype != self._like.dtype:
             return False
         images, _, height, width = self._shapes[step.x]
-        size = -(-height // stride[0]), -(-width // stride[1])
+        size = (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
         self._shapes[z] = (images, conv.out_channels, *size)
         prologue, geometry = _or_none(step.prologue), (stride, conv.groups)
         if norm is None:

@@ -147,6 +147,7 @@ class TestWrappers:
                 lambda state: {"model": state, "optimizer": {"state": {}}, "loss": torch.ones(())}, id="model"
             ),
             pytest.param(lambda state: {"net": state, "acc": 95.1}, id="net"),
+            pytest.param(lambda state: {"params": state, "epoch": 3}, id="params"),
             pytest.param(lambda state: {"module": state}, id="module"),
             pytest.param(lambda state: {"model": {"state_dict": state}}, id="nested"),
             pytest.param(lambda state: {"state_dict": state, "state_dict_ema": None}, id="no-ema"),

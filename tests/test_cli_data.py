@@ -69,8 +69,23 @@ class TestFolders:
             data = load("--data", tmp_path, "--val-fraction", 0.25, "--split-seed", seed)
             assert (len(data.train), len(data.test)) == (30, 10)
             assert sorted([*data.train.indices, *data.test.indices]) == list(range(40))
+            assert [label for _, label in data.test].count(0) == 5
             assert parts.setdefault(seed, data.test.indices) == data.test.indices
         assert parts[0] != parts[1]
+
+    def test_small_classes_are_in_both_parts(self, tmp_path):
+        write_images(tmp_path, {f"class{i}": 2 + i % 3 for i in range(12)})
+        for seed in range(5):
+            data = load("--data", tmp_path, "--split-seed", seed)
+            for part in (data.train, data.test):
+                assert {label for _, label in part} == set(range(12))
+
+    def test_hidden_files_and_folders_are_not_seen(self, tmp_path):
+        write_images(tmp_path, {"cat": 4, "dog": 4, ".ipynb_checkpoints": 2})
+        (tmp_path / "cat" / "._0.png").write_bytes(b"no image")
+        data = load("--data", tmp_path)
+        assert data.class_names == ["cat", "dog"]
+        assert len(data.train) + len(data.test) == 8
 
     def test_unreadable_images_are_skipped_and_listed(self, tmp_path, capsys):
         write_images(tmp_path / "train", {"cat": 3, "dog": 3})

@@ -119,6 +119,17 @@ WRONG = {
         TypeError,
         "got RecursiveScriptModule; give a model, and convert it",
     ),
+    "filter by name": (
+        lambda: fuse_(Block(), "conv1"),
+        TypeError,
+        "expected filter_fn to be called with .*, got 'conv1'",
+    ),
+    "nothing to unfuse": (lambda: unfuse_(None), TypeError, "unfuse_: expected a torch.nn.Module, got NoneType"),
+    "nothing to ask": (
+        lambda: why_not_fused(None),
+        TypeError,
+        "why_not_fused: expected a torch.nn.Module, got NoneType",
+    ),
     "traced": (lambda: fuse_(torch.jit.trace(unit(), maps().float())), TypeError, "before torch.jit.trace"),
 }
 

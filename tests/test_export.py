@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
 
-from resnext import unfuse_
+from resnext import fuse_, unfuse_
 from resnext.kernels import extension
 
 from .block_cases import buffers, forward_and_gradients
@@ -52,6 +54,43 @@ def test_exported_model_trains():
     for each in (program, model):
         results.append({**forward_and_gradients(each, images(torch.float32)), **buffers(each)})
     torch.testing.assert_close(*results)
+
+
+class Drops(BasicBlock):
+    """With a dropout before the sum, whose shape is then compared with the shortcut's."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        out = self.drop(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", [BasicBlock, Drops], ids=lambda kind: kind.__name__)
+def test_exported_with_gradients_for_any_size(kind, training, strict):
+    """Saved and loaded again."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    stem = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    model = nn.Sequential(*stem, kind(8, 16, 2, shortcut), kind(16, 16)).train(training)
+    plain = copy.deepcopy(model)
+    fuse_(model)
+    sizes = {dim: torch.export.Dim(f"size{dim}", min=32, max=512) for dim in (2, 3)}
+    shapes = ({0: torch.export.Dim("several", min=2, max=64), **sizes},)
+    program = torch.export.export(model, (images(torch.float32),), dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    more = torch.randn(3, 3, 41, 50)
+    torch.testing.assert_close(loaded(more), plain(more))
+    buffers_of_plain = dict(plain.named_buffers())
+    for name, buffer in loaded.named_buffers():  # those in use
+        torch.testing.assert_close(buffer, buffers_of_plain[name])
 
 
 @pytest.mark.parametrize("imports", ["resnext", "torch"])

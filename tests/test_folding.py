@@ -216,3 +216,17 @@ def test_inference_does_not_depend_on_defaults(layout):
             torch.set_default_dtype(dtype)
             torch.set_default_device(None)
     assert torch.equal(got, wanted)
+
+
+def test_nothing_is_kept_of_weights_that_other_processes_may_change():
+    block, _ = IDENTITY.pair()
+    x = IDENTITY.images()
+    block.eval()
+    with torch.no_grad():
+        wanted = block(x)
+        assert block in fusion._KEPT
+        block.share_memory()
+        torch.testing.assert_close(block(x), wanted)
+        for parameter in block.parameters():
+            parameter.numpy()[...] *= 2  # as another process does, past the version
+        torch.testing.assert_close(block(x), copy.deepcopy(block)(x))

@@ -108,6 +108,21 @@ class FillsList(Block):
         return self.relu(self.seen[-1] + x)
 
 
+FEATURES: dict[str, Tensor] = {}
+
+
+class FillsGlobal(Block):
+    def forward(self, x):
+        FEATURES["branch"] = self.branch(x)
+        return self.relu(FEATURES["branch"] + x)
+
+
+class FillsQueue(FillsList):
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.deque(maxlen=2)
+
+
 class BranchesOnData(Block):
     def forward(self, x):
         return super().forward(x) if x.sum() > -1e9 else x
@@ -192,6 +207,8 @@ REFUSED = {
     SetsAttribute: "its forward sets attributes",
     Counts: "its forward sets attributes",
     FillsList: "its forward sets attributes",
+    FillsGlobal: "its forward keeps what it computes",
+    FillsQueue: "its forward sets attributes",
     BranchesOnData: "its forward branches on values",
     BranchesOnSize: "its forward branches on values",
     BranchesOnMode: "its forward computes something else in training than in evaluation",

@@ -113,7 +113,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model, by inductor"
     )
     _add_flag(group, "--sync-bn", True, "in several processes: batch norm over the images of all")
-    group.add_argument("--seed", type=_at_least(0), default=0, help="of all random numbers")
+    group.add_argument("--seed", type=_seed, default=0, help="of all random numbers")
     group.add_argument("--deterministic", action="store_true", help="only algorithms that repeat to the bit")
 
     group = parser.add_argument_group("what is written")
@@ -190,7 +190,7 @@ def _add_data(parser: Any, default: str | None) -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="where CIFAR-10 is, or its archive")
     parser.add_argument("--download", action="store_true", help="CIFAR-10, if it is not in --root")
     parser.add_argument("--val-fraction", type=_fraction, default=0.2, help="of a folder that has no train and val")
-    parser.add_argument("--split-seed", type=_at_least(0), default=0, help="of that split")
+    parser.add_argument("--split-seed", type=_seed, default=0, help="of that split")
     parser.add_argument("--limit", type=_at_least(2), metavar="N", help="use at most N images of each part")
     _add_bad_images(parser)
     _add_flag(parser, "--check-images", True, "open every image of a folder first")
@@ -234,6 +234,9 @@ def _checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: 
 
 def _at_least(least: int) -> Callable[[str], int]:
     return _checked(int, lambda value: value >= least, f"a whole number of at least {least}")
+
+
+_seed = _checked(int, lambda value: 0 <= value < 2**63, "a whole number of at least 0 and below 2**63")
 
 
 def _suffix(*suffixes: str) -> Callable[[str], Path]:

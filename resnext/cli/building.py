@@ -18,6 +18,8 @@ def build_model(name: str, model_args: list[tuple[str, Any]], plain: bool = Fals
     Raises:
         CommandError: There is no such model or argument.
     """
+    if taken := sorted({name for name, _ in model_args} & arguments.keys()):
+        raise CommandError(f"expected {', '.join(taken)} of the data, got --model-arg {taken[0]} too; leave it out")
     with mendable(ValueError, TypeError):
         model = create_model(name, **{**arguments, **dict(model_args)})
     if not isinstance(model, ResNet):

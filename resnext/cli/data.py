@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset, Subset, random_split
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, FakeData, ImageFolder
 from torchvision.datasets.utils import check_integrity
 
@@ -126,13 +126,24 @@ def _folder(options: Options, processes: Processes) -> Data:
     preprocessing = Preprocessing(224, 256, *_IMAGENET)
     if test:
         return Data(train, test, train.classes, "photos", preprocessing)
-    generator = torch.Generator().manual_seed(options.split_seed)
-    shares = [1 - options.val_fraction, options.val_fraction]
-    kept, held_out = random_split(train, shares, generator)
+    kept, held_out = _split(train.targets, options.val_fraction, options.split_seed)
     for part, where in ((kept, "the training part"), (held_out, "the test part")):
-        labels = [train.targets[index] for index in part.indices]
-        folders.check_none_is_empty(labels, train.classes, f"{where} of {train_root} (--val-fraction, --split-seed)")
-    return Data(kept, held_out, train.classes, "photos", preprocessing)
+        labels = [train.targets[index] for index in part]
+        folders.check_none_is_empty(labels, train.classes, f"{where} of {train_root} (--val-fraction)")
+    return Data(Subset(train, kept), Subset(train, held_out), train.classes, "photos", preprocessing)
+
+
+def _split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """The numbers of images for training, and of those held out: a fraction of each class, and at least one."""
+    of_class: dict[int, list[int]] = {}
+    for index in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist():
+        of_class.setdefault(labels[index], []).append(index)
+    kept, held_out = list[int](), list[int]()
+    for indices in of_class.values():
+        number = max(round(fraction * len(indices)), 1) if fraction else 0
+        held_out += indices[:number]
+        kept += indices[number:]
+    return kept, held_out
 
 
 def _check(options: Options, processes: Processes, found: Sequence[tuple[ImageFolder, Path]]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnext import why_not_fused
-from resnext.cli.errors import CommandError, mendable, one_line
+from resnext.cli.errors import CommandError, one_line
 
 Result = TypeVar("Result")
 
@@ -111,8 +111,10 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; of several processes each has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with mendable(RuntimeError):
+    try:
         device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise CommandError(f"expected the device cpu or cuda, got {name}; choose one of them")
     if device.type == "cuda":

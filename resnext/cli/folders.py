@@ -13,6 +13,24 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from resnext.cli.errors import CommandError
 
+
+class _Folder(ImageFolder):
+    """Without hidden folders, which editors and notebooks leave behind."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names, _ = super().find_classes(directory)
+        classes = [name for name in names if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError(directory)
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
+def _is_image(path: str) -> bool:
+    """By its name; hidden files, which some systems keep beside images under their names, are none."""
+    name = os.path.basename(path).lower()
+    return name.endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a damaged file
 
 
@@ -41,7 +59,7 @@ def read_folder(root: Path) -> ImageFolder:
         CommandError: There are fewer than two classes, or one without images.
     """
     try:
-        found = ImageFolder(str(root), allow_empty=True)
+        found = _Folder(str(root), is_valid_file=_is_image, allow_empty=True)
     except FileNotFoundError:
         raise CommandError(f"expected a folder for each class in {root}, got none; sort the images into some") from None
     check_classes(found, root)
@@ -100,7 +118,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            files += sorted(file for file in path.rglob("*") if _is_image(str(file)))
         elif path.is_file():
             files.append(path)
         else:
