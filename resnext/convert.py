@@ -105,7 +105,7 @@ class Plans(dict[int, Plan]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plans, ()
+        return dict, ()
 
 
 class FusedModule(Converted):

@@ -58,7 +58,11 @@ def same(value: Any, other: Any) -> bool:
     """Whether two values are one object, or equal and plain."""
     if value is other:
         return True
-    return isinstance(value, PLAIN) and type(value) is type(other) and value == other
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(other) and all(map(same, value, other))
+    return isinstance(value, (*PLAIN, types.MethodType)) and value == other
 
 
 def is_generator(value: Any) -> bool:
@@ -92,7 +96,8 @@ def modes() -> tuple[Any, ...]:
 def without_modes(refuse: Callable[[str], Any]) -> Iterator[None]:
     """Call ``refuse`` where a forward sets what `modes` tells, even to what it is, or asks for it: calls may differ."""
     thread = threading.get_ident()
-    asked = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled")
+    asked = ["is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled"]
+    asked += ["get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype"]
     places: list[tuple[Any, str]] = [(torch, name) for name in asked]
     places += [(torch.autocast, "__enter__"), (torch.inference_mode, "__enter__"), (torch._C, "_set_grad_enabled")]
     kept = [getattr(place, name) for place, name in places]
@@ -159,17 +164,22 @@ def noted_reads() -> Iterator[dict[int, set[str]]]:
     """Note the names of the attributes that are read of modules, by the module's ``id``."""
     reads: dict[int, set[str]] = collections.defaultdict(set)
     thread = threading.get_ident()
+    kept = nn.Module.__dict__.get("__getattribute__")
+    usual = kept or object.__getattribute__
 
     def read(self: nn.Module, name: str) -> Any:
         if threading.get_ident() == thread:
             reads[id(self)].add(name)
-        return object.__getattribute__(self, name)
+        return usual(self, name)
 
     nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
     try:
         yield reads
     finally:
-        del nn.Module.__getattribute__
+        if kept is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = kept  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

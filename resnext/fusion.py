@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm, recorded
 from resnext.batch_norm import BatchNorm, Statistics
-from resnext.graph import Node, Ref, Shell, changed_attribute, replaced
+from resnext.graph import Ref, Shell, changed_attribute, replaced
 from resnext.kernels import (
     affine_add_relu,
     affine_relu_max_pool,
@@ -33,7 +33,7 @@ from resnext.kernels import (
     why_not_conv_stats,
 )
 from resnext.layers import child, held, is_plain_conv, original_class
-from resnext.plan import Activation, BlockEnd, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
+from resnext.plan import Activation, BlockEnd, Call, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
 
 Affine = tuple[Tensor, Tensor, Tensor]
 
@@ -86,6 +86,9 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
     for conv in plan.convs:
         if reason := _why_not_conv(conv, child(unit, conv), x):
             return reason
+    for name, flag in plan.flags:
+        if (module := child(unit, name)) is not None and module.__dict__.get("inplace") != flag:
+            return f"{name}.inplace is not what it was when it was converted"
     for conv in plan.entries if x is not None else ():
         weight, groups = held(child(unit, conv), "weight"), child(unit, conv).groups
         if x.shape[1] != weight.shape[1] * groups:  # type: ignore[union-attr]
@@ -263,7 +266,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
         elif isinstance(step, Pool):
             values[step.out] = _affine_relu_max_pool(values[step.z], values[step.affine])
         else:
-            values[step.out] = _call(unit, step.node, values, in_nchw=turned and step.sees_layout)
+            values[step.out] = _call(unit, step, values, turned)
         for slot in free:
             values[slot] = None
     _update(updates)
@@ -289,7 +292,11 @@ def _in_nchw(value: Any) -> Any:
     return laid_out(value, False) if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
-def _call(unit: nn.Module, node: Node, values: list[Any], in_nchw: bool) -> Any:
+def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
+    node = step.node
+    replaces = step.kind is not None and original_class(child(unit, node.target)) is not step.kind
+    in_nchw = turned and (step.sees_layout or replaces)
+
     def value(ref: Ref) -> Any:
         return _in_nchw(values[ref.index]) if in_nchw else values[ref.index]
 

@@ -88,14 +88,14 @@ class Watched:
     Attributes:
         name: Its name in the recorded module; "" for that module itself.
         attributes: The plain attributes that were read; None for those that were not there.
+        inherited: What was read of its class, and may not be set on the module: methods, plain attributes.
         contents: What was in those that are containers.
-        inherited: What was read of its class alone: methods, which may not be set on the module.
     """
 
     name: str
     attributes: tuple[tuple[str, Any], ...] = ()
+    inherited: tuple[tuple[str, Any], ...] = ()
     contents: Snapshot = ()
-    inherited: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,11 @@ def passes_on(module: nn.Module, name: str) -> Shell | None:
     except RecordError:
         return None
     last = recording.nodes[-1]
-    if len(recording.nodes) != 2 or last.args != (Ref(0),) or len(recording.shells) > 1:
+    if len(recording.nodes) != 2 or last.args != (Ref(0),) or recording.watched or recording.aliases:
         return None
-    (shell,) = recording.shells
+    shell, *others = recording.shells
+    if others:
+        return None
     return replace(shell, watched=replace(shell.watched, name=name))
 
 
@@ -243,8 +245,8 @@ def changed_attribute(module: nn.Module, watched: Watched) -> str | None:
     for name, value in watched.attributes:
         if not effects.same(getattr(module, name, None), value):
             return name
-    for name in watched.inherited:
-        if name in module.__dict__:
+    for name, value in watched.inherited:
+        if name in module.__dict__ or not effects.same(getattr(type(module), name, None), value):
             return name
     if torch.compiler.is_compiling() or effects.holds(watched.contents):
         return None
@@ -334,6 +336,8 @@ class _Tracer(fx.Tracer):
         """Whether somebody still holds one of the values after the forward."""
         if self._values:
             gc.collect(1)  # cycles that the recording left
+        if self._values:
+            gc.collect()
         return bool(self._values)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -412,19 +416,18 @@ def _shell(name: str, module: nn.Module, reads: set[str]) -> Shell:
 
 def _watched(name: str, module: nn.Module, reads: set[str]) -> Watched:
     """Of what was read: no state, children, or parts of every module."""
-    attributes, inherited = {}, set()
+    attributes, inherited = {}, {}
     for each in sorted(reads - _INTERNAL):
         if each.startswith("__") or any(
             each in kind for kind in (module._modules, module._parameters, module._buffers)
         ):
             continue
-        of_class = inspect.getattr_static(type(module), each, None)
-        if each in module.__dict__ or of_class is None or isinstance(of_class, effects.PLAIN):
+        if each in module.__dict__ or not hasattr(type(module), each):
             attributes[each] = getattr(module, each, None)
         else:
-            inherited.add(each)
-    contents = effects.snapshot(tuple(attributes.values()))
-    return Watched(name, tuple(attributes.items()), contents, frozenset(inherited))
+            inherited[each] = getattr(type(module), each)
+    contents = effects.snapshot((*attributes.values(), *inherited.values()))
+    return Watched(name, tuple(attributes.items()), tuple(inherited.items()), contents)
 
 
 def _defaults(root: nn.Module, tensors: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ neither is called as it was recorded: squeeze-and-excitation, blur pooling, stoc
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from resnext import batch_norm
 from resnext.graph import Node, RecordError, Recording, Ref, Shell, Watched, passes_on, record, replaced
 from resnext.kernels import gains_in_channels_last, why_not_conv_stats
-from resnext.layers import is_layer, is_plain_conv
+from resnext.layers import is_layer, is_plain_conv, original_class
 
 _RELUS = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True, "relu": False, "relu_": True}
 _SUMS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
@@ -100,10 +100,15 @@ class ConvAffine:
 
 @dataclass(frozen=True)
 class Call:
-    """A node as it was recorded; ``sees_layout``: what it does may depend on the layout of the tensors it is given."""
+    """A node as it was recorded.
+
+    ``kind``: of a module, its class before it was converted; what takes its place may do something else.
+    ``sees_layout``: what it does may depend on the layout of the tensors it is given.
+    """
 
     node: Node
     out: int
+    kind: type[nn.Module] | None
     sees_layout: bool
 
 
@@ -153,6 +158,7 @@ class Plan:
         aliases: Pairs of names of one module.
         in_channels_last: How many of the convolutions `gains_in_channels_last`.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
+        flags: Names of the modules that are called, with their ``inplace``.
         segments: The segments of ``train``, by the number of their first step.
     """
 
@@ -171,6 +177,7 @@ class Plan:
     aliases: tuple[tuple[str, str], ...]
     in_channels_last: int
     writes: bool
+    flags: tuple[tuple[str, Any], ...]
     segments: dict[int, Segment]
 
     @property
@@ -185,12 +192,23 @@ def _every_conv(pairs: Iterable[tuple[str, str]], convs: Iterable[str]) -> tuple
 
 def plan(root: nn.Module, recording: Recording) -> Plan | None:
     """Plan what was recorded of ``root``; None if nothing in it would be fused that is not fused in a submodule."""
-    train, infer = _Planner(root, recording, inference=False), _Planner(root, recording, inference=True)
+    seen: dict[tuple[str, Any, int], bool] = {}
+
+    def sees_layout(node: Node) -> bool:
+        key = node.kind, node.target, len(node.args)
+        return seen[key] if key in seen else seen.setdefault(key, _sees_layout(root, node))
+
+    train, infer = (_Planner(root, recording, sees_layout, inference) for inference in (False, True))
     if not train.gains():
         return None
     train_program, infer_program = train.program(), infer.program()
     pairs = tuple(dict.fromkeys((*infer.pairs, *train.pairs)))
     steps = [step for step, _ in train_program.steps]
+    called = {
+        step.node.target
+        for step, _ in (*train_program.steps, *infer_program.steps)
+        if isinstance(step, Call) and step.kind is not None
+    }
     return Plan(
         kind="block" if any(isinstance(step, BlockEnd) for step in steps) else "chain",
         slots=len(train.ops),
@@ -207,6 +225,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         aliases=recording.aliases,
         in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
+        flags=tuple((name, root.get_submodule(name).__dict__.get("inplace")) for name in sorted(called)),
         segments=_segments(train_program),
     )
 
@@ -263,8 +282,8 @@ class _Op:
 class _Planner:
     """Makes the program for training or for inference."""
 
-    def __init__(self, root: nn.Module, recording: Recording, inference: bool):
-        self.root, self.inference = root, inference
+    def __init__(self, root: nn.Module, recording: Recording, sees_layout: Callable[[Node], bool], inference: bool):
+        self.root, self.sees_layout, self.inference = root, sees_layout, inference
         self.ops: list[_Op] = []
         self.pairs: list[tuple[str, str]] = []
         self.convs: list[str] = []
@@ -437,7 +456,8 @@ class _Planner:
         return self._call(op.node, index)
 
     def _call(self, node: Node, out: int) -> Call:
-        return Call(node, out, _sees_layout(self.root, node))
+        kind = original_class(self.root.get_submodule(node.target)) if node.kind == "module" else None
+        return Call(node, out, kind, self.sees_layout(node))
 
     def _convolution(self, index: int, op: _Op) -> Step | None:
         norm = self._norm_of(index)
@@ -545,7 +565,10 @@ def _sees_layout(root: nn.Module, node: Node) -> bool:
 
 
 def _module_sees_layout(module: nn.Module, tensors: int) -> bool:
-    if is_layer(module) or batch_norm.is_known(module) or _role_of(module) == "dropout":
+    if is_layer(module) or batch_norm.is_known(module):
+        return False
+    library = original_class(module).__module__.partition(".")[0]
+    if _role_of(module) == "dropout" and library in ("resnext", "timm", "torchvision"):  # which draw, and multiply
         return False
     if plans := module.__dict__.get("_fused_plans"):
         programs = [program for made in plans.values() for program in (made.train, made.infer)]

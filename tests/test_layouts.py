@@ -63,6 +63,13 @@ class Flat(nn.Module):
         return (x.view(x.size(0), -1) * 2).view(x.size(0), 64, 9, 7)
 
 
+class FlatDropout(nn.Module):
+    """By its name a dropout."""
+
+    def forward(self, x):
+        return x.view(x.size(0), -1).view(x.size(0), 64, 9, 7) if self.training else x
+
+
 class FlatChain(nn.Module):
     def __init__(self):
         super().__init__()
@@ -74,7 +81,7 @@ class FlatChain(nn.Module):
 
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("middle", [nn.Identity, Flat, FlatChain], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("middle", [nn.Identity, Flat, FlatDropout, FlatChain], ids=lambda kind: kind.__name__)
 def test_what_asks_for_memory_gets_nchw(turned, middle, training):
     torch.manual_seed(0)
     model = Views(middle()).train(training)
@@ -86,6 +93,18 @@ def test_what_asks_for_memory_gets_nchw(turned, middle, training):
     assert turned[:1] == [True]
     for got, expected in zip(results, wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@NEEDS_EXTENSION
+def test_what_takes_a_modules_place_gets_nchw():
+    torch.manual_seed(0)
+    model = Views(nn.Hardtanh()).eval()
+    fuse_(model)
+    model.middle = Flat()
+    plain = unfuse_(copy.deepcopy(model))
+    with torch.no_grad():
+        for got, expected in zip(model(images()), plain(images()), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @NEEDS_EXTENSION

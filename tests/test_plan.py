@@ -493,7 +493,20 @@ class Doubles(nn.Module):
         return 2 * x
 
 
+class AskingDrop(Drop):
+    """Asks a child that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = nn.Identity()
+        self.config.on = False
+
+    def forward(self, x):
+        return 2 * x if self.config.on else x
+
+
 DROPOUT_CHANGES = {
+    "childs-attribute": (AskingDrop(), lambda module: setattr(module.drop.config, "on", True)),
     "attribute": (Drop(0.1), lambda module: setattr(module.drop, "always", True)),
     "other": (nn.Dropout(), lambda module: setattr(module, "drop", Doubles())),
     "hook": (nn.Dropout(), lambda module: module.drop.register_forward_hook(lambda *args: 2 * args[-1])),
@@ -518,15 +531,20 @@ class Reads(Block):
     """What a forward may read besides its own attributes."""
 
     residual = True
+    options = {"factor": 1.0}  # noqa: RUF012
 
     def __init__(self):
         super().__init__()
         self.act = self.relu
-        self.gate = nn.Identity()
+        self.gate = nn.SiLU()
         self.gate.on = True
 
     def forward(self, x):
-        branch = self.bn2(F.conv2d(self.act(self.bn1(self.conv1(x))), self.conv2.weight, None, 1, 1, 1, 2))
+        x = self.options["factor"] * x
+        gated = self.gate(x)
+        branch = (
+            gated - gated + self.bn2(F.conv2d(self.act(self.bn1(self.conv1(x))), self.conv2.weight, None, 1, 1, 1, 2))
+        )
         branch = branch if self.gate.on else 3 * branch
         return self.relu(branch + x if self.residual else branch + 0 * x)
 
@@ -534,18 +552,21 @@ class Reads(Block):
 CHANGES = {
     "class-attribute": lambda module: setattr(module, "residual", False),
     "second-name": lambda module: setattr(module, "act", nn.Sigmoid()),
+    "in-place": lambda module: setattr(module.gate, "inplace", True),
+    "class-options": lambda module: module.options.update(factor=3.0),
     "attribute-of-a-child": lambda module: setattr(module.gate, "on", False),
     "conv-forward": lambda module: setattr(module.conv1, "_conv_forward", lambda x, weight, bias: x),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_are_noticed(change):
+def test_changes_are_noticed(change, monkeypatch):
     module = Reads().double()
     plain = copy.deepcopy(module)
     fuse_(module)
     assert why_not_fused(module) == {}
     before = module(maps())
+    monkeypatch.setitem(Reads.options, "factor", 1.0)  # which it is, and will be again
     for each in (module, plain):
         change(each)
     assert list(why_not_fused(module)) == [""]
@@ -576,3 +597,24 @@ class Asks(Block):
 
 def test_tensors_have_no_attributes_but_their_own():
     assert plan_of(Asks()) is not None
+
+
+class HoldsTensors(Block):
+    """In a tuple, whose comparison with another asks whether tensors are true."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = (torch.ones(2), torch.zeros(2))
+
+    def forward(self, x):
+        return super().forward(x) if self.scales is not None else x
+
+
+def test_copies_of_attributes_that_are_not_plain():
+    module = HoldsTensors().double()
+    fuse_(module)
+    for each in (module, copy.deepcopy(module)):
+        assert why_not_fused(each) == {}
+        each.scales = (torch.zeros(2), torch.zeros(2))
+        assert list(why_not_fused(each)) == [""]
+        torch.testing.assert_close(each(maps()), Block.forward(each, maps()))
