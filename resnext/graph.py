@@ -292,7 +292,7 @@ class _Tracer(fx.Tracer):
         self._owner = ""
         self._modes = effects.modes()
         self._thread = threading.get_ident()
-        self._values: weakref.WeakSet[_Value] = weakref.WeakSet()
+        self._values: list[weakref.ref[_Value]] = []
         self.refusal = ""
         self.node_owners: dict[fx.Node, str] = {}
         self.shells: dict[str, nn.Module] = {}
@@ -329,16 +329,16 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         value = _Value(node, self)
-        self._values.add(value)
+        self._values.append(weakref.ref(value))
         return value
 
     def keeps_values(self) -> bool:
         """Whether somebody still holds one of the values after the forward."""
-        if self._values:
-            gc.collect(1)  # cycles that the recording left
-        if self._values:
-            gc.collect()
-        return bool(self._values)
+        for generation in (1, 2):  # cycles that the forward left are nobody's
+            if all(value() is None for value in self._values):
+                return False
+            gc.collect(generation)
+        return any(value() is not None for value in self._values)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
