@@ -168,13 +168,12 @@ def _steps(runs: Sequence[Run]) -> list[str]:
 
 def rows(results: Repository) -> list[str]:
     """Of every device each layer and network."""
-    kinds = {"grouped_conv": _layers, "model": _steps}
+    kinds = {"grouped_conv": ("grouped 3x3 convolutions", _layers), "model": ("networks", _steps)}
     found = {program: results.runs(program) for program in kinds}
     paragraphs = []
     for device in sorted({run.device for runs in found.values() for run in runs}):
-        for program, write in kinds.items():
+        for program, (what, write) in kinds.items():
             if runs := [run for run in found[program] if run.device == device]:
-                what = "grouped 3x3 convolutions" if program == "grouped_conv" else "networks"
                 paragraphs += [f"## {device.upper()}: {what}", *write(runs)]
     return paragraphs
 

@@ -21,9 +21,6 @@ Contents = tuple[Any, ...]
 Snapshot = tuple[tuple[Any, Contents], ...]
 """Containers, each with what was in it."""
 
-PLAIN = (bool, int, float, str, bytes, tuple)
-"""Types of values that are the same if they are equal."""
-
 _DEPTH = 3
 _OPAQUE = (Tensor, nn.Module, type, functools.partial, types.ModuleType, types.FunctionType, types.MethodType)
 
@@ -62,7 +59,7 @@ def same(value: Any, other: Any) -> bool:
         return False
     if isinstance(value, tuple):
         return len(value) == len(other) and all(map(same, value, other))
-    return isinstance(value, (*PLAIN, types.MethodType)) and value == other
+    return isinstance(value, (bool, int, float, str, bytes, types.MethodType)) and value == other
 
 
 def is_generator(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resnext import batch_norm, recorded
 from resnext.batch_norm import BatchNorm, Statistics
-from resnext.graph import Ref, Shell, changed_attribute, replaced
+from resnext.graph import Ref, Shell, Watched, changed_attribute, replaced
 from resnext.kernels import (
     affine_add_relu,
     affine_relu_max_pool,
@@ -70,8 +70,8 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
         if reason := _why_not_shell(shell, child(unit, shell.name) if shell.name else unit):
             return reason
     for watched in plan.watched:
-        if (module := child(unit, watched.name)) is None or (attribute := changed_attribute(module, watched)):
-            return f"{attribute if module else 'something'} of {watched.name} is not what it was when it was converted"
+        if reason := _why_not_watched(watched, child(unit, watched.name), watched.name):
+            return reason
     for one, other in plan.aliases:
         if child(unit, one) is not child(unit, other):
             return f"{one} and {other} are not the same module any more"
@@ -89,10 +89,15 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
     for name, flag in plan.flags:
         if (module := child(unit, name)) is not None and module.__dict__.get("inplace") != flag:
             return f"{name}.inplace is not what it was when it was converted"
-    for conv in plan.entries if x is not None else ():
-        weight, groups = held(child(unit, conv), "weight"), child(unit, conv).groups
-        if x.shape[1] != weight.shape[1] * groups:  # type: ignore[union-attr]
-            return f"the input has {x.shape[1]} channels, and {conv} takes {weight.shape[1] * groups}"  # type: ignore[union-attr]
+    return None if x is None else _why_not_channels(unit, plan, x.shape[1])
+
+
+def _why_not_channels(unit: nn.Module, plan: Plan, channels: int) -> str | None:
+    """Why the convolutions that are given an input of so many channels do not take it, or None."""
+    for name in plan.entries:
+        conv = child(unit, name)
+        if channels != (taken := held(conv, "weight").shape[1] * conv.groups):
+            return f"the input has {channels} channels, and {name} takes {taken}"
     return None
 
 
@@ -197,10 +202,19 @@ def _why_not_shell(shell: Shell, module: nn.Module | None) -> str | None:
     for child_name, is_none in shell.children:
         if (module._modules.get(child_name) is None) != is_none:
             return f"{name} has another child {child_name} than when it was converted"
-    if attribute := changed_attribute(module, shell.watched):
-        return f"{attribute} of {name} is not what it was when it was converted"
+    if reason := _why_not_watched(shell.watched, module, name):
+        return reason
     if shell.type.forward is not shell.forward:
         return f"{shell.type.__name__}.forward is not what it was when {name} was converted"
+    return None
+
+
+def _why_not_watched(watched: Watched, module: nn.Module | None, name: str) -> str | None:
+    """Why attributes of ``module`` that were read are not what was recorded, or None."""
+    if module is None:
+        return f"there is no {name} any more"
+    if attribute := changed_attribute(module, watched):
+        return f"{attribute} of {name} is not what it was when it was converted"
     return None
 
 
@@ -294,8 +308,7 @@ def _in_nchw(value: Any) -> Any:
 
 def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
     node = step.node
-    replaces = step.kind is not None and original_class(child(unit, node.target)) is not step.kind
-    in_nchw = turned and (step.sees_layout or replaces)
+    in_nchw = turned and (step.sees_layout or _is_another(unit, step))
 
     def value(ref: Ref) -> Any:
         return _in_nchw(values[ref.index]) if in_nchw else values[ref.index]
@@ -309,6 +322,11 @@ def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     module, _, name = node.target.rpartition(".")
     return getattr(child(unit, module) if module else unit, name)
+
+
+def _is_another(unit: nn.Module, step: Call) -> bool:
+    """Whether another module has taken the place of the one that a step was recorded with."""
+    return step.kind is not None and original_class(child(unit, step.node.target)) is not step.kind
 
 
 # --- training, and evaluation with gradients ---
@@ -464,9 +482,9 @@ def _conv_affine(conv: nn.Conv2d, folded: Folded, x: Tensor, residual: Tensor | 
 
 def _infers(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
     """Whether batch norms can be folded: images, no batch statistics, and nothing for a backward pass."""
-    if arguments[0].shape[0] == 0 or not all(
-        map(_passes_on, plan.dropouts, (child(unit, each.name) for each in plan.dropouts))
-    ):
+    if arguments[0].shape[0] == 0:
+        return False
+    if not all(_passes_on(shell, child(unit, shell.name)) for shell in plan.dropouts):
         return False
     if any(batch_norm.uses_batch_statistics(child(unit, bn)) for _, bn in plan.pairs):
         return False

@@ -114,8 +114,8 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise CommandError(f"expected the device cpu or cuda, got {name}; choose one of them")
     if device.type == "cuda":
         index = local_rank if local_rank is not None else device.index or 0

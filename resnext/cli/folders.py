@@ -13,6 +13,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from resnext.cli.errors import CommandError
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a damaged file
+
 
 class _Folder(ImageFolder):
     """Without hidden folders, which editors and notebooks leave behind."""
@@ -29,9 +31,6 @@ def _is_image(path: str) -> bool:
     """By its name; hidden files, which some systems keep beside images under their names, are none."""
     name = os.path.basename(path).lower()
     return name.endswith(IMG_EXTENSIONS) and not name.startswith(".")
-
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a damaged file
 
 
 def parts(root: Path) -> tuple[Path, Path | None]:
