@@ -167,7 +167,8 @@ bool truth(PyObject* object) {
 }
 
 // The arguments of a call, and the results that are made for it. In place of a tensor stands the size of a new one:
-// four numbers, of the first tensor's dtype, dense in the layout that the last argument tells; or one number, float32.
+// four numbers, of the first tensor's dtype, dense in the layout that the last argument tells, and a fifth that is true
+// for float32; or one number, float32.
 class Call {
  public:
   Call(PyObject* const* objects, Py_ssize_t count) : objects_(objects), count_(count) {}
@@ -216,18 +217,20 @@ class Call {
     STD_TORCH_CHECK(made_ < kMost, "resnext._C: expected fewer results");
     int64_t sizes[4];
     const bool vector = PyLong_Check(size) != 0;
+    bool wide = vector;
     if (vector) {
       sizes[0] = integer(size);
     } else {
-      STD_TORCH_CHECK(PyTuple_Size(size) == 4, "resnext._C: expected a size (N, C, H, W), got ", PyTuple_Size(size),
-                      " numbers");
+      const Py_ssize_t count = PyTuple_Size(size);
+      STD_TORCH_CHECK(count == 4 || count == 5, "resnext._C: expected a size (N, C, H, W), got ", count, " numbers");
       for (int i = 0; i < 4; ++i) sizes[i] = integer(PyTuple_GetItem(size, i));
+      wide = count == 5 && truth(PyTuple_GetItem(size, 4));
     }
     const Shape shape(sizes, vector ? 1 : 4, !vector && truth(objects_[count_ - 1]));
     const dlpack::TensorView like = view_of(objects_[0]);
     PyObject* const result = like.device.type != dlpack::kCpu
-                                 ? allocate_like(objects_[0], shape, vector ? float32 : nullptr)
-                                 : allocate_on_cpu(shape, vector ? kFloat32 : like.dtype);
+                                 ? allocate_like(objects_[0], shape, wide ? float32 : nullptr)
+                                 : allocate_on_cpu(shape, wide ? kFloat32 : like.dtype);
     return results_[made_++] = result;
   }
 

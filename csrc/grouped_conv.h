@@ -57,9 +57,8 @@ inline GroupedConvShape check_fwd(const Tensor& x, const Tensor& weight, const O
                                             check.sizes4(weight, "weight", "(C_out, C_in/groups, k, k)")[0], stride_h,
                                             stride_w, groups, channels_last, kernel);
   check.sizes(weight, "weight", weight_sizes(shape));
-  check.like(weight, "weight", x, "input");
+  check.weight_like(weight, "weight", x, "input");
   check.dense(x, "input", channels_last);
-  check.dense_either_way(weight, "weight");
   check.image(out, "output", output_sizes(shape), x, "input", channels_last);
   if (bias.has_value()) check.vector(*bias, "bias", shape.out_channels, x.scalar_type(), x, "input");
   return shape;
@@ -76,10 +75,9 @@ inline GroupedConvShape check_dgrad(const Tensor& grad, const Tensor& weight, co
                  stride_w, groups, channels_last, kernel);
   check.sizes(grad, "grad", output_sizes(shape));
   check.sizes(weight, "weight", weight_sizes(shape));
-  check.like(weight, "weight", grad, "grad");
+  check.weight_like(weight, "weight", grad, "grad");
   check.like(out, "output", grad, "grad");
   check.dense(grad, "grad", channels_last);
-  check.dense_either_way(weight, "weight");
   check.dense(out, "output", channels_last);
   return shape;
 }
@@ -96,10 +94,9 @@ inline GroupedConvShape check_wgrad(const Tensor& grad, const Tensor& x, const T
   check.sizes(grad, "grad", output_sizes(shape));
   check.sizes(out, "output", weight_sizes(shape));
   check.like(x, "input", grad, "grad");
-  check.like(out, "output", grad, "grad");
+  check.weight_like(out, "output", grad, "grad");
   check.dense(grad, "grad", channels_last);
   check.dense(x, "input", channels_last);
-  check.dense_either_way(out, "output");
   return shape;
 }
 

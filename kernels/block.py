@@ -20,7 +20,7 @@ from . import calls, checks, dispatch
 from .config import Norm, Running
 from .fused import affine_add_relu, affine_relu_max_pool, conv_norm, conv_stats
 from .fused_checks import check_conv
-from .fused_conv_ops import CONV_STATS, compute_conv_norm, conv_stats_gradients
+from .fused_conv_ops import CONV_STATS, cast_weight, compute_conv_norm, conv_stats_gradients
 from .fused_ops import AFFINE_ADD_RELU, POOL, POOL_BWD, affine_add_relu_gradients, compute_bn_affine_bwd, multiplied
 from .operators import through_formula
 
@@ -74,9 +74,9 @@ class ConvNorm(NamedTuple):
     def forward(self, values: Values) -> tuple[bool, Saved]:
         """Run the step on ``values``; returns whether results are channels_last, and what `backward` needs of them."""
         x, parameter, gamma, beta = values[self.x], values[self.weight], _at(values, self.gamma), _at(values, self.beta)
-        weight = parameter.to(x.dtype)
         prologue = _affine_at(values, self.prologue)
-        dims = check_conv("conv_norm", x, weight, self.stride, self.groups)
+        dims = check_conv("conv_norm", x, parameter, self.stride, self.groups, casts=True)
+        weight = cast_weight(parameter, x, *dims)
         norm = Norm(gamma, beta, self.eps, self.running)
         (z, mean, var, scale, shift), updated = compute_conv_norm(x, prologue, weight, norm, *dims)
         values[self.z], values[self.norm] = z, Normalised(mean, scale, shift, var, updated)
@@ -132,9 +132,9 @@ class Conv(NamedTuple):
 
     def forward(self, values: Values) -> tuple[bool, Saved]:
         """As of `ConvNorm`."""
-        x = values[self.x]
-        weight, prologue = values[self.weight].to(x.dtype), _affine_at(values, self.prologue)
-        dims = check_conv("conv_stats", x, weight, self.stride, self.groups)
+        x, parameter, prologue = values[self.x], values[self.weight], _affine_at(values, self.prologue)
+        dims = check_conv("conv_stats", x, parameter, self.stride, self.groups, casts=True)
+        weight = cast_weight(parameter, x, *dims)
         values[self.z], _, _ = CONV_STATS.kernel(x, *prologue, weight, *dims, False)
         return dims[-1], (x, *prologue, weight)
 

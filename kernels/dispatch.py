@@ -231,8 +231,8 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
     if kernel_size == checks.KERNEL_SIZE and name == "cpu":
         if _fits_winograd(described):
             return _module("dense_conv")
-        narrow = channels_last and described.in_channels <= 64 and described.in_channels % 2 == 0
-        if dtype.itemsize == 2 and (not onednn_takes(dtype) or (narrow and _products_by_cpu(dtype))):
+        pairs = channels_last and described.in_channels % 2 == 0 and _products_by_cpu(dtype)
+        if dtype.itemsize == 2 and (pairs or not onednn_takes(dtype)):
             return _module("extension")
     if kernel_size == (1, 1) and groups == 1:
         entry = measured(described, device, fusion, 1)

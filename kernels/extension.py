@@ -2,8 +2,8 @@
 
 Both kinds of device share one set of functions, which choose by their first tensor. Where they are given a size in
 place of a tensor, four numbers or a number of channels, they allocate it, in the layout that their last argument tells
-(a vector in float32), and return it. PyTorch does not see them: its dispatcher has had its part when a launcher is
-called.
+(in float32 if it is a vector, or has a fifth number that is true), and return it. PyTorch does not see them: its
+dispatcher has had its part when a launcher is called.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ _NO_STATISTICS = (None, None, None, None)
 _C: Any = None  # resnext._C, once it is loaded
 
 adds = True  # as of `pointwise_conv`: 1x1 convolutions on the CPU
+
+
+def takes_weight(weight: Tensor, x: Tensor) -> bool:
+    """Whether fused convolutions of ``x`` round a weight to its dtype themselves, and leave its gradient unrounded."""
+    return weight.dtype == torch.float32 and x.dtype.itemsize == 2 and x.device.type == "cpu"
 
 
 @functools.cache
@@ -134,7 +139,8 @@ def conv_stats_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight.
 
-    ``onto``: like x, in channels_last; that of x is added to it, and it is returned, where the operator can.
+    ``onto``: like x, in channels_last; that of x is added to it, and it is returned, where the operator can. The
+    weight's gradient has its dtype, which may be float32 where `takes_weight`.
     """
     dx = dscale = dshift = dw = None
     statistics_of_z = grad_prologue or _NO_STATISTICS
@@ -148,7 +154,8 @@ def conv_stats_bwd(
         made = _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, *results, onto, *geometry)
         dx, dscale, dshift = made if prologue else (made if onto is None else onto, None, None)
     if wanted[1]:
-        dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), weight.shape, *geometry)
+        size = weight.shape if weight.dtype == x.dtype else (*weight.shape, True)
+        dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), size, *geometry)
     return dx, dscale, dshift, dw
 
 

@@ -56,25 +56,28 @@ _Dims = tuple[tuple[int, int], int, bool]
 _right: dict[tuple[Any, ...], _Dims] = {}
 
 
-def check_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> _Dims:
-    """Strides, groups and whether the result is channels_last."""
+def check_conv(
+    name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int, casts: bool = False
+) -> _Dims:
+    """Strides, groups and whether the result is channels_last; ``casts``: the weight is yet to be cast to x's dtype."""
     integers = type(groups) is int and isinstance(stride, tuple) and all(type(each) is int for each in stride)
     plain = type(x) is Tensor and isinstance(weight, Tensor)  # whose shapes are not symbolic, so have a hash
     strided = plain and x.layout is weight.layout is torch.strided
     if not (integers and strided) or torch.compiler.is_compiling():
-        return _checked_conv(name, x, weight, stride, groups)
+        return _checked_conv(name, x, weight, stride, groups, casts)
     key = (
-        *(stride, groups, x.shape, x.stride(), x.dtype, x.device),
+        *(stride, groups, casts, x.shape, x.stride(), x.dtype, x.device),
         *(weight.shape, weight.stride(), weight.dtype, weight.device),
     )
     if (dims := _right.get(key)) is None:
         if len(_right) > 10_000:  # images of every size
             _right.clear()
-        dims = _right[key] = _checked_conv(name, x, weight, stride, groups)
+        dims = _right[key] = _checked_conv(name, x, weight, stride, groups, casts)
     return dims
 
 
-def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int) -> _Dims:
+def _checked_conv(name: str, x: Tensor, weight: Tensor, stride: int | Sequence[int], groups: int, casts: bool) -> _Dims:
+    weight = weight.to(x.dtype) if casts else weight
     padding = tuple(k // 2 for k in weight.shape[2:])
     if message := checks.invalid_conv2d(x, weight, None, stride, padding or 0, 1, groups):
         raise ValueError(f"{name}: {message}")

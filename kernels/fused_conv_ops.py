@@ -35,10 +35,26 @@ _FORMULA = composed.Composed(reference)
 # --- what runs ---
 
 
+def _launchers(pass_, x, weight, stride, groups, channels_last):
+    return dispatch.fused_launchers(pass_, x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+
+
+def cast_weight(weight, x, *dims):
+    """A weight of any dtype as the convolutions of ``x`` below take it: in the dtype of ``x``, or as it is."""
+    return weight if weight.dtype == x.dtype else _cast(_launchers("fwd", x, weight, *dims), weight, x)
+
+
+def _cast(launchers, weight, x):
+    takes_weight = getattr(launchers, "takes_weight", None)
+    return weight if takes_weight is not None and takes_weight(weight, x) else weight.to(x.dtype)
+
+
 def _served(pass_, x, affine, weight, stride, groups, channels_last):
     """What serves a convolution with statistics, and the arguments that its passes share."""
     stride = tuple(stride)
-    launchers = dispatch.fused_launchers(pass_, x.shape, weight.shape, stride, groups, x.dtype, x.device, channels_last)
+    launchers = _launchers(pass_, x, weight, stride, groups, channels_last)
+    if weight.dtype != x.dtype:
+        weight = _cast(launchers, weight, x)
     operands = dense(x, channels_last), affine_of(*affine), dense_weight(weight)
     return launchers, (*operands, stride, groups, channels_last)
 
@@ -93,7 +109,8 @@ def conv_stats_gradients(
     """What `CONV_STATS_BWD` returns; ``source``: z, its mean, dmean and dvar, or None.
 
     ``deferred``: whether dscale may come as partial sums of dscale and dshift, which `fused_ops.compute_bn_affine_bwd`
-    takes, with dshift None, and the weight's gradient as float32. ``grad_scale``: what ``dz`` is yet to be multiplied
+    takes, with dshift None, and the weight's gradient as float32. ``weight`` may be what `cast_weight` returns; its
+    gradient has its dtype then. ``grad_scale``: what ``dz`` is yet to be multiplied
     by, a vector over channels, or None; there is a ``source`` then. ``onto``: a tensor like x that x's gradient is
     added to and returned as, or None.
     """

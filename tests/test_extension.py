@@ -30,6 +30,8 @@ LARGER = [
     Case("gw32-two-vectors", 1, 64, 64, 3, 29, 2, (1, 2)),
     Case("gw48-three-vectors", 1, 96, 96, 3, 15, 2),
     Case("wgrad-in-chunks", 3, 16, 16, 31, 33, 4),
+    Case("dense-in-parts", 1, 266, 140, 5, 6, 1, bias=True),
+    Case("wide-groups-in-parts", 2, 300, 272, 4, 7, 2, (2, 1), True),
     *WINOGRAD_CASES,
 ]
 
@@ -127,11 +129,12 @@ def test_nan_and_inf_stay_in_their_group(capability, width, poison, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("width", [4, 8])
-def test_an_infinite_pixel_meets_its_own_taps_only(capability, width, stride, dtype):
+@pytest.mark.parametrize("columns", [11, 12])
+def test_an_infinite_pixel_meets_its_own_taps_only(capability, columns, width, stride, dtype):
     """With an odd number of columns, the last pixel of a row has no neighbour to be multiplied with."""
-    case = Case("one-pixel", 1, 32, 32, 4, 11, 32 // width, stride)
+    case = Case("one-pixel", 1, 32, 32, 4, columns, 32 // width, stride)
     tensors = make_tensors(case, dtype, channels_last=True, integers=True)
-    for column in (0, 5, 9, 10):
+    for column in (0, 5, columns - 2, columns - 1):
         tensors["x"][0, :, 1, column] = float("inf")
         tensors["grad"].abs_().add_(1)  # neither zeros, which make NaN, nor two signs
         wanted = exact("wgrad", case, tensors).value

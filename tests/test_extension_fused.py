@@ -24,6 +24,8 @@ LARGER = [
     FusedCase("narrows-in-group", 1, 32, 8, 5, 6, 4, stride=(2, 2)),
     FusedCase("2x2-image-stride2", 1, 16, 16, 2, 2, 4, stride=(2, 2)),
     FusedCase("wgrad-in-chunks", 3, 16, 16, 31, 33, 4),
+    FusedCase("dense-in-parts", 2, 150, 136, 9, 10),
+    FusedCase("dense-in-parts-stride2", 1, 136, 266, 6, 5, stride=(2, 2)),
 ]
 LARGER_POINTWISE = [
     FusedCase("several-panels", 3, 48, 40, 23, 19, kernel=1),
@@ -110,9 +112,9 @@ def make_tensors(case: FusedCase, channels_last: bool, dtype: torch.dtype = torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("width", [4, 16])
-def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, width, stride, dtype):
-    case = FusedCase("threads", 3, 64, 64, 39, 53, 64 // width, stride=stride)
+@pytest.mark.parametrize(("channels", "width"), [(64, 4), (64, 16), (144, 144)])
+def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, channels, width, stride, dtype):
+    case = FusedCase("threads", 3, channels, channels, 39, 53, channels // width, stride=stride)
     for channels_last in LAYOUTS:
         tensors = make_tensors(case, channels_last, dtype)
         torch.set_num_threads(1)
@@ -134,6 +136,35 @@ def test_pointwise_results_do_not_depend_on_threads_or_repetition(capability, re
         torch.set_num_threads(threads)
         actual = everything(case, tensors, channels_last=True)
         assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), threads
+
+
+WIDER = [*GROUPED_CASES[::3], LARGER[2], LARGER[-1], *POINTWISE_CASES[:4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", WIDER, ids=lambda case: case.id)
+def test_a_float32_weight_is_rounded_and_its_gradient_is_not(capability, case, dtype):
+    for channels_last in LAYOUTS if case.kernel == 3 else (True,):
+        for weight_channels_last in LAYOUTS:
+            tensors = make_tensors(case, channels_last, dtype)
+            x, dz, affine = (tensors[name] for name in ("x", "dz", "affine"))
+            layout = torch.channels_last if weight_channels_last else torch.contiguous_format
+            weight = torch.randn(tensors["weight"].shape).contiguous(memory_format=layout)
+            assert extension.takes_weight(weight, x)
+            place = (case.stride, case.groups, channels_last)
+
+            def results(weight, x=x, dz=dz, affine=affine, place=place):
+                z, mean, var = extension.conv_stats_fwd(x, affine, weight, *place, True)
+                gradients = extension.conv_stats_bwd(dz, (z, mean, var, mean), x, affine, weight, *place, (True, True))
+                return [z, mean, var, *gradients]
+
+            *wanted, rounded = results(weight.to(dtype))
+            *actual, dw = results(weight)
+            assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True))
+            assert dw.dtype == torch.float32
+            assert dw.stride() == rounded.stride()
+            assert torch.equal(dw.to(dtype), rounded)
+            assert not torch.equal(dw, rounded.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,9 +1,10 @@
 // Forward pass and input gradient: dst = correlation of src with the packed weights (see kernels.h for the phases).
 //
-// A task walks the rows of a band of one image, for a block of bundles. Source rows are read once into a ring of three
-// panels per bundle whose borders are zero, so that no loop below knows an image border: missing rows are left out of
-// the list of sources, missing columns are zeros. A row kernel then makes one destination row of one tile, `kPixels`
-// pixels at a time in registers: every source value is loaded once for all taps of its row.
+// A task walks the rows of a band of one image, for a block of bundles, or some tiles of a bundle. Source rows are read
+// once into a ring of panels per bundle whose borders are zero, so that no loop below knows an image border: missing
+// rows are left out of the list of sources, missing columns are zeros. A row kernel then makes one destination row of
+// one tile, `kPixels` pixels at a time in registers: every source value is loaded once for all taps of its row. Weights
+// that the caches nearby do not hold meet several rows before the next tile's come.
 //
 // fp32 accumulation, in an order that depends on neither threads nor bands: rows, then source channels, then columns;
 // in narrow images every column's products by themselves first.
@@ -129,7 +130,8 @@ RowKernel row_kernel(const Correlation& c) {
   return row_kernel<Terms, kShared>(c.layout, c.cols, c.dst.width);
 }
 
-constexpr int kRingRows = 3;
+// As many source rows as so many destination rows see, or more.
+RESNEXT_INLINE int64_t ring_rows(const Correlation& c) { return (c.rows_at_once - 1) * c.rows.in_step + 3; }
 
 // A panel starts with one column of zeros and ends with at least one; short rows get what a whole block reads.
 RESNEXT_INLINE int64_t panel_columns(const Correlation& c) {
@@ -140,7 +142,7 @@ RESNEXT_INLINE int64_t panel_size(const Correlation& c) { return panel_columns(c
 RESNEXT_INLINE int64_t ring_row_size(const Correlation& c) {
   return ceil_div(c.block, c.layout.panel_bundles) * panel_size(c);
 }
-RESNEXT_INLINE int64_t ring_size(const Correlation& c) { return kRingRows * ring_row_size(c); }
+RESNEXT_INLINE int64_t ring_size(const Correlation& c) { return ring_rows(c) * ring_row_size(c); }
 
 // Floats of a destination row of one tile.
 RESNEXT_INLINE int64_t buffer_size(const Correlation& c) {
@@ -155,63 +157,89 @@ RESNEXT_INLINE int64_t unpaired_size(const Correlation& c) {
 int64_t correlate_scratch(const Correlation& c) {
   int64_t size = ring_size(c) + buffer_size(c) + unpaired_size(c);
   if (c.packed.weight == nullptr) {
-    size += c.block * (packed_weight_size(c.layout) + packed_bias_size(c.layout)) + weight_scratch(c.layout);
+    const int64_t tiles = c.block * c.tile_block;
+    size += tiles * (packed_weight_size(c.layout) + packed_bias_size(c.layout)) + weight_scratch(c.layout);
   }
   return size;
 }
 
-// What all destination rows of a call have in common, and where the tiles of one row find their sources.
+// What all destination rows of a call have in common.
 struct RowPlan {
   RowKernel kernel;
-  bool fits;  // blocks of pixels end with the row
+  bool direct;  // whole vectors of float32 NHWC go straight to memory if they are stored as they are
+  int64_t tile_size, row_stride;  // floats of a tile's weights; elements of a destination row
   IntVec src_order, dst_order;
-  int count;
-  Source sources[3];  // of the block's first bundle
-  const float* bias;  // likewise
 };
 
-// The source rows that destination row h sees inside the image, with the weights' rows they meet.
-void find_sources(const Correlation& c, int64_t first_row, const Phase& phase, const float* ring, const float* weight,
-                  RowPlan& plan) {
-  plan.count = 0;
-  for (int k = 0; k < phase.count; ++k) {
-    const int64_t row = first_row + k;
-    if (row < 0 || row >= c.src.height) continue;
-    plan.sources[plan.count++] = {
-        ring + row % kRingRows * ring_row_size(c) + (c.cols.phases == 2 ? c.layout.src_lanes : 0),
-        weight + phase.taps[k] * packed_row_size(c.layout)};
-  }
+// The source rows that destination row h sees inside the image, with the weights' rows they meet, for the first tile of
+// a block; and what becomes of the row.
+struct DstRow {
+  int64_t h;
+  int count;
+  Source sources[3];
+  WriteMap write;
+};
+
+// The source rows [first, first + phase.count) that destination row h sees, perhaps outside the image.
+struct RowWindow {
+  Phase phase;
+  int64_t first;
+};
+RESNEXT_INLINE RowWindow row_window(const Correlation& c, int64_t h) {
+  const Phase& phase = c.rows.phase[h % c.rows.phases];
+  return {phase, h / c.rows.phases * c.rows.in_step + phase.first};
 }
 
-// One destination row of one tile. Whole vectors of float32 NHWC go straight to memory if they are stored as they are;
-// everything else by the buffer.
-void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& write, int64_t n, int64_t h,
-                   int64_t bundle, int64_t bundle_of_block, int64_t tile, float* buffer) {
+DstRow dst_row(const Correlation& c, int64_t n, int64_t h, const float* ring, const float* weight) {
+  DstRow found{h, 0, {}, map_of_row(c.write, c.cuts, c.dst, n, h)};
+  const RowWindow window = row_window(c, h);
+  for (int k = 0; k < window.phase.count; ++k) {
+    const int64_t row = window.first + k;
+    if (row < 0 || row >= c.src.height) continue;
+    found.sources[found.count++] = {
+        ring + row % ring_rows(c) * ring_row_size(c) + (c.cols.phases == 2 ? c.layout.src_lanes : 0),
+        weight + window.phase.taps[k] * packed_row_size(c.layout)};
+  }
+  return found;
+}
+
+// The tiles a task works on: some of each bundle of its block.
+struct TileBlock {
+  int64_t first_bundle, bundles;
+  int64_t first_tile, tiles;
+  PackedFilters packed;  // of its first tile
+};
+
+// One destination row of one tile, straight to memory or by the buffer.
+RESNEXT_INLINE void correlate_row(const Correlation& c, const RowPlan& plan, const TileBlock& block, const DstRow& row, int64_t n,
+                   int64_t bundle_of_block, int64_t tile_of_block, float* buffer) {
   const Layout& layout = c.layout;
   const int64_t lanes = tile_lanes(layout);
-  const int64_t packed_tile = bundle_of_block * layout.tiles + tile;
+  const int64_t packed_tile = bundle_of_block * block.tiles + tile_of_block;
+  const int64_t bundle = block.first_bundle + bundle_of_block;
+  const int64_t tile = block.first_tile + tile_of_block;
+  const int64_t h = row.h;
+  const WriteMap& write = row.write;
   const int64_t channel = bundle * layout.dst_channels + tile * lanes;
   const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
-  const bool mapped = write.kind != WriteMap::kNone && write.kind != WriteMap::kMoments;
-  const bool direct =
-      !mapped && c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last && channels == lanes && plan.fits;
-  const int64_t row_stride = c.dst.width * c.dst.channels;
+  const bool direct = plan.direct && channels == lanes;
 
   RowArgs args;
-  args.count = plan.count;
-  const int64_t panel = bundle_of_block / layout.panel_bundles;
-  const int64_t first_lane = bundle_of_block % layout.panel_bundles * layout.src_channels;
-  for (int k = 0; k < plan.count; ++k) {
-    args.sources[k] = {plan.sources[k].x + panel * panel_size(c) + first_lane,
-                       plan.sources[k].weight + packed_tile * 3 * packed_row_size(layout)};
+  args.count = row.count;
+  const bool shares = layout.panel_bundles == 2;
+  const int64_t panel = shares ? bundle_of_block / 2 : bundle_of_block;
+  const int64_t first_lane = shares ? bundle_of_block % 2 * layout.src_channels : 0;
+  for (int k = 0; k < row.count; ++k) {
+    args.sources[k] = {row.sources[k].x + panel * panel_size(c) + first_lane,
+                       row.sources[k].weight + packed_tile * plan.tile_size};
   }
   args.depth = layout.group_src;
   args.src_lanes = layout.src_lanes;
-  args.bias = plan.bias + packed_tile * lanes;
-  args.out = direct ? static_cast<float*>(c.dst.data) + (n * c.dst.height + h) * row_stride + channel : buffer;
+  args.bias = block.packed.bias + packed_tile * lanes;
+  args.out = direct ? static_cast<float*>(c.dst.data) + (n * c.dst.height + h) * plan.row_stride + channel : buffer;
   args.out_stride = direct ? c.dst.channels : lanes;
   args.pixels = c.dst.width;
-  args.next_row = direct ? row_stride : 0;
+  args.next_row = direct ? plan.row_stride : 0;
   args.order = plan.dst_order;
   plan.kernel.run(args);
 
@@ -222,57 +250,74 @@ void correlate_row(const Correlation& c, const RowPlan& plan, const WriteMap& wr
   }
 }
 
+// Reads row h of image n, of the channels of a block, into its place in the ring.
+void read_source_row(const Correlation& c, const RowPlan& plan, const TileBlock& block, int64_t n, int64_t h,
+                     float* unpaired, float* ring) {
+  const Layout& layout = c.layout;
+  float* panel = ring + h % ring_rows(c) * ring_row_size(c) + layout.src_lanes;
+  for (int64_t b = 0; b < block.bundles; b += layout.panel_bundles, panel += panel_size(c)) {
+    const int64_t channel = (block.first_bundle + b) * layout.src_channels;
+    const int64_t panel_bundles = min_of(block.bundles - b, layout.panel_bundles);
+    const int64_t channels = bundle_src_channels(layout, block.first_bundle + b, panel_bundles);
+    if (layout.pairs) {
+      read_row_pairs(c.src, c.read, n, h, channel, channels, layout.src_lanes, plan.src_order, unpaired, panel);
+    } else {
+      read_row(c.src, c.read, n, h, channel, channels, layout.src_lanes, plan.src_order, panel);
+    }
+  }
+}
+
 void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {
   const Layout& layout = c.layout;
-  const int64_t blocks = ceil_div(layout.bundles, c.block);
+  const int64_t tile_blocks = ceil_div(layout.tiles, c.tile_block);
+  const int64_t blocks = ceil_div(layout.bundles, c.block) * tile_blocks;
+  const int64_t own_tiles = c.block * c.tile_block;
   float* ring = scratch;
   float* buffer = ring + ring_size(c);
   float* unpaired = buffer + buffer_size(c);
   float* own_weight = unpaired + unpaired_size(c);
-  float* own_bias = own_weight + c.block * packed_weight_size(layout);
-  float* pack_scratch = own_bias + c.block * packed_bias_size(layout);
+  float* own_bias = own_weight + own_tiles * packed_weight_size(layout);
+  float* pack_scratch = own_bias + own_tiles * packed_bias_size(layout);
   __builtin_memset(ring, 0, ring_size(c) * sizeof(float));
   RowPlan plan;
   plan.kernel = with_terms(layout.pairs, [&](auto terms) { return row_kernel<decltype(terms)>(c); });
-  plan.fits = c.dst.width >= plan.kernel.block_pixels && c.dst.width % c.cols.phases == 0;
+  const bool fits = c.dst.width >= plan.kernel.block_pixels && c.dst.width % c.cols.phases == 0;
+  const bool mapped = c.write.kind != WriteMap::kNone && c.write.kind != WriteMap::kMoments;
+  plan.direct = fits && !mapped && c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last;
+  plan.tile_size = packed_weight_size(layout);
+  plan.row_stride = c.dst.width * c.dst.channels;
   plan.src_order = channels_of_lanes(layout, layout.group_src);
   plan.dst_order = lanes_of_channels(layout, layout.group_dst);
   for (int64_t task = begin; task < end; ++task) {
     const BandTask t = band_task(c.cuts, c.dst, blocks, task);
-    const int64_t first_bundle = t.block * c.block;
-    const int64_t bundles = min_of(c.block, layout.bundles - first_bundle);
-    PackedFilters packed = {own_weight, own_bias};
+    TileBlock block;
+    block.first_bundle = t.block / tile_blocks * c.block;
+    block.bundles = min_of(c.block, layout.bundles - block.first_bundle);
+    block.first_tile = t.block % tile_blocks * c.tile_block;
+    block.tiles = min_of(c.tile_block, layout.tiles - block.first_tile);
+    const int64_t first = block.first_bundle * layout.tiles + block.first_tile;
     if (c.packed.weight == nullptr) {
-      pack_weight(layout, c.filters, pack_scratch, first_bundle, first_bundle + bundles, packed);
+      block.packed = {own_weight, own_bias};
+      pack_weight(layout, c.filters, pack_scratch, first, first + block.bundles * block.tiles, block.packed);
     } else {
-      packed = {c.packed.weight + first_bundle * packed_weight_size(layout),
-                c.packed.bias + first_bundle * packed_bias_size(layout)};
+      block.packed = {c.packed.weight + first * packed_weight_size(layout),
+                      c.packed.bias + first * packed_bias_size(layout)};
     }
-    plan.bias = packed.bias;
     int64_t next_row = 0;
-    for (int64_t h = t.first_row; h < t.last_row; ++h) {
-      const Phase& phase = c.rows.phase[h % c.rows.phases];
-      const int64_t first_row = h / c.rows.phases * c.rows.in_step + phase.first;
-      if (next_row < first_row) next_row = first_row;
-      for (; next_row < min_of(first_row + phase.count, c.src.height); ++next_row) {
-        float* panel = ring + next_row % kRingRows * ring_row_size(c) + layout.src_lanes;
-        for (int64_t b = 0; b < bundles; b += layout.panel_bundles, panel += panel_size(c)) {
-          const int64_t channel = (first_bundle + b) * layout.src_channels;
-          const int64_t panel_bundles = min_of(bundles - b, layout.panel_bundles);
-          const int64_t channels = bundle_src_channels(layout, first_bundle + b, panel_bundles);
-          if (layout.pairs) {
-            read_row_pairs(c.src, c.read, t.n, next_row, channel, channels, layout.src_lanes, plan.src_order, unpaired,
-                           panel);
-          } else {
-            read_row(c.src, c.read, t.n, next_row, channel, channels, layout.src_lanes, plan.src_order, panel);
-          }
+    for (int64_t h = t.first_row; h < t.last_row; h += c.rows_at_once) {
+      DstRow rows[kMostRowsAtOnce];
+      const int64_t count = min_of(c.rows_at_once, t.last_row - h);
+      for (int64_t i = 0; i < count; ++i) {
+        const RowWindow window = row_window(c, h + i);
+        if (next_row < window.first) next_row = window.first;
+        for (; next_row < min_of(window.first + window.phase.count, c.src.height); ++next_row) {
+          read_source_row(c, plan, block, t.n, next_row, unpaired, ring);
         }
+        rows[i] = dst_row(c, t.n, h + i, ring, block.packed.weight);
       }
-      find_sources(c, first_row, phase, ring, packed.weight, plan);
-      const WriteMap write = map_of_row(c.write, c.cuts, c.dst, t.n, h);
-      for (int64_t b = 0; b < bundles; ++b) {
-        for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-          correlate_row(c, plan, write, t.n, h, first_bundle + b, b, tile, buffer);
+      for (int64_t b = 0; b < block.bundles; ++b) {
+        for (int64_t tile = 0; tile < block.tiles; ++tile) {
+          for (int64_t i = 0; i < count; ++i) correlate_row(c, plan, block, rows[i], t.n, b, tile, buffer);
         }
       }
     }

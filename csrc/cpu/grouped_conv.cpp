@@ -35,6 +35,15 @@ int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
   return ceil_div(layout.bundles, balanced);
 }
 
+// Rows that weights meet at once: weights of wide groups would otherwise come from far caches for a few pixels. With
+// stride 2 a row needs two more of the source in the ring; weights that are near come faster than these. (Measured.)
+int64_t rows_at_once(const Correlation& c, int64_t weight_size) {
+  constexpr int64_t kNear = 8192;  // floats
+  constexpr int64_t kPixels = 56;
+  if (c.rows.in_step == 2 && c.layout.tiles * weight_size <= kNear) return 1;
+  return std::clamp<int64_t>(kPixels / c.dst.width, 1, kMostRowsAtOnce);
+}
+
 // `results`: mean and variance, or dshift and dscale, where the write map makes them. `packed`: the weight as
 // pack_winograd leaves it, or null.
 void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed,
@@ -44,6 +53,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                filter_strides(weight),
                bias.has_value() ? bias->data_ptr() : nullptr,
                dtype_of(weight),
+               c.src.dtype,
                transposed,
                /*mirrored=*/transposed && c.cols.phases == 1};
   const int64_t group_src = c.src.channels / shape.groups;
@@ -53,8 +63,15 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
     return;
   }
   c.layout = kernels.make_layout(shape.groups, group_src, c.dst.channels / shape.groups, pairs);
-  c.block = bundle_block(c.layout, c.src.channels_last, c.dst.batch);
-  const int64_t blocks = ceil_div(c.layout.bundles, c.block);
+  const Layout& layout = c.layout;
+  c.block = bundle_block(layout, c.src.channels_last, c.dst.batch);
+  int64_t blocks = ceil_div(layout.bundles, c.block);
+  // Tiles of wide groups rather than bands: these would each read all weights.
+  const int64_t wanted_blocks = c.block > 1 ? 1 : wanted_tasks() / (c.dst.batch * blocks);
+  c.tile_block = ceil_div(layout.tiles, std::clamp<int64_t>(wanted_blocks, 1, layout.tiles));
+  blocks *= ceil_div(layout.tiles, c.tile_block);
+  const int64_t weight_size = kernels.packed_weight_size(layout);
+  c.rows_at_once = rows_at_once(c, weight_size);
   const bool sums = takes_sums(c.write);
   c.cuts = cut_rows(c.dst, blocks, sums);
   const Parts parts = parts_of(c.cuts, c.dst);
@@ -64,15 +81,15 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
 
   Buffer packed_weight, packed_bias;
   if (c.dst.batch * c.cuts.bands > 1) {
-    const int64_t weight_size = kernels.packed_weight_size(c.layout);
-    const int64_t bias_size = kernels.packed_bias_size(c.layout);
-    packed_weight = allocate(c.layout.bundles * weight_size);
-    packed_bias = allocate(c.layout.bundles * bias_size);
+    const int64_t bias_size = kernels.packed_bias_size(layout);
+    const int64_t tiles = layout.bundles * layout.tiles;
+    packed_weight = allocate(tiles * weight_size);
+    packed_bias = allocate(tiles * bias_size);
     c.packed = {packed_weight.get(), packed_bias.get()};
-    run_tasks(c.layout.bundles, copies_at_once(weight_size), kernels.weight_scratch(c.layout),
+    run_tasks(tiles, copies_at_once(weight_size), kernels.weight_scratch(layout),
               [&](int64_t begin, int64_t end, float* scratch) {
                 const PackedFilters first = {c.packed.weight + begin * weight_size, c.packed.bias + begin * bias_size};
-                kernels.pack_weight(c.layout, c.filters, scratch, begin, end, first);
+                kernels.pack_weight(layout, c.filters, scratch, begin, end, first);
               });
   }
   run_tasks(c.dst.batch * c.cuts.bands * blocks, 1, kernels.correlate_scratch(c),
@@ -99,6 +116,39 @@ Correlation input_gradient(const Tensor& grad, const Tensor& out, int64_t stride
   return c;
 }
 
+// `most` channels or fewer, in parts of about one size: whole vectors.
+int64_t part_of(int64_t channels, int64_t most) {
+  return channels <= most ? channels : round_up(ceil_div(channels, ceil_div(channels, most)), kPanelLanes);
+}
+
+// So that a unit's sums stay in the L2 cache. (The limits are measured.)
+void cut_wide_groups(WeightGradient& g) {
+  constexpr int64_t kMostOfX = 64;
+  constexpr int64_t kMostOfGrad = 128;
+  constexpr int64_t kNear = 1 << 17;
+  if (g.x_part * g.grad_part * 9 <= kNear) return;
+  g.x_part = part_of(g.layout.src_channels, kMostOfX);
+  g.grad_part = part_of(g.layout.dst_channels, kMostOfGrad);
+}
+
+// Cuts further, where there are fewer tasks than threads could take.
+void cut_for_threads(WeightGradient& g) {
+  constexpr int64_t kNarrowest = 32;
+  while (units_of(g) * g.chunks < wanted_tasks() / 2) {
+    int64_t& wider = g.x_part > g.grad_part ? g.x_part : g.grad_part;
+    if (wider <= kNarrowest) return;
+    wider = part_of(wider, wider / 2);
+  }
+}
+
+// Rows of grad for which sums are loaded and stored once; those of wide groups come from far.
+int64_t rows_of_sums(const WeightGradient& g, int64_t slice_size) {
+  constexpr int64_t kNear = 16384;  // floats
+  const int64_t pixels = slice_size <= kNear ? 49 : 112;  // or pairs
+  const int64_t width = g.pairs ? ceil_div(g.grad.width, 2) : g.grad.width;
+  return std::clamp<int64_t>(pixels / width, 1, kMostRowsAtOnce);
+}
+
 void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& shape) {
   const Kernels& kernels = active_kernels();
   g.stride_h = shape.stride_h;
@@ -117,19 +167,26 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   constexpr int64_t kMostChunks = 32;
   constexpr int64_t kPixelsPerChunk = 512;
   constexpr int64_t kPartialFloats = int64_t{1} << 20;
-  const int64_t slice_size = kernels.wgrad_slice_size(g.layout);
+  constexpr int64_t kWantedTasks = 16;
+  const Layout& layout = g.layout;
   const int64_t rows = shape.batch * shape.out_height;
-  g.chunks = std::clamp<int64_t>(std::min({kMostChunks, rows * shape.out_width / kPixelsPerChunk,
-                                           kPartialFloats / (g.layout.bundles * slice_size)}),
-                                 1, rows);
-  g.block = bundle_block(g.layout, shape.channels_last, g.chunks);
-  const int64_t blocks = ceil_div(g.layout.bundles, g.block);
-  const Buffer partial = g.chunks > 1 ? allocate(g.chunks * g.layout.bundles * slice_size) : nullptr;
+  g.x_part = layout.src_channels;
+  g.grad_part = layout.dst_channels;
+  const int64_t few = kPartialFloats / (layout.bundles * kernels.wgrad_slice_size(g));
+  cut_wide_groups(g);
+  const int64_t most = std::max(few, ceil_div(kWantedTasks, units_of(g)));
+  g.chunks = std::clamp<int64_t>(std::min({kMostChunks, rows * shape.out_width / kPixelsPerChunk, most}), 1, rows);
+  cut_for_threads(g);
+  const int64_t units = units_of(g);
+  const int64_t slice_size = kernels.wgrad_slice_size(g);
+  g.rows_at_once = rows_of_sums(g, slice_size);
+  g.block = units > layout.bundles ? 1 : bundle_block(layout, shape.channels_last, g.chunks);
+  const Buffer partial = g.chunks > 1 ? allocate(g.chunks * units * slice_size) : nullptr;
   g.partial = partial.get();
-  run_tasks(blocks * g.chunks, 1, kernels.wgrad_scratch(g),
+  run_tasks(ceil_div(units, g.block) * g.chunks, 1, kernels.wgrad_scratch(g),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.wgrad(g, scratch, begin, end); });
   if (g.chunks == 1) return;
-  run_tasks(g.layout.bundles, copies_at_once(g.chunks * slice_size), kernels.weight_scratch(g.layout),
+  run_tasks(units, copies_at_once(g.chunks * slice_size), kernels.weight_scratch(layout),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.reduce_wgrad(g, scratch, begin, end); });
 }
 

@@ -15,6 +15,10 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t tiles_of(int64_t pixels) { return ceil_div(pixels, 2); }  // of winograd.inl.h, along a side
 
+constexpr int64_t kPanelLanes = 16;    // channels come in multiples of this: as many as the widest vector has
+constexpr int64_t kTileChannels = 32;  // destination channels whose weights lie together
+constexpr int64_t kMostRowsAtOnce = 16;
+
 enum class Dtype { kFloat32, kFloat16, kBFloat16, kUint8 };  // uint8: the max pool's taps, small whole numbers
 
 constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : dtype == Dtype::kUint8 ? 1 : 2; }
@@ -118,6 +122,7 @@ struct Filters {
   FilterStrides strides;
   const void* bias;  // (C_out) or null
   Dtype dtype;
+  Dtype images;     // float32 weights are rounded to this one; else it is theirs
   bool transposed;  // the source channels of the correlation are the weight's output channels
   bool mirrored;    // the taps of a row in reverse
 };
@@ -138,6 +143,8 @@ struct Correlation {
   Filters filters;
   PackedFilters packed;  // null where every block is one task's, which packs it for itself
   int64_t block;         // bundles worked on together: their source rows share the ring buffer
+  int64_t tile_block;    // tiles of each bundle worked on together; all of them where a block has several bundles
+  int64_t rows_at_once;  // destination rows that a tile's weights meet before the next tile's
   RowCuts cuts;          // of a destination image
 };
 
@@ -172,20 +179,28 @@ struct TileGradient {
 
 // With `pairs`, lanes hold two pixels of a row, bfloat16, that follow each other in grad.
 //
-// Chunks cut the batch * out_height rows of grad. Of several chunks each has partial results, a slice of `slice_size`
-// floats per bundle, to be reduced afterwards; a single one is stored where it was made.
+// A unit is a bundle, or where the groups are wide some of the channels of both images: [bundle][part of x][part of
+// grad]. Chunks cut the batch * out_height rows of grad. Of several chunks each has partial results, a slice of
+// `slice_size` floats per unit, to be reduced afterwards; a single one is stored where it was made.
 struct WeightGradient {
   Image grad, x;
   ReadMap read_grad, read_x;
   int64_t stride_h, stride_w;
   Layout layout;  // source: x, destination: grad
   bool pairs;
-  int64_t block, chunks;
+  int64_t x_part, grad_part;  // channels of a unit
+  int64_t block;              // units worked on together: of whole bundles, if several
+  int64_t rows_at_once;       // of grad: a unit's sums are loaded and stored once for so many
+  int64_t chunks;
   float* partial;  // null with a single chunk
   void* dw;        // (C_out, C_in / groups, 3, 3)
   FilterStrides strides;
   Dtype dtype;
 };
+
+constexpr int64_t units_of(const WeightGradient& g) {
+  return g.layout.bundles * ceil_div(g.layout.src_channels, g.x_part) * ceil_div(g.layout.dst_channels, g.grad_part);
+}
 
 // The pixels that the two images of a 1x1 convolution have in common: those of the smaller one.
 struct PixelGrid {
@@ -198,13 +213,11 @@ struct GridImage {
   int64_t step_h, step_w;
 };
 
-constexpr int64_t kPanelLanes = 16;    // channels come in multiples of this: as many as the widest vector has
-constexpr int64_t kTileChannels = 32;  // destination channels whose weights lie together
 
 // The weight of a 1x1 convolution, (C_out, C_in): of a forward pass (destination, source channel), or transposed.
 struct WeightMatrix {
   const void* data;
-  Dtype dtype;
+  Dtype dtype, images;  // as of Filters
   bool transposed;
   int64_t src_channels, dst_channels;
 };
@@ -280,19 +293,20 @@ struct Kernels {
   bool multiplies_pairs;  // of bfloat16
 
   Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs);
-  int64_t (*packed_weight_size)(const Layout&);  // of a bundle
+  int64_t (*packed_weight_size)(const Layout&);  // of a tile
   int64_t (*packed_bias_size)(const Layout&);
   int64_t (*weight_scratch)(const Layout&);
-  void (*pack_weight)(const Layout&, const Filters&, float* scratch, int64_t begin_bundle, int64_t end_bundle,
-                      const PackedFilters& first);  // of begin_bundle
+  void (*pack_weight)(const Layout&, const Filters&, float* scratch, int64_t begin, int64_t end,
+                      const PackedFilters& first);  // over bundles * tiles; `first`: of begin
 
   int64_t (*correlate_scratch)(const Correlation&);
-  void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);  // over batch * bands * blocks
+  // over batch * bands * blocks * blocks of tiles
+  void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);
 
-  int64_t (*wgrad_slice_size)(const Layout&);
+  int64_t (*wgrad_slice_size)(const WeightGradient&);  // of a unit
   int64_t (*wgrad_scratch)(const WeightGradient&);
-  void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over blocks * chunks
-  void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin_bundle, int64_t end_bundle);
+  void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);         // over blocks * chunks
+  void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over units
 
   void (*pack_matrix)(const WeightMatrix&, bool pairs, float* packed, int64_t begin_tile, int64_t end_tile);
   int64_t (*product_scratch)(const PixelProduct&);
@@ -304,7 +318,7 @@ struct Kernels {
 
   Layout (*make_tile_layout)(int64_t groups, int64_t group_src, int64_t group_dst);
   int64_t (*tile_weight_size)(const Layout&);  // of a tile
-  int64_t (*tile_weight_scratch)(const Layout&, Dtype);
+  int64_t (*tile_weight_scratch)(const Layout&);
   void (*pack_tile_weights)(const Layout&, const Filters&, float* scratch, int64_t begin, int64_t end,
                             const PackedFilters&);  // over groups * tiles
   int64_t (*tile_product_scratch)(const TileProduct&);

@@ -59,12 +59,10 @@ RESNEXT_INLINE int64_t bundle_dst_channels(const Layout& layout, int64_t bundle)
   return min_of(layout.dst_channels, layout.groups * layout.group_dst - bundle * layout.dst_channels);
 }
 
-// Floats of one kernel row of one tile.
+// Floats of one kernel row of one tile, of a tile, and of its biases.
 RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.group_src * 3 * tile_lanes(layout); }
-
-// Floats of a bundle's packed weights and biases.
-int64_t packed_weight_size(const Layout& layout) { return layout.tiles * 3 * packed_row_size(layout); }
-int64_t packed_bias_size(const Layout& layout) { return layout.tiles * tile_lanes(layout); }
+int64_t packed_weight_size(const Layout& layout) { return 3 * packed_row_size(layout); }
+int64_t packed_bias_size(const Layout& layout) { return tile_lanes(layout); }
 
 // The layout as it would be with one channel in a lane, but with the same lanes.
 RESNEXT_INLINE Layout without_pairs(Layout layout) {
@@ -75,16 +73,15 @@ RESNEXT_INLINE Layout without_pairs(Layout layout) {
   return layout;
 }
 
-// Floats of a bundle's weights before packing, in whole vectors; also room for one bundle's biases.
+// Floats of a bundle's weights in whole vectors, of groups that share a vector: others are read where they are.
 RESNEXT_INLINE int64_t filters_size(const Layout& layout) {
-  const int64_t filters = layout.src_channels * layout.group_dst;  // = dst_channels * group_src
-  return round_up(filters * 9 > layout.dst_channels ? filters * 9 : layout.dst_channels, kLanes);
+  return layout.shared > 1 ? round_up(layout.src_channels * layout.group_dst * 9, kLanes) : 0;
 }
 
 // With pairs, also room for a packed tile without.
 int64_t weight_scratch(const Layout& layout) {
   const Layout whole = without_pairs(layout);
-  return filters_size(whole) + (layout.pairs ? 3 * packed_row_size(whole) : 0);
+  return filters_size(whole) + (layout.pairs ? packed_weight_size(whole) : 0);
 }
 
 // Where a packed tile keeps tap number `tap` of the reduction's term 0; that of term i 3 * i * tile_lanes further on.
@@ -111,9 +108,10 @@ void pack_shared_tile(const Layout& layout, const Filters& f, const float* filte
   }
 }
 
-// Loads a square whose first `rows` rows are filters, `row_stride` floats apart, `columns` weights each, and transposes
+// Loads a square whose first `rows` rows are filters, `row_stride` weights apart, `columns` weights each, and transposes
 // it: every vector's lanes are then filters.
-RESNEXT_INLINE void load_transposed(const float* filters, int64_t row_stride, int64_t rows, int64_t columns,
+template <class T>
+RESNEXT_INLINE void load_transposed(const T* filters, int64_t row_stride, int64_t rows, int64_t columns,
                                     Vec (&square)[kLanes]) {
   RESNEXT_UNROLL
   for (int row = 0; row < kLanes; ++row) {
@@ -123,7 +121,8 @@ RESNEXT_INLINE void load_transposed(const float* filters, int64_t row_stride, in
 }
 
 // Lanes are filters, up to `rows` of them; the reduction is over what each filter holds.
-void pack_filters(const Layout& layout, const Filters& f, const float* filters, int64_t rows, float* packed) {
+template <class T>
+void pack_filters(const Layout& layout, const Filters& f, const T* filters, int64_t rows, float* packed) {
   const int64_t terms = layout.group_src;
   const int64_t term_size = 3 * tile_lanes(layout);
   Vec square[kLanes];
@@ -152,7 +151,8 @@ void pack_filters(const Layout& layout, const Filters& f, const float* filters, 
 }
 
 // Lanes are the inputs of one filter, from the first of `filter` on, up to `inputs` of them: one term of the reduction.
-void pack_inputs(const Layout& layout, const Filters& f, const float* filter, int64_t inputs, float* packed) {
+template <class T>
+void pack_inputs(const Layout& layout, const Filters& f, const T* filter, int64_t inputs, float* packed) {
   if (f.strides.tap != 1) {
     for (int64_t tap = 0; tap < 9; ++tap) {
       const Vec lanes = inputs > 0 ? load_first(filter + tap * f.strides.tap, inputs) : Vec{};
@@ -169,7 +169,9 @@ void pack_inputs(const Layout& layout, const Filters& f, const float* filter, in
   }
 }
 
-void pack_tile(const Layout& layout, const Filters& f, const float* filters, int64_t tile, float* packed_tile) {
+// A tile of one group, whose weights begin at `filters`.
+template <class T>
+void pack_tile(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed_tile) {
   for (int64_t v = 0; v < layout.tile_vectors; ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
@@ -185,38 +187,42 @@ void pack_tile(const Layout& layout, const Filters& f, const float* filters, int
   }
 }
 
-void pack_weight(const Layout& packed_layout, const Filters& f, float* scratch, int64_t begin_bundle,
-                 int64_t end_bundle, const PackedFilters& first) {
+// The bias of tile number `tile` of a bundle.
+void pack_bias(const Layout& layout, const Filters& f, int64_t bundle, int64_t tile, float* packed) {
+  const int64_t first = tile * tile_lanes(layout);
+  const int64_t channels = min_of(tile_lanes(layout), bundle_dst_channels(layout, bundle) - first);
+  __builtin_memset(packed, 0, packed_bias_size(layout) * sizeof(float));
+  if (f.bias == nullptr) return;
+  with_float_type(f.images, [&](auto value) {
+    const auto* bias = static_cast<const decltype(value)*>(f.bias) + bundle * layout.dst_channels + first;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t lane = layout.shared > 1 ? lane_of(layout, c / layout.group_dst, c % layout.group_dst) : c;
+      packed[lane] = load_first(bias + c, 1)[0];
+    }
+  });
+}
+
+void pack_weight(const Layout& packed_layout, const Filters& f, float* scratch, int64_t begin, int64_t end,
+                 const PackedFilters& first) {
   const Layout layout = without_pairs(packed_layout);
+  const int64_t group_size = layout.group_src * layout.group_dst * 9;
   float* whole_tile = scratch + filters_size(layout);
-  for (int64_t bundle = begin_bundle; bundle < end_bundle; ++bundle) {
-    const int64_t first_dst = bundle * layout.dst_channels;
-    const int64_t dst_channels = bundle_dst_channels(layout, bundle);
-    const int64_t first_filter =
-        f.transposed ? bundle * layout.src_channels * layout.group_dst : first_dst * layout.group_src;
-    const float* filters =
-        read_floats(f.weight, f.dtype, first_filter * 9, dst_channels * layout.group_src * 9, scratch);
-    for (int64_t tile = 0; tile < layout.tiles; ++tile) {
-      float* to = first.weight + (bundle - begin_bundle) * packed_weight_size(packed_layout) +
-                  tile * 3 * packed_row_size(packed_layout);
-      float* packed = packed_layout.pairs ? whole_tile : to;
-      if (layout.shared > 1) {
-        pack_shared_tile(layout, f, filters, dst_channels / layout.group_dst, packed);
-      } else {
-        pack_tile(layout, f, filters, tile, packed);
-      }
-      if (packed_layout.pairs) {
-        const int64_t term_size = 3 * tile_lanes(layout);
-        pair_pieces(packed, 3 * layout.group_src, term_size, term_size, to);
-      }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t bundle = i / layout.tiles;
+    const int64_t tile = i % layout.tiles;
+    const int64_t groups = bundle_dst_channels(layout, bundle) / layout.group_dst;
+    float* to = first.weight + (i - begin) * packed_weight_size(packed_layout);
+    float* packed = packed_layout.pairs ? whole_tile : to;
+    with_weight_type(f.dtype, f.images, [&](auto value) {
+      const auto* filters = static_cast<const decltype(value)*>(f.weight) + bundle * layout.shared * group_size;
+      if (layout.shared == 1) return pack_tile(layout, f, filters, tile, packed);
+      widen(filters, groups * group_size, scratch);
+      pack_shared_tile(layout, f, scratch, groups, packed);
+    });
+    if (packed_layout.pairs) {
+      const int64_t term_size = 3 * tile_lanes(layout);
+      pair_pieces(packed, 3 * layout.group_src, term_size, term_size, to);
     }
-    float* packed_bias = first.bias + (bundle - begin_bundle) * packed_bias_size(layout);
-    __builtin_memset(packed_bias, 0, packed_bias_size(layout) * sizeof(float));
-    if (f.bias != nullptr) {
-      const float* bias = read_floats(f.bias, f.dtype, first_dst, dst_channels, scratch);
-      for (int64_t c = 0; c < dst_channels; ++c) {
-        packed_bias[lane_of(layout, c / layout.group_dst, c % layout.group_dst)] = bias[c];
-      }
-    }
+    pack_bias(layout, f, bundle, tile, first.bias + (i - begin) * packed_bias_size(layout));
   }
 }

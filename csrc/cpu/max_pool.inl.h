@@ -4,6 +4,7 @@
 // panels, as in correlate.inl.h. z's panels have a column of -Inf on either side, which every value of relu beats;
 // those of the taps end with a column that no tap equals.
 
+constexpr int kRingRows = 3;    // rows of z in a window
 constexpr int kPooledRows = 2;  // a row of z is in the windows of at most two pooled rows
 
 RESNEXT_INLINE int64_t z_panel(const MaxPool& p) { return (p.z.width + 2) * p.lanes; }

@@ -181,45 +181,63 @@ RESNEXT_INLINE int64_t packed_tile_size(const WeightMatrix& weight, bool pairs) 
   return paired_lanes(weight.src_channels, pairs) * kTileChannels;
 }
 
-// Packs source channels [begin, end) of a tile: whole vectors of them.
+// Packs source channels [begin, end) of a tile: whole vectors of them, or of pairs.
 template <bool kPairs, class T>
 void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64_t end, float* packed) {
   constexpr int kTerms = kPairs ? 2 : 1;  // source channels of a lane
-  const T* data = static_cast<const T*>(weight.data);
   const int64_t src = weight.src_channels;
-  for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
-    const int64_t dst = tile * kTileChannels + lane;
-    const int64_t count = dst < weight.dst_channels ? min_of(kLanes, weight.dst_channels - dst) : 0;
-    if (weight.transposed) {  // (source channel, destination channel)
-      const auto row = [&](int64_t i) RESNEXT_ALWAYS {
-        return load_first(data + i * weight.dst_channels + dst, i < src ? count : 0);
-      };
-      for (int64_t i = begin; i < end; i += kTerms) {
-        store(packed + i / kTerms * kTileChannels + lane, kPairs ? pair_lanes(row(i), row(i + 1)) : row(i));
+  const int64_t first = tile * kTileChannels;
+  const int64_t channels = min_of(kTileChannels, weight.dst_channels - first);
+  const T* data = static_cast<const T*>(weight.data);
+  if (weight.transposed) {  // (source channel, destination channel)
+    for (int64_t i = begin; i < end; i += kTerms) {
+      const T* row = data + i * weight.dst_channels + first;
+      for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
+        const int64_t count = i < src && lane < channels ? channels - lane : 0;
+        Vec lanes;
+        if constexpr (kPairs) {
+          lanes = load_pairs(row + lane, row + weight.dst_channels + lane, count);
+        } else {
+          lanes = load_first(row + lane, count);
+        }
+        store(packed + i / kTerms * kTileChannels + lane, lanes);
       }
-      continue;
     }
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const int64_t terms = i < src ? min_of(kLanes, src - i) : 0;
+    return;
+  }
+  for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
+    for (int64_t i = begin; i < end; i += kTerms * kLanes) {
+      const int64_t terms = i < src ? src - i : 0;
       Vec square[kLanes];
       RESNEXT_UNROLL
       for (int row = 0; row < kLanes; ++row) {
-        square[row] = row < count ? load_first(data + (dst + row) * src + i, terms) : Vec{};
+        const T* from = data + (first + lane + row) * src + i;
+        const int64_t count = lane + row < channels ? terms : 0;
+        const T* ahead = from + 2 * kTerms * kLanes;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kTerms * kLanes - 1);
+        if constexpr (kPairs) {
+          square[row] = load_pairs(from, count);
+        } else {
+          square[row] = load_first(from, count);
+        }
       }
       transpose(square);
+      float* to = packed + i / kTerms * kTileChannels + lane;
       RESNEXT_UNROLL
-      for (int term = 0; term < kLanes; term += kTerms) {
-        const Vec lanes = kPairs ? pair_lanes(square[term], square[term + kTerms - 1]) : square[term];
-        store(packed + (i + term) / kTerms * kTileChannels + lane, lanes);
-      }
+      for (int term = 0; term < kLanes; ++term) store(to + term * kTileChannels, square[term]);
     }
   }
 }
 
 void pack_tile(const WeightMatrix& weight, bool pairs, int64_t tile, int64_t begin, int64_t end, float* packed) {
-  if (pairs) return pack_tile_of<true, BFloat16>(weight, tile, begin, end, packed);
-  with_float_type(weight.dtype,
-                  [&](auto value) { pack_tile_of<false, decltype(value)>(weight, tile, begin, end, packed); });
+  if (!pairs) {
+    return with_weight_type(weight.dtype, weight.images, [&](auto value) {
+      pack_tile_of<false, decltype(value)>(weight, tile, begin, end, packed);
+    });
+  }
+  if (weight.dtype == Dtype::kBFloat16) return pack_tile_of<true, BFloat16>(weight, tile, begin, end, packed);
+  pack_tile_of<true, Rounded<BFloat16>>(weight, tile, begin, end, packed);
 }
 
 // Reads the weight in the order of memory: a transposed one row by row, through all tiles.

@@ -56,8 +56,8 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
   p.read = read;
   p.write = write;
   const int64_t channels = p.dst.image.channels;
-  p.weight = {operands.weight.data_ptr(), dtype_of(operands.weight), operands.transposed, p.src.image.channels,
-              channels};
+  p.weight = {operands.weight.data_ptr(), dtype_of(operands.weight), p.src.image.dtype,
+              operands.transposed,        p.src.image.channels,      channels};
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
   p.pairs = channels_by_pairs(kernels, p.src.image.dtype, p.src.image.channels);
   const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels, p.pairs);
@@ -137,7 +137,8 @@ void pack_pointwise(const Tensor& weight, const Tensor& packed) {
   check.dense(weight, "weight", /*channels_last=*/true);
   float* data = const_cast<float*>(packed_data(packed, weight, kOp));
   const Kernels& kernels = active_kernels();
-  const WeightMatrix matrix = {weight.data_ptr(), dtype_of(weight), /*transposed=*/false, sizes[1], sizes[0]};
+  const Dtype dtype = dtype_of(weight);
+  const WeightMatrix matrix = {weight.data_ptr(), dtype, dtype, /*transposed=*/false, sizes[1], sizes[0]};
   pack(kernels, matrix, channels_by_pairs(kernels, matrix.dtype, sizes[1]), data);
 }
 

@@ -322,29 +322,12 @@ RESNEXT_INLINE WriteMap map_of_row(WriteMap write, const RowCuts& cuts, const Im
   return write;
 }
 
+// Elements of a weight or bias, as floats in whole vectors; and back.
 template <class T>
-const float* widen(const T* from, int64_t count, float* to) {
+RESNEXT_INLINE void widen(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kLanes) store(to + i, load_first(from + i, min_of(kLanes, count - i)));
-  return to;
 }
-
 template <class T>
-void narrow(T* to, int64_t count, const float* from) {
+RESNEXT_INLINE void narrow(T* to, int64_t count, const float* from) {
   for (int64_t i = 0; i < count; i += kLanes) store_first(to + i, load(from + i), min_of(kLanes, count - i));
-}
-
-// Elements [begin, begin + count) of a weight or bias as floats: in place, or converted to `scratch` (whole vectors).
-const float* read_floats(const void* data, Dtype dtype, int64_t begin, int64_t count, float* scratch) {
-  switch (dtype) {
-    case Dtype::kFloat16:
-      return widen(static_cast<const Half*>(data) + begin, count, scratch);
-    case Dtype::kBFloat16:
-      return widen(static_cast<const BFloat16*>(data) + begin, count, scratch);
-    default:
-      return static_cast<const float*>(data) + begin;
-  }
-}
-
-void write_floats(void* data, Dtype dtype, int64_t begin, int64_t count, const float* from) {
-  with_float_type(dtype, [&](auto value) { narrow(static_cast<decltype(value)*>(data) + begin, count, from); });
 }

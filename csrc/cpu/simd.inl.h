@@ -45,6 +45,19 @@ RESNEXT_INLINE auto with_float_type(Dtype dtype, Work work) {
   }
 }
 
+// A float32 weight that is rounded to T as it is read.
+template <class T>
+struct Rounded {
+  float value;
+};
+
+// The same for weights, or biases, that meet images of a dtype: float32 ones count as rounded to it.
+template <class Work>
+RESNEXT_INLINE auto with_weight_type(Dtype dtype, Dtype images, Work work) {
+  if (dtype == images) return with_float_type(dtype, work);
+  return images == Dtype::kFloat16 ? work(Rounded<Half>{}) : work(Rounded<BFloat16>{});
+}
+
 RESNEXT_INLINE Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, also for -0
 
 template <class To, class From>
@@ -226,6 +239,11 @@ RESNEXT_INLINE void store_first(float* to, Vec value, int64_t count) {
 }
 #endif
 
+template <class T>
+RESNEXT_INLINE Vec load_first(const Rounded<T>* from, int64_t count) {
+  return round_to<T>(load_first(&from->value, count));
+}
+
 // The same for the lanes of a vector that may be known to be whole.
 template <bool kWhole, class T>
 RESNEXT_INLINE Vec load_lanes(const T* from, int64_t count) {
@@ -402,6 +420,21 @@ RESNEXT_INLINE Vec round_to_pairs(Vec first, Vec second) {
   Vec low, high;
   interleave(first, second, &low, &high, LaneIndices{});
   return pair_neighbours(low, high, LaneIndices{});
+}
+
+// Pairs of bfloat16: of `count` weights that follow each other, an even number, or of the same lanes of two vectors.
+RESNEXT_INLINE Vec load_pairs(const BFloat16* from, int64_t count) {
+  return load_first(reinterpret_cast<const float*>(from), count / 2);
+}
+RESNEXT_INLINE Vec load_pairs(const Rounded<BFloat16>* from, int64_t count) {
+  const Vec high = count > kLanes ? load_first(&from[kLanes].value, count - kLanes) : Vec{};
+  return pair_neighbours(load_first(&from->value, count), high, LaneIndices{});
+}
+RESNEXT_INLINE Vec load_pairs(const BFloat16* first, const BFloat16* second, int64_t count) {
+  return pair_lanes(load_first(first, count), load_first(second, count));
+}
+RESNEXT_INLINE Vec load_pairs(const Rounded<BFloat16>* first, const Rounded<BFloat16>* second, int64_t count) {
+  return round_to_pairs(load_first(&first->value, count), load_first(&second->value, count));
 }
 
 // Transposes a square of kLanes vectors: log2(kLanes) perfect shuffles of its two halves.

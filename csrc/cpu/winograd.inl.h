@@ -177,9 +177,7 @@ Layout make_tile_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
 RESNEXT_INLINE int64_t position_weights(const Layout& layout) { return layout.group_src * kTileChannels; }
 int64_t tile_weight_size(const Layout& layout) { return kPositions * position_weights(layout); }
 
-int64_t tile_weight_scratch(const Layout& layout, Dtype dtype) {
-  return 3 * packed_row_size(layout) + (dtype == Dtype::kFloat32 ? 0 : weight_scratch(layout));
-}
+int64_t tile_weight_scratch(const Layout& layout) { return packed_weight_size(layout); }
 
 // G times three weights.
 RESNEXT_INLINE void transform_weights(const Vec (&w)[3], Vec (&to)[4]) {
@@ -195,14 +193,14 @@ RESNEXT_INLINE void transform_weights(const Vec (&w)[3], Vec (&to)[4]) {
 void pack_tile_weights(const Layout& layout, const Filters& f, float* scratch, int64_t begin, int64_t end,
                        const PackedFilters& packed) {
   float* direct = scratch;
-  float* converted = scratch + 3 * packed_row_size(layout);
   const int64_t step = position_weights(layout);
-  const int64_t filters_size = layout.group_src * layout.group_dst * 9;
+  const int64_t group_size = layout.group_src * layout.group_dst * 9;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / layout.tiles;
     const int64_t tile = task % layout.tiles;
-    const float* filters = read_floats(f.weight, f.dtype, group * filters_size, filters_size, converted);
-    pack_tile(layout, f, filters, tile, direct);
+    with_weight_type(f.dtype, f.images, [&](auto value) {
+      pack_tile(layout, f, static_cast<const decltype(value)*>(f.weight) + group * group_size, tile, direct);
+    });
     float* to = packed.weight + task * tile_weight_size(layout);
     for (int64_t i = 0; i < layout.group_src; ++i) {
       for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
@@ -226,14 +224,7 @@ void pack_tile_weights(const Layout& layout, const Filters& f, float* scratch, i
         }
       }
     }
-    if (packed.bias == nullptr) continue;
-    const int64_t c = tile * kTileChannels;
-    const int64_t channels = min_of(kTileChannels, layout.group_dst - c);
-    float* bias = packed.bias + task * kTileChannels;
-    __builtin_memset(bias, 0, kTileChannels * sizeof(float));
-    if (f.bias == nullptr) continue;
-    const float* from = read_floats(f.bias, f.dtype, group * layout.group_dst + c, channels, direct);
-    for (int64_t i = 0; i < channels; ++i) bias[i] = from[i];
+    if (packed.bias != nullptr) pack_bias(layout, f, group, tile, packed.bias + task * kTileChannels);
   }
 }
 

@@ -55,7 +55,7 @@ Parts parts_of(const TileProduct& p) {
 
 void pack(const Kernels& kernels, const Layout& layout, const Filters& filters, const PackedFilters& packed) {
   run_tasks(layout.groups * layout.tiles, copies_at_once(kernels.tile_weight_size(layout)),
-            kernels.tile_weight_scratch(layout, filters.dtype), [&](int64_t begin, int64_t end, float* scratch) {
+            kernels.tile_weight_scratch(layout), [&](int64_t begin, int64_t end, float* scratch) {
               kernels.pack_tile_weights(layout, filters, scratch, begin, end, packed);
             });
 }
@@ -172,10 +172,11 @@ void pack_winograd(const Tensor& weight, const Tensor& packed) {
   check.dtype(weight, "weight");
   const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in, 3, 3)");
   check.sizes(weight, "weight", {sizes[0], sizes[1], 3, 3});
-  check.dense_either_way(weight, "weight");
+  check.weight_like(weight, "weight", weight, "weight");
+  const Dtype dtype = dtype_of(weight);
   float* data = const_cast<float*>(packed_tile_data(packed, sizes[1], sizes[0], kOp));
   const Kernels& kernels = active_kernels();
-  const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype_of(weight), /*transposed=*/false,
+  const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype, dtype, /*transposed=*/false,
                            /*mirrored=*/false};
   pack(kernels, kernels.make_tile_layout(1, sizes[1], sizes[0]), filters, {data, nullptr});
 }
