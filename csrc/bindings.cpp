@@ -335,6 +335,18 @@ PyObject* winograd_serves(PyObject*, PyObject* const* objects, Py_ssize_t count)
   });
 }
 
+// How many floats pack_filters makes: (C_out, C_in, groups, whether it is bfloat16).
+PyObject* packed_filters_size(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return guarded([&] {
+    STD_TORCH_CHECK(count == 4, "packed_filters_size: expected 4 arguments, got ", count);
+    const int64_t groups = integer(objects[2]);
+    STD_TORCH_CHECK(groups > 0, "packed_filters_size: expected groups, got ", groups);
+    const int64_t group_in = integer(objects[1]) / groups;
+    return PyLong_FromLongLong(
+        cpu::packed_filters_size(groups, group_in, integer(objects[0]) / groups, truth(objects[3])));
+  });
+}
+
 #define RESNEXT_OPERATOR(name)                                                                            \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function<&Operators::name>::call)), \
    METH_FASTCALL, nullptr}
@@ -358,6 +370,9 @@ PyMethodDef methods[] = {
     RESNEXT_OPERATOR(bn_affine_bwd),
     RESNEXT_OPERATOR(pack_pointwise),
     RESNEXT_OPERATOR(pack_winograd),
+    RESNEXT_OPERATOR(pack_filters),
+    {"packed_filters_size", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&packed_filters_size)),
+     METH_FASTCALL, nullptr},
     {"winograd_serves", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&winograd_serves)), METH_FASTCALL,
      nullptr},
     {"has_cuda", &has_cuda, METH_NOARGS, nullptr},

@@ -179,7 +179,7 @@ inline GroupedConvShape check_conv_stats_wgrad(const Tensor& dz, const OptionalT
   return shape;
 }
 
-// `packed`: of a 1x1 convolution, what pack_pointwise made of the weight.
+// `packed`: what pack_pointwise, pack_winograd or pack_filters made of the weight.
 inline GroupedConvShape check_conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed,
                                           const OptionalTensor& scale, const OptionalTensor& shift,
                                           const OptionalTensor& residual, const Tensor& y, int64_t stride_h,

@@ -62,9 +62,12 @@ struct Operators {
                         const OptionalTensor& dbeta, double eps);
   void (*pack_pointwise)(const Tensor& weight, const Tensor& packed);
   void (*pack_winograd)(const Tensor& weight, const Tensor& packed);
+  void (*pack_filters)(const Tensor& weight, const Tensor& packed, int64_t groups);
 };
 
 namespace cpu {
+// Floats of what pack_filters makes, for the active instruction set, of a weight in bfloat16 or another dtype.
+int64_t packed_filters_size(int64_t groups, int64_t group_in, int64_t group_out, bool is_bfloat16);
 void add_convolutions(Operators& operators);
 void add_batch_norm(Operators& operators);
 }  // namespace cpu

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import extension, onednn
 from .composed import Composed
 from .config import Affine
-from .extension import gains_packed as gains_packed
 from .extension import keep_packed as keep_packed
 from .reference import Stride
 

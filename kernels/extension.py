@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,65 +177,85 @@ def conv_affine(
     )
 
 
-# Weight -> its version when it was to be packed, and what it was packed to, if it was yet.
-_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _Kept(NamedTuple):
+    """What is kept of a weight: its version when it was to be packed, and what it was packed to, by kind and groups."""
+
+    version: int
+    packed: dict[tuple[str, int], Tensor]
+
+
+_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def keep_packed(weight: Tensor) -> None:
-    """Pack a weight, 1x1 or dense 3x3, for `conv_affine` once, instead of in every call with this very tensor.
+    """Pack a weight for `conv_affine` once, instead of in every call with this very tensor: by the first that gains.
 
-    The copy lives as long as the tensor; after a write to the tensor it does not count. A 3x3 weight is packed by the
-    first call that gains by it.
+    The copy lives as long as the tensor; after a write to the tensor it does not count.
     """
-    out_channels, in_channels, kernel_size = weight.shape[:3]
-    packed = None
-    if kernel_size == 1:
-        # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
-        tiles = -(-out_channels // 32)
-        if _in_pairs(weight):  # two source channels beside each other
-            packed = weight.new_empty(tiles, -(-in_channels // 32) * 16, 32, 2)
-        else:
-            packed = weight.new_empty(tiles, -(-in_channels // 16) * 16, 32, dtype=torch.float32)
-        _C.pack_pointwise(weight, packed)
-    _PACKED[weight] = (weight._version, packed)
-
-
-def _kept(weight: Tensor) -> tuple[int, Tensor | None] | None:
-    kept = _PACKED.get(weight)
-    return None if kept is None or kept[0] != weight._version else kept
+    _KEPT[weight] = _Kept(weight._version, {})
 
 
 def is_kept(weight: Tensor) -> bool:
     """Whether `keep_packed` counts for a weight."""
-    return _kept(weight) is not None
+    return (kept := _KEPT.get(weight)) is not None and kept.version == weight._version
 
 
-def gains_packed(weight: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> bool:
-    """Whether `conv_affine` may gain by `keep_packed`: with 1x1 weights, and with 3x3 ones by Winograd's algorithm."""
-    if groups > 1 or weight.shape[2] == 1:
-        return groups == 1
-    return channels_last and stride == (1, 1) and not _in_pairs(weight)
+def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
+    kept = _KEPT.get(weight)
+    if kept is None or kept.version != weight._version:
+        return None
+    kind = _kind_of_packing(weight, x, stride, groups, channels_last)
+    if kind is None:
+        return None
+    if (packed := kept.packed.get((kind, groups))) is None:
+        packed = kept.packed[kind, groups] = _PACK[kind](weight, groups)
+    return packed
+
+
+def _kind_of_packing(
+    weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool
+) -> str | None:
+    """How the kernel that `conv_affine` takes wants a weight packed; None for one that takes it as it is."""
+    if weight.shape[2] == 1:
+        return "pointwise"
+    if channels_last and stride == (1, 1) and not _in_pairs(weight):
+        use = "packed_product" if groups == 1 else "product"
+        if winograd_serves(use, x.shape, weight.shape, groups):
+            return "winograd" if groups == 1 else None
+    return "filters"
 
 
 def _in_pairs(weight: Tensor) -> bool:
     return weight.shape[1] % 2 == 0 and multiplies_pairs(weight.dtype)
 
 
-def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
-    if groups > 1 or (kept := _kept(weight)) is None:
-        return None
-    version, packed = kept
-    if packed is not None or weight.shape[2] == 1:
-        return packed
-    gains = gains_packed(weight, stride, groups, channels_last)
-    if not gains or not winograd_serves("packed_product", x.shape, weight.shape, 1):
-        return None
+def _pack_pointwise(weight: Tensor, groups: int) -> Tensor:
+    # [tile of destination channels][source channel][channel of the tile], as csrc/cpu/kernels.h has it
+    out_channels, in_channels = weight.shape[:2]
+    tiles = -(-out_channels // 32)
+    if _in_pairs(weight):  # two source channels beside each other
+        packed = weight.new_empty(tiles, -(-in_channels // 32) * 16, 32, 2)
+    else:
+        packed = weight.new_empty(tiles, -(-in_channels // 16) * 16, 32, dtype=torch.float32)
+    _C.pack_pointwise(weight, packed)
+    return packed
+
+
+def _pack_winograd(weight: Tensor, groups: int) -> Tensor:
     # [tile of output channels][position, input channel, channel of the tile], as csrc/cpu/winograd.inl.h has it
     out_channels, in_channels = weight.shape[:2]
     packed = weight.new_empty(-(-out_channels // 32), 16 * in_channels * 32, dtype=torch.float32)
     _C.pack_winograd(weight, packed)
-    _PACKED[weight] = (version, packed)
     return packed
+
+
+def _pack_filters(weight: Tensor, groups: int) -> Tensor:
+    out_channels, group_in = weight.shape[:2]
+    size = _C.packed_filters_size(out_channels, group_in * groups, groups, weight.dtype == torch.bfloat16)
+    return _C.pack_filters(weight, size, groups)
+
+
+_PACK = {"pointwise": _pack_pointwise, "winograd": _pack_winograd, "filters": _pack_filters}
 
 
 def winograd_serves(use: str, input_shape: Sequence[int], weight_shape: Sequence[int], groups: int) -> bool:

@@ -190,8 +190,9 @@ def conv_affine(
 def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, groups: int = 1) -> bool:
     """Let `conv_affine` keep what its kernel makes of a weight before multiplying, where there is one that gains by it.
 
-    Takes memory like that of the weight in float32 (of a 3x3 weight 16/9 as much, from the first call on that gains by
-    it; half where bfloat16 is multiplied as it is), as long as this very tensor object lives; a write to it undoes it.
+    Takes memory like that of the weight in float32 (16/9 as much by Winograd's algorithm; half where bfloat16 is
+    multiplied as it is), from the first call on that gains by it, as long as this very tensor object lives; a write to
+    it undoes it.
 
     Args:
         weight: (C_out, C_in / groups, k, k), which `conv_affine` will be called with.
@@ -200,7 +201,8 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
         groups: Number of groups.
 
     Returns:
-        Whether there is such a kernel: dense convolutions on the CPU, 1x1, or 3x3 with stride 1, have one.
+        Whether there is such a kernel: those of the CPU are, but for dense 3x3 convolutions in float32 with stride 2,
+        which a library computes, and 1x1 ones in NCHW.
     """
     if x.device.type != "cpu" or weight.dtype != x.dtype or weight.is_inference():  # which do not tell of writes
         return False
@@ -210,7 +212,7 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
     channels_last = checks.is_channels_last(x)
     problem = ("fwd", shape, weight.shape, checks.pair(stride), groups, x.dtype, x.device, channels_last)
     launchers = dispatch.affine_launchers(*problem)
-    if not hasattr(launchers, "keep_packed") or not launchers.gains_packed(weight, *problem[3:5], channels_last):
+    if not hasattr(launchers, "keep_packed"):
         return False
     launchers.keep_packed(weight)
     return True

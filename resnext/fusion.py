@@ -549,14 +549,14 @@ def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Fol
     weight, bias = conv.weight, conv.bias
     mean, scale, shift = batch_norm.affine(bn, None, x.dtype)
     shift = shift - scale * (mean if bias is None else mean - bias)
-    if keeps and conv.groups == 1 and weight.device.type == "cpu":
+    if keeps and weight.device.type == "cpu":
         own = weight.detach()  # whose packed copy lives as long as what is folded
-        by_library = conv.kernel_size != (1, 1) and weight.dtype == torch.float32
-        if not by_library and keep_packed(own, x, conv.stride):
+        by_library = conv.groups == 1 and conv.kernel_size != (1, 1) and weight.dtype == torch.float32
+        if not by_library and keep_packed(own, x, conv.stride, conv.groups):
             return Folded(own, scale, shift)
         if weight.dtype == torch.float32:
             scaled = weight * scale[:, None, None, None]
-            keep_packed(scaled, x, conv.stride)
+            keep_packed(scaled, x, conv.stride, conv.groups)
             return Folded(scaled, None, shift)
     return Folded(weight, scale, shift)
 

@@ -239,11 +239,14 @@ def test_which_weights_are_kept_packed():
     assert not keep_packed(weight, X)  # in NCHW a library convolves
     assert keep_packed(torch.randn(16, 8, 3, 3), x)
     assert not keep_packed(torch.randn(16, 8, 3, 3), x, stride=2)
-    assert not keep_packed(W, x, groups=4)
+    assert keep_packed(W, x, groups=4)
+    assert keep_packed(W, X, groups=4)
     assert not keep_packed(weight.double(), x.double())
     for dtype in (torch.float16, torch.bfloat16):
         assert keep_packed(weight.to(dtype), x.to(dtype)) == dispatch._products_by_cpu(dtype)
-        assert not keep_packed(torch.randn(16, 8, 3, 3, dtype=dtype), x.to(dtype), stride=2)
-        assert not keep_packed(torch.randn(16, 8, 3, 3, dtype=dtype), X.to(dtype))
+        dense = torch.randn(16, 8, 3, 3, dtype=dtype)
+        ours = dispatch._products_by_cpu(dtype)
+        assert keep_packed(dense, x.to(dtype), stride=2) == ours
+        assert keep_packed(dense, X.to(dtype)) == (ours and not dispatch.onednn_takes(dtype))
     with torch.autocast("cpu", torch.bfloat16):
         assert not keep_packed(weight, x)

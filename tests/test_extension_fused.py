@@ -175,16 +175,48 @@ def test_a_packed_weight_serves_until_the_weight_changes(capability, dtype):
     rest = (None, None, None, False, (1, 1), 1, True)
     wanted = extension.conv_affine(x, weight, *rest)
     extension.keep_packed(weight)
-    packed = extension._PACKED[weight][1]
+    assert torch.equal(extension.conv_affine(x, weight, *rest), wanted)
+    packed = extension._KEPT[weight].packed["pointwise", 1]
     first = packed[0, :24, 0] if packed.dim() == 3 else packed[0, :12, 0].flatten()  # two inputs beside each other
     assert torch.equal(first.float(), weight[0, :, 0, 0].float())
     assert torch.equal(extension.conv_affine(x, weight, *rest), wanted)
     weight.zero_()
     assert not extension.is_kept(weight)
     assert not extension.conv_affine(x, weight, *rest).any()
-    kept = len(extension._PACKED)
+    kept = len(extension._KEPT)
     del weight
-    assert len(extension._PACKED) == kept - 1
+    assert len(extension._KEPT) == kept - 1
+
+
+@pytest.mark.parametrize("case", [*GROUPED_CASES, *LARGER], ids=lambda case: case.id)
+def test_packed_3x3_weights_give_the_same_bits(capability, case):
+    for dtype, channels_last in COMBINATIONS:
+        tensors = make_tensors(case, channels_last, dtype)
+        x, weight = tensors["x"], tensors["weight"]
+        if case.groups == 1 and channels_last and extension.winograd_serves("packed_product", x.shape, weight.shape, 1):
+            continue  # other sums; tests/test_winograd.py has them
+        rest = (torch.randn(case.out_channels), None, tensors["dz"], True, case.stride, case.groups, channels_last)
+        wanted = extension.conv_affine(x, weight, *rest)
+        extension.keep_packed(weight)
+        for _ in range(2):
+            assert torch.equal(extension.conv_affine(x, weight, *rest), wanted)
+        assert list(extension._KEPT[weight].packed) == [("filters", case.groups)]
+        weight.neg_()
+        actual = extension.conv_affine(x, weight, *rest)
+        weight.neg_()
+        assert not torch.equal(actual, wanted)
+
+
+def test_a_weight_packed_for_other_kernels_is_refused(built):
+    weight = torch.zeros(8, 4, 3, 3)
+    packed = extension._pack_filters(weight, 2)
+    arguments = (IMAGE, weight, packed[:-1], *[None] * 3, True, IMAGE, 1, 1, 2, False)
+    with pytest.raises(RuntimeError, match=r"conv_affine: expected a contiguous float32 packed weight of shape"):
+        extension._C.conv_affine(*arguments)
+    with pytest.raises(RuntimeError, match=r"pack_filters: expected groups that divide 8 output channels, got 3"):
+        extension._C.pack_filters(weight, packed, 3)
+    with pytest.raises(RuntimeError, match=r"pack_filters: expected weight of shape \(8, 4, 3, 3\), got"):
+        extension._C.pack_filters(weight[..., :1, :1].contiguous(), packed, 2)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

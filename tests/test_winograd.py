@@ -142,20 +142,24 @@ def test_a_packed_weight_serves_until_the_weight_changes(capability):
     assert keep_packed(weight, x)
     first = dense_conv.conv_affine(x, weight, *rest)
     torch.testing.assert_close(first.double(), exact, rtol=1e-5, atol=1e-4)
-    assert extension._PACKED[weight][1] is not None
-    packed = extension._PACKED[weight][1].clone()
+    (packed,) = extension._KEPT[weight].packed.values()
+    before = packed.clone()
     assert torch.equal(dense_conv.conv_affine(x, weight, *rest), first)
-    assert torch.equal(extension._PACKED[weight][1], packed)
+    assert extension._KEPT[weight].packed["winograd", 1] is packed
+    assert torch.equal(packed, before)
     weight.zero_()
     assert not extension.is_kept(weight)
     assert torch.equal(dense_conv.conv_affine(x, weight, *rest), shift.relu()[None, :, None, None].expand_as(first))
 
 
-def test_a_packed_weight_is_for_dense_convolutions(built):
-    x, weight = nhwc(1, 96, 12, 12), nhwc(80, 48, 3, 3)
+@pytest.mark.parametrize(("size", "kinds"), [(8, ["filters"]), (40, [])])
+def test_winograds_algorithm_keeps_weights_of_dense_convolutions_only(built, size, kinds):
+    x, weight = nhwc(1, 96, size, size), nhwc(160, 48, 3, 3)
     extension.keep_packed(weight)
-    y = conv_affine(x, weight, None, None, relu=False, groups=2)
-    torch.testing.assert_close(y, F.conv2d(x, weight, padding=1, groups=2), rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        y = conv_affine(x, weight, None, None, relu=False, groups=2)
+        torch.testing.assert_close(y, F.conv2d(x, weight, padding=1, groups=2), rtol=1e-4, atol=1e-4)
+    assert [kind for kind, _ in extension._KEPT[weight].packed] == kinds
     with torch.inference_mode():
         assert not keep_packed(nhwc(80, 48, 3, 3), x)
 

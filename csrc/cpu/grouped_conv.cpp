@@ -44,10 +44,29 @@ int64_t rows_at_once(const Correlation& c, int64_t weight_size) {
   return std::clamp<int64_t>(kPixels / c.dst.width, 1, kMostRowsAtOnce);
 }
 
-// `results`: mean and variance, or dshift and dscale, where the write map makes them. `packed`: the weight as
-// pack_winograd leaves it, or null.
+int64_t packed_size(const Kernels& kernels, const Layout& layout) {
+  return layout.bundles * layout.tiles * kernels.packed_weight_size(layout);
+}
+
+void pack(const Kernels& kernels, const Layout& layout, const Filters& filters, const PackedFilters& packed) {
+  const int64_t weight_size = kernels.packed_weight_size(layout);
+  const int64_t bias_size = kernels.packed_bias_size(layout);
+  run_tasks(layout.bundles * layout.tiles, copies_at_once(weight_size), kernels.weight_scratch(layout),
+            [&](int64_t begin, int64_t end, float* scratch) {
+              const PackedFilters first = {packed.weight + begin * weight_size, packed.bias + begin * bias_size};
+              kernels.pack_weight(layout, filters, scratch, begin, end, first);
+            });
+}
+
+// A weight that was packed before: by pack_pointwise, pack_winograd or pack_filters; the others are null.
+struct PackedBefore {
+  const float *pointwise, *winograd, *filters;
+};
+
+// `results`: mean and variance, or dshift and dscale, where the write map makes them.
 void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed,
-                     const GroupedConvShape& shape, std::array<float*, 2> results = {}, const float* packed = nullptr) {
+                     const GroupedConvShape& shape, std::array<float*, 2> results = {},
+                     const PackedBefore& before = {}) {
   const Kernels& kernels = active_kernels();
   c.filters = {weight.data_ptr(),
                filter_strides(weight),
@@ -58,8 +77,9 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                /*mirrored=*/transposed && c.cols.phases == 1};
   const int64_t group_src = c.src.channels / shape.groups;
   const bool pairs = channels_by_pairs(kernels, c.src.dtype, group_src);
-  if (!pairs && winograd_serves(shape, packed == nullptr ? TileUse::kProduct : TileUse::kPackedProduct) &&
-      run_winograd({c.src, c.dst, c.filters, packed}, c.read, c.write, shape, results)) {
+  const TileUse use = before.winograd == nullptr ? TileUse::kProduct : TileUse::kPackedProduct;
+  if (!pairs && before.filters == nullptr && winograd_serves(shape, use) &&
+      run_winograd({c.src, c.dst, c.filters, before.winograd}, c.read, c.write, shape, results)) {
     return;
   }
   c.layout = kernels.make_layout(shape.groups, group_src, c.dst.channels / shape.groups, pairs);
@@ -70,8 +90,7 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
   const int64_t wanted_blocks = c.block > 1 ? 1 : wanted_tasks() / (c.dst.batch * blocks);
   c.tile_block = ceil_div(layout.tiles, std::clamp<int64_t>(wanted_blocks, 1, layout.tiles));
   blocks *= ceil_div(layout.tiles, c.tile_block);
-  const int64_t weight_size = kernels.packed_weight_size(layout);
-  c.rows_at_once = rows_at_once(c, weight_size);
+  c.rows_at_once = rows_at_once(c, kernels.packed_weight_size(layout));
   const bool sums = takes_sums(c.write);
   c.cuts = cut_rows(c.dst, blocks, sums);
   const Parts parts = parts_of(c.cuts, c.dst);
@@ -80,17 +99,15 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
   c.write.channels = c.dst.channels;
 
   Buffer packed_weight, packed_bias;
-  if (c.dst.batch * c.cuts.bands > 1) {
-    const int64_t bias_size = kernels.packed_bias_size(layout);
-    const int64_t tiles = layout.bundles * layout.tiles;
-    packed_weight = allocate(tiles * weight_size);
-    packed_bias = allocate(tiles * bias_size);
+  const int64_t bias_size = layout.bundles * layout.tiles * kernels.packed_bias_size(layout);
+  if (before.filters != nullptr) {
+    packed_bias = allocate_zeros(bias_size);
+    c.packed = {const_cast<float*>(before.filters), packed_bias.get()};
+  } else if (c.dst.batch * c.cuts.bands > 1) {
+    packed_weight = allocate(packed_size(kernels, layout));
+    packed_bias = allocate(bias_size);
     c.packed = {packed_weight.get(), packed_bias.get()};
-    run_tasks(tiles, copies_at_once(weight_size), kernels.weight_scratch(layout),
-              [&](int64_t begin, int64_t end, float* scratch) {
-                const PackedFilters first = {c.packed.weight + begin * weight_size, c.packed.bias + begin * bias_size};
-                kernels.pack_weight(layout, c.filters, scratch, begin, end, first);
-              });
+    pack(kernels, layout, c.filters, c.packed);
   }
   run_tasks(c.dst.batch * c.cuts.bands * blocks, 1, kernels.correlate_scratch(c),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.correlate(c, scratch, begin, end); });
@@ -234,15 +251,16 @@ struct GradPrologue {
   }
 };
 
-void run_forward(const Tensor& x, const ReadMap& read, const Tensor& weight, const float* packed, const Tensor& out,
-                 const WriteMap& write, const GroupedConvShape& shape, std::array<float*, 2> results = {}) {
+void run_forward(const Tensor& x, const ReadMap& read, const Tensor& weight, const PackedBefore& before,
+                 const Tensor& out, const WriteMap& write, const GroupedConvShape& shape,
+                 std::array<float*, 2> results = {}) {
   if (shape.kernel == 1) {
-    return run_pointwise({x, out, weight, packed, /*transposed=*/false}, read, write, shape, results);
+    return run_pointwise({x, out, weight, before.pointwise, /*transposed=*/false}, read, write, shape, results);
   }
   Correlation c = forward(x, out, shape.stride_h, shape.stride_w, shape.channels_last);
   c.read = read;
   c.write = write;
-  run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape, results, packed);
+  run_correlation(c, weight, std::nullopt, /*transposed=*/false, shape, results, before);
 }
 
 void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const OptionalTensor& scale,
@@ -253,7 +271,7 @@ void conv_stats_fwd(const Tensor& x, const OptionalTensor& center, const Optiona
   const InputPrologue prologue(x, center, scale, shift);
   WriteMap write{};
   write.kind = mean.has_value() ? WriteMap::kMoments : WriteMap::kNone;
-  run_forward(x, prologue.read, weight, nullptr, z, write, shape, {floats_of(mean), floats_of(var)});
+  run_forward(x, prologue.read, weight, {}, z, write, shape, {floats_of(mean), floats_of(var)});
 }
 
 void conv_stats_dgrad(const Tensor& dz, const OptionalTensor& z, const OptionalTensor& mean,
@@ -304,6 +322,17 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
   run_wgrad(g, dw, shape);
 }
 
+Layout filters_layout(int64_t groups, int64_t group_in, int64_t group_out, Dtype dtype) {
+  const Kernels& kernels = active_kernels();
+  return kernels.make_layout(groups, group_in, group_out, channels_by_pairs(kernels, dtype, group_in));
+}
+
+const float* packed_filters_data(const OptionalTensor& packed, const Tensor& weight, int64_t groups, Dtype images,
+                                 const char* op) {
+  const Layout layout = filters_layout(groups, weight.size(1), weight.size(0) / groups, images);
+  return packed_weight<1>(packed, ScalarType::Float, {packed_size(active_kernels(), layout)}, op);
+}
+
 void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& packed, const OptionalTensor& scale,
                  const OptionalTensor& shift, const OptionalTensor& residual, bool relu, const Tensor& y,
                  int64_t stride_h, int64_t stride_w, int64_t groups, bool channels_last) {
@@ -315,12 +344,42 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
   write.affine = affine.affine;
   write.other = residual.has_value() ? residual->data_ptr() : nullptr;
   write.relu = relu;
-  const float* packed_weight = shape.kernel == 1 ? packed_data(packed, weight, "conv_affine")
-                                                 : packed_tile_data(packed, x.size(1), y.size(1), "conv_affine");
-  run_forward(x, {}, weight, packed_weight, y, write, shape);
+  PackedBefore before{};
+  if (shape.kernel == 1) {
+    before.pointwise = packed_data(packed, weight, dtype_of(x), "conv_affine");
+  } else if (packed.has_value() && packed->dim() == 1) {
+    before.filters = packed_filters_data(packed, weight, groups, dtype_of(x), "conv_affine");
+  } else {
+    before.winograd = packed_tile_data(packed, x.size(1), y.size(1), "conv_affine");
+  }
+  run_forward(x, {}, weight, before, y, write, shape);
+}
+
+void pack_filters(const Tensor& weight, const Tensor& packed, int64_t groups) {
+  constexpr const char* kOp = "pack_filters";
+  const Checks check(kOp);
+  check.dtype(weight, "weight");
+  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in / groups, 3, 3)");
+  check.sizes(weight, "weight", {sizes[0], sizes[1], 3, 3});
+  check.weight_like(weight, "weight", weight, "weight");
+  STD_TORCH_CHECK(groups >= 1 && sizes[0] % groups == 0, kOp, ": expected groups that divide ", sizes[0],
+                  " output channels, got ", groups, "; change groups");
+  const Dtype dtype = dtype_of(weight);
+  float* data = const_cast<float*>(packed_filters_data(packed, weight, groups, dtype, kOp));
+  const Kernels& kernels = active_kernels();
+  const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype, dtype, /*transposed=*/false,
+                           /*mirrored=*/false};
+  const Layout layout = filters_layout(groups, sizes[1], sizes[0] / groups, dtype);
+  const Buffer bias = allocate(layout.bundles * layout.tiles * kernels.packed_bias_size(layout));
+  pack(kernels, layout, filters, {data, bias.get()});
 }
 
 }  // namespace
+
+int64_t packed_filters_size(int64_t groups, int64_t group_in, int64_t group_out, bool is_bfloat16) {
+  const Dtype dtype = is_bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
+  return packed_size(active_kernels(), filters_layout(groups, group_in, group_out, dtype));
+}
 
 void add_convolutions(Operators& operators) {
   operators.grouped_conv2d_fwd = &grouped_conv2d_fwd;
@@ -332,6 +391,7 @@ void add_convolutions(Operators& operators) {
   operators.conv_affine = &conv_affine;
   operators.pack_pointwise = &pack_pointwise;
   operators.pack_winograd = &pack_winograd;
+  operators.pack_filters = &pack_filters;
 }
 
 }  // namespace resnext::cpu

@@ -120,8 +120,8 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
                               [&](int64_t begin, int64_t end) { kernels.reduce_gradient(g, begin, end); });
 }
 
-const float* packed_data(const OptionalTensor& packed, const Tensor& weight, const char* op) {
-  const bool pairs = channels_by_pairs(active_kernels(), dtype_of(weight), weight.size(1));
+const float* packed_data(const OptionalTensor& packed, const Tensor& weight, Dtype images, const char* op) {
+  const bool pairs = channels_by_pairs(active_kernels(), images, weight.size(1));
   const auto sizes = packed_sizes(weight.size(1), weight.size(0), pairs);
   if (!pairs) return packed_weight(packed, ScalarType::Float, sizes, op);
   const std::array<int64_t, 4> pair_sizes = {sizes[0], sizes[1], sizes[2], 2};
@@ -135,9 +135,9 @@ void pack_pointwise(const Tensor& weight, const Tensor& packed) {
   const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in, 1, 1)");
   check.sizes(weight, "weight", {sizes[0], sizes[1], 1, 1});
   check.dense(weight, "weight", /*channels_last=*/true);
-  float* data = const_cast<float*>(packed_data(packed, weight, kOp));
-  const Kernels& kernels = active_kernels();
   const Dtype dtype = dtype_of(weight);
+  float* data = const_cast<float*>(packed_data(packed, weight, dtype, kOp));
+  const Kernels& kernels = active_kernels();
   const WeightMatrix matrix = {weight.data_ptr(), dtype, dtype, /*transposed=*/false, sizes[1], sizes[0]};
   pack(kernels, matrix, channels_by_pairs(kernels, matrix.dtype, sizes[1]), data);
 }

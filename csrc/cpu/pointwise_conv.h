@@ -25,7 +25,8 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
 // Lays a weight out as conv_affine reads it; `packed` has the dtype and sizes that packed_data insists on.
 void pack_pointwise(const Tensor& weight, const Tensor& packed);
 
-// Checks that `packed` is what pack_pointwise makes of a weight with these channels; returns its data.
-const float* packed_data(const OptionalTensor& packed, const Tensor& weight, const char* op);
+// Checks that `packed` is what pack_pointwise makes of a weight with these channels, for images of a dtype; returns its
+// data.
+const float* packed_data(const OptionalTensor& packed, const Tensor& weight, Dtype images, const char* op);
 
 }  // namespace resnext::cpu
