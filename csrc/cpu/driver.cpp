@@ -153,7 +153,10 @@ RowCuts cut_rows(const Image& written, int64_t blocks, bool sums) {
   const int64_t part_rows = sums ? std::clamp<int64_t>(kPartPixels / written.width, 1, written.height) : 1;
   const int64_t parts = ceil_div(written.height, part_rows);
   const int64_t tasks = written.batch * blocks;
-  return {part_rows, parts, std::clamp<int64_t>(ceil_div(wanted_tasks(), tasks), 1, parts)};
+  int64_t bands = ceil_div(wanted_tasks(), tasks);
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  while (bands > 1 && tasks * bands % threads != 0) ++bands;  // as many tasks for each
+  return {part_rows, parts, std::clamp<int64_t>(bands, 1, parts)};
 }
 
 Parts parts_of(const RowCuts& cuts, const Image& image) {

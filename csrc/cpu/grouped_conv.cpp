@@ -86,8 +86,9 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
   const Layout& layout = c.layout;
   c.block = bundle_block(layout, c.src.channels_last, c.dst.batch);
   int64_t blocks = ceil_div(layout.bundles, c.block);
-  // Tiles of wide groups rather than bands: these would each read all weights.
-  const int64_t wanted_blocks = c.block > 1 ? 1 : wanted_tasks() / (c.dst.batch * blocks);
+  // Bands would each read all weights of a wide group, its tiles each read all of the image: whichever is less.
+  const bool cuts_tiles = c.block == 1 && layout.group_dst * 9 > c.src.height * c.src.width;
+  const int64_t wanted_blocks = cuts_tiles ? wanted_tasks() / (c.dst.batch * blocks) : 1;
   c.tile_block = ceil_div(layout.tiles, std::clamp<int64_t>(wanted_blocks, 1, layout.tiles));
   blocks *= ceil_div(layout.tiles, c.tile_block);
   c.rows_at_once = rows_at_once(c, kernels.packed_weight_size(layout));
