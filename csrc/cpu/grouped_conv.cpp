@@ -38,7 +38,7 @@ int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
 // Rows that weights meet at once: weights of wide groups would otherwise come from far caches for a few pixels. With
 // stride 2 a row needs two more of the source in the ring; weights that are near come faster than these. (Measured.)
 int64_t rows_at_once(const Correlation& c, int64_t weight_size) {
-  constexpr int64_t kNear = 8192;  // floats
+  constexpr int64_t kNear = 16384;  // floats
   constexpr int64_t kPixels = 56;
   if (c.rows.in_step == 2 && c.layout.tiles * weight_size <= kNear) return 1;
   return std::clamp<int64_t>(kPixels / c.dst.width, 1, kMostRowsAtOnce);
