@@ -21,10 +21,11 @@ struct RowArgs {
   int64_t depth;  // source channels of a group, or pairs of them
   int64_t src_lanes;
   const float* bias;
-  float* out;
-  int64_t out_stride;  // floats from one pixel to the next
+  void* out;           // floats, or bfloat16
+  bool narrow;         // the latter
+  int64_t out_stride;  // elements from one pixel to the next
   int64_t pixels;
-  int64_t next_row;    // floats from a pixel to the same one a row further down, to be prefetched
+  int64_t next_row;    // elements from a pixel to the same one a row further down, to be prefetched
   IntVec order;        // of the lanes that are stored
 };
 
@@ -80,17 +81,21 @@ RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
       }
     }
   }
-  RESNEXT_UNROLL
-  for (int p = 0; p < kPixels; ++p) {
-    float* out = args.out + (pixel + p) * args.out_stride;
+  const auto write = [&](auto* out) RESNEXT_ALWAYS {
+    out += pixel * args.out_stride;
     RESNEXT_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
+    for (int p = 0; p < kPixels; ++p, out += args.out_stride) {
       RESNEXT_UNROLL
-      for (int chain = 1; chain < kChains; ++chain) acc[0][p][v] += acc[chain][p][v];
-      __builtin_prefetch(out + args.next_row + v * kLanes, kForWriting, kKeepInL2);
-      store(out + v * kLanes, permute(acc[0][p][v], args.order));
+      for (int v = 0; v < kVectors; ++v) {
+        RESNEXT_UNROLL
+        for (int chain = 1; chain < kChains; ++chain) acc[0][p][v] += acc[chain][p][v];
+        __builtin_prefetch(out + args.next_row + v * kLanes, kForWriting, kKeepInL2);
+        store(out + v * kLanes, permute(acc[0][p][v], args.order));
+      }
     }
-  }
+  };
+  if (args.narrow) return write(static_cast<BFloat16*>(args.out));
+  write(static_cast<float*>(args.out));
 }
 
 // The last block of a row is moved back to end with it: some pixels are then computed twice, with the same result.
@@ -166,7 +171,7 @@ int64_t correlate_scratch(const Correlation& c) {
 // What all destination rows of a call have in common.
 struct RowPlan {
   RowKernel kernel;
-  bool direct;  // whole vectors of float32 NHWC go straight to memory if they are stored as they are
+  bool direct;  // whole vectors in NHWC go straight to memory if they are stored as they are
   int64_t tile_size, row_stride;  // floats of a tile's weights; elements of a destination row
   IntVec src_order, dst_order;
 };
@@ -236,7 +241,9 @@ RESNEXT_INLINE void correlate_row(const Correlation& c, const RowPlan& plan, con
   args.depth = layout.group_src;
   args.src_lanes = layout.src_lanes;
   args.bias = block.packed.bias + packed_tile * lanes;
-  args.out = direct ? static_cast<float*>(c.dst.data) + (n * c.dst.height + h) * plan.row_stride + channel : buffer;
+  const int64_t offset = (n * c.dst.height + h) * plan.row_stride + channel;
+  args.out = direct ? static_cast<char*>(c.dst.data) + offset * size_of(c.dst.dtype) : static_cast<void*>(buffer);
+  args.narrow = direct && c.dst.dtype == Dtype::kBFloat16;
   args.out_stride = direct ? c.dst.channels : lanes;
   args.pixels = c.dst.width;
   args.next_row = direct ? plan.row_stride : 0;
@@ -246,7 +253,7 @@ RESNEXT_INLINE void correlate_row(const Correlation& c, const RowPlan& plan, con
   if (!direct) return write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
   if (write.kind != WriteMap::kMoments) return;
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-    add_moments<true>(args.out + lane, args.out_stride, args.pixels, {channel + lane, kLanes}, write);
+    add_moments<true>(static_cast<float*>(args.out) + lane, args.out_stride, args.pixels, {channel + lane, kLanes}, write);
   }
 }
 
@@ -282,8 +289,9 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
   RowPlan plan;
   plan.kernel = with_terms(layout.pairs, [&](auto terms) { return row_kernel<decltype(terms)>(c); });
   const bool fits = c.dst.width >= plan.kernel.block_pixels && c.dst.width % c.cols.phases == 0;
-  const bool mapped = c.write.kind != WriteMap::kNone && c.write.kind != WriteMap::kMoments;
-  plan.direct = fits && !mapped && c.dst.dtype == Dtype::kFloat32 && c.dst.channels_last;
+  const bool plain = c.write.kind == WriteMap::kNone;
+  const bool as_floats = c.dst.dtype == Dtype::kFloat32 && (plain || c.write.kind == WriteMap::kMoments);
+  plan.direct = fits && c.dst.channels_last && (as_floats || (plain && c.dst.dtype == Dtype::kBFloat16));
   plan.tile_size = packed_weight_size(layout);
   plan.row_stride = c.dst.width * c.dst.channels;
   plan.src_order = channels_of_lanes(layout, layout.group_src);
