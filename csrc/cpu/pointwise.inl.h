@@ -253,11 +253,11 @@ void pack_matrix(const WeightMatrix& weight, bool pairs, float* packed, int64_t 
 
 // --- forward, and input gradient ---
 
-// out[pixel][lane] of the first kPixels pixels of a block and kVectors vectors of destination channels, summed over
-// `terms` source channels. `stride`: floats from a row of the weight, or of the results, to the next.
+// The sums over `terms` source channels for the first kPixels pixels of a block and kVectors vectors of destination
+// channels. `stride`: floats from a row of the weight to the next.
 template <class Terms, int kVectors, int kPixels>
-RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t terms, int64_t stride, float* out) {
-  Vec acc[kPixels][kVectors] = {};
+RESNEXT_INLINE void product_sums(const float* panel, const float* weight, int64_t terms, int64_t stride,
+                                 Vec (&acc)[kPixels][kVectors]) {
   const auto add_term = [&](const float* x) RESNEXT_ALWAYS {
     Vec w[kVectors];
     RESNEXT_UNROLL
@@ -272,6 +272,13 @@ RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64
     panel += kProductPixels * kLanes;
   }
   for (int64_t lane = 0; lane < terms % kLanes; ++lane) add_term(panel + lane);
+}
+
+// The same, to out[pixel][lane], whose rows are as far apart as the weight's.
+template <class Terms, int kVectors, int kPixels>
+RESNEXT_INLINE void product_block(const float* panel, const float* weight, int64_t terms, int64_t stride, float* out) {
+  Vec acc[kPixels][kVectors] = {};
+  product_sums<Terms>(panel, weight, terms, stride, acc);
   RESNEXT_UNROLL
   for (int p = 0; p < kPixels; ++p) {
     RESNEXT_UNROLL
@@ -289,6 +296,38 @@ RESNEXT_INLINE void product_pixels(const float* panel, const float* weight, int6
   for (int64_t pixel = 0; pixel < pixels; pixel += kFewPixels) {
     product_block<Terms, kVectors, kFewPixels>(panel + pixel * kLanes, weight, terms, stride, out + pixel * stride);
   }
+}
+
+// A whole block, scaled and shifted in registers, to pixels that follow each other in the image. What is written, and
+// read beside it, is asked for while the sums are made.
+template <class Terms, class T, bool kAdd>
+void product_scaled(const float* panel, const float* weight, int64_t terms, const WriteMap& write, Piece<T> to) {
+  RESNEXT_UNROLL
+  for (int p = 0; p < kProductPixels; ++p) {
+    __builtin_prefetch(to.data + p * to.stride, kForWriting);
+    if (kAdd) __builtin_prefetch(to.other + p * to.stride);
+  }
+  Vec acc[kProductPixels][kProductVectors] = {};
+  product_sums<Terms>(panel, weight, terms, kTileChannels, acc);
+  RESNEXT_UNROLL
+  for (int v = 0; v < kProductVectors; ++v) {
+    const ScaleShift<kAdd> map(write, ChannelLanes{to.c + v * kLanes, kLanes});
+    RESNEXT_UNROLL
+    for (int p = 0; p < kProductPixels; ++p) {
+      const int64_t offset = p * to.stride + v * kLanes;
+      store(to.data + offset, map(acc[p][v], kAdd ? load(to.other + offset) : Vec{}, 0));
+    }
+  }
+}
+
+// The product_scaled of an image of Ts, or null where results go another way.
+template <class Terms, class T>
+RESNEXT_INLINE auto scaled_product(const PixelProduct& p) {
+  constexpr Dtype kDtype = Terms::kPairs ? Dtype::kBFloat16 : Dtype::kFloat32;
+  const bool fits = p.dst.step_h == 1 && p.dst.step_w == 1 && p.dst.image.dtype == kDtype;
+  auto product = &product_scaled<Terms, T, false>;
+  if (p.write.kind == WriteMap::kAffineAdd) product = &product_scaled<Terms, T, true>;
+  return fits && (p.write.kind == WriteMap::kAffine || p.write.kind == WriteMap::kAffineAdd) ? product : nullptr;
 }
 
 RESNEXT_INLINE int64_t whole_blocks(int64_t pixels) { return round_up(pixels, kProductPixels); }
@@ -330,6 +369,8 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
 // lines of one block but not of a panel.
 template <class Terms>
 void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
+  using Scaled = std::conditional_t<Terms::kPairs, BFloat16, float>;
+  const auto scaled = scaled_product<Terms, Scaled>(p);
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
   const int64_t terms = p.pairs ? src_channels / 2 : src_channels;
@@ -357,6 +398,16 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight, p.pairs);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       const int64_t count = min_of(kProductPixels, pixels - pixel);
+      if (scaled != nullptr && count == kProductPixels && channels == kTileChannels) {
+        for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
+          const int64_t offset = (first + pixel) * dst_channels + c + lane;
+          const auto* other = static_cast<const Scaled*>(p.write.other);
+          scaled(panel + pixel * lanes, weight + lane, terms, p.write,
+                 {static_cast<Scaled*>(p.dst.image.data) + offset, other == nullptr ? nullptr : other + offset,
+                  dst_channels, count, c + lane, kProductLanes});
+        }
+        continue;
+      }
       for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
         const auto product =
             channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
