@@ -61,6 +61,14 @@ struct AddAffine {
   RESNEXT_INLINE Vec operator()(Vec value, Vec other) const { return round_to<T>(value + affine(other)); }
 };
 
+// What a map makes of the first `count` lanes at an offset of an image, whose `other` image may be null.
+template <bool kWhole, class Map, class T>
+RESNEXT_INLINE Vec mapped_lanes(const Map& map, const T* data, const T* other, int64_t offset, int64_t count) {
+  Vec other_lanes{};
+  if (Map::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
+  return map(load_lanes<kWhole>(data + offset, count), other_lanes);
+}
+
 // A map by name: decltype(name)::template Map<T, Channels>.
 template <template <class, class> class M>
 struct MapName {

@@ -49,10 +49,7 @@ RESNEXT_INLINE void read_column(const T* data, const T* other, const ReadMap& re
                                 int64_t pixels, int64_t c, int64_t count, float* to) {
   const Map<T, ChannelLanes> map(read, {c, count});
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const int64_t offset = offsets[pixel] + c;
-    Vec other_lanes{};
-    if (Map<T, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
-    store(to + pixel * kLanes, map(load_lanes<kWhole>(data + offset, count), other_lanes));
+    store(to + pixel * kLanes, mapped_lanes<kWhole>(map, data, other, offsets[pixel] + c, count));
   }
 }
 
@@ -127,10 +124,7 @@ RESNEXT_INLINE void read_pair_column(const BFloat16* data, const BFloat16* other
                                      const int64_t* offsets, int64_t pixels, int64_t c, int64_t count, float* to) {
   const Map<float, ChannelLanes> map(read, {c, count});  // rounded when they are paired
   const auto value = [&](int64_t pixel) RESNEXT_ALWAYS {
-    const int64_t offset = offsets[pixel] + c;
-    Vec other_lanes{};
-    if (Map<float, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, count);
-    return map(load_lanes<kWhole>(data + offset, count), other_lanes);
+    return mapped_lanes<kWhole>(map, data, other, offsets[pixel] + c, count);
   };
   for (int64_t pixel = 0; pixel < pixels; pixel += 2, to += kLanes) {
     const Vec second = pixel + 1 < pixels ? value(pixel + 1) : Vec{};

@@ -39,12 +39,8 @@ RESNEXT_INLINE void read_vector(Piece<T> from, ReadMap read, int64_t c, int64_t 
   const int64_t next_row = from.pixels * from.stride;
   const Map<T, ChannelLanes> map(read, {from.c + c, count});
   __builtin_prefetch(from.data + offset + next_row, kForReading, kKeepInL2);
-  Vec other{};
-  if (Map<T, ChannelLanes>::kOther) {
-    __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
-    other = load_lanes<kWhole>(from.other + offset, count);
-  }
-  store(to, permute(map(load_lanes<kWhole>(from.data + offset, count), other), order));
+  if (Map<T, ChannelLanes>::kOther) __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
+  store(to, permute(mapped_lanes<kWhole>(map, from.data, from.other, offset, count), order));
 }
 
 // In the order of memory. The tighter loop, over the pixels of one vector of channels with its map in registers, asks
@@ -235,9 +231,7 @@ RESNEXT_INLINE Vec read_channel_pairs(const BFloat16* data, const BFloat16* othe
                                       int64_t c, int64_t count) {
   const auto half = [&](int64_t first, int64_t lanes) RESNEXT_ALWAYS {
     const Map<float, ChannelLanes> map(read, {c + first, lanes});  // rounded when they are paired
-    Vec other_lanes{};
-    if (Map<float, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset + first, lanes);
-    return map(load_lanes<kWhole>(data + offset + first, lanes), other_lanes);
+    return mapped_lanes<kWhole>(map, data, other, offset + first, lanes);
   };
   if (kWhole) return pair_neighbours(half(0, kLanes), half(kLanes, kLanes), LaneIndices{});
   const int64_t low = min_of(count, kLanes);
@@ -266,10 +260,10 @@ void read_row_pairs_nhwc(Piece<BFloat16> from, ReadMap read, int64_t lanes, IntV
 // scratch, width * 2 * lanes floats.
 void read_row_pairs(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t pairs,
                     int64_t lanes, IntVec order, float* row, float* panel) {
-  if (image.channels_last && read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
-    return read_row(as_pairs(image), read, n, h, c, pairs, lanes, order, panel);
-  }
   if (image.channels_last) {
+    if (read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
+      return read_row(as_pairs(image), read, n, h, c, pairs, lanes, order, panel);
+    }
     const auto piece = piece_of<BFloat16>(image, read.other, n, h, 2 * c, 2 * pairs);
     return with_read_map(read, [&](auto map) {
       read_row_pairs_nhwc<decltype(map)::template Map>(piece, read, lanes, order, panel);

@@ -68,9 +68,7 @@ RESNEXT_INLINE void transform_vector(const T* data, const T* other, int64_t at, 
       d[row] = Vec{};
       if (!kInside && !(inside.rows[row] && inside.columns[column])) continue;
       const int64_t offset = at + row * row_stride + column * pixel_stride;
-      Vec other_lanes{};
-      if (Map<T, ChannelLanes>::kOther) other_lanes = load_lanes<kWhole>(other + offset, channels.count);
-      d[row] = map(load_lanes<kWhole>(data + offset, channels.count), other_lanes);
+      d[row] = mapped_lanes<kWhole>(map, data, other, offset, channels.count);
     }
     transform_line(d, columns[column]);
   }
