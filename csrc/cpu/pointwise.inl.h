@@ -292,36 +292,49 @@ RESNEXT_INLINE void product_pixels(const float* panel, const float* weight, int6
   }
 }
 
-// A whole block, scaled and shifted in registers, to pixels that follow each other in the image. What is written, and
-// read beside it, is asked for while the sums are made.
-template <class Terms, class T, bool kAdd>
-void product_scaled(const float* panel, const float* weight, int64_t terms, const WriteMap& write, Piece<T> to) {
+// A whole block, mapped in registers, to pixels that follow each other in the image. What is written, and read beside
+// it, is asked for while the sums are made.
+template <class Terms, class T, class Map>
+void mapped_product(const float* panel, const float* weight, int64_t terms, const WriteMap& write, Piece<T> to) {
   RESNEXT_UNROLL
   for (int p = 0; p < kProductPixels; ++p) {
     __builtin_prefetch(to.data + p * to.stride, kForWriting);
-    if (kAdd) __builtin_prefetch(to.other + p * to.stride);
+    if (Map::kOther) __builtin_prefetch(to.other + p * to.stride);
   }
   Vec acc[kProductPixels][kProductVectors] = {};
   product_sums<Terms>(panel, weight, terms, kTileChannels, acc);
   RESNEXT_UNROLL
   for (int v = 0; v < kProductVectors; ++v) {
-    const ScaleShift<kAdd> map(write, ChannelLanes{to.c + v * kLanes, kLanes});
+    Map map(write, ChannelLanes{to.c + v * kLanes, kLanes});
+    map.start(kProductPixels, [zero = Vec{}](int64_t) RESNEXT_ALWAYS { return zero; });  // not for the first pixels
     RESNEXT_UNROLL
     for (int p = 0; p < kProductPixels; ++p) {
       const int64_t offset = p * to.stride + v * kLanes;
-      store(to.data + offset, map(acc[p][v], kAdd ? load(to.other + offset) : Vec{}, 0));
+      const Vec other = Map::kOther ? load(to.other + offset) : Vec{};
+      store(to.data + offset, map(acc[p][v], other, p % Map::kChains));
     }
+    map.finish();
   }
 }
 
-// The product_scaled of an image of Ts, or null where results go another way.
+// The mapped_product of an image of Ts, or null where results go another way.
 template <class Terms, class T>
-RESNEXT_INLINE auto scaled_product(const PixelProduct& p) {
+RESNEXT_INLINE decltype(&mapped_product<Terms, T, ScaleShift<false>>) mapped_product_of(const PixelProduct& p) {
   constexpr Dtype kDtype = Terms::kPairs ? Dtype::kBFloat16 : Dtype::kFloat32;
-  const bool fits = p.dst.step_h == 1 && p.dst.step_w == 1 && p.dst.image.dtype == kDtype;
-  auto product = &product_scaled<Terms, T, false>;
-  if (p.write.kind == WriteMap::kAffineAdd) product = &product_scaled<Terms, T, true>;
-  return fits && (p.write.kind == WriteMap::kAffine || p.write.kind == WriteMap::kAffineAdd) ? product : nullptr;
+  if (p.dst.step_h != 1 || p.dst.step_w != 1 || p.dst.image.dtype != kDtype) return nullptr;
+  switch (p.write.kind) {
+    case WriteMap::kNone:
+      return mapped_product<Terms, T, KeepValue<T, ChannelLanes>>;
+    case WriteMap::kMoments:
+      return mapped_product<Terms, T, Moments<T>>;
+    case WriteMap::kAffine:
+      return mapped_product<Terms, T, ScaleShift<false>>;
+    case WriteMap::kAffineAdd:
+      return mapped_product<Terms, T, ScaleShift<true>>;
+    case WriteMap::kReluGradient:
+      return mapped_product<Terms, T, ReluGradient<T>>;
+  }
+  return nullptr;
 }
 
 RESNEXT_INLINE int64_t whole_blocks(int64_t pixels) { return round_up(pixels, kProductPixels); }
@@ -363,8 +376,8 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
 // lines of one block but not of a panel.
 template <class Terms>
 void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
-  using Scaled = std::conditional_t<Terms::kPairs, BFloat16, float>;
-  const auto scaled = scaled_product<Terms, Scaled>(p);
+  using T = std::conditional_t<Terms::kPairs, BFloat16, float>;
+  const auto mapped = mapped_product_of<Terms, T>(p);
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
   const int64_t terms = p.pairs ? src_channels / 2 : src_channels;
@@ -392,13 +405,15 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight, p.pairs);
     for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
       const int64_t count = min_of(kProductPixels, pixels - pixel);
-      if (scaled != nullptr && count == kProductPixels && channels == kTileChannels) {
+      write.before = pixel;
+      const bool starts = p.write.kind == WriteMap::kMoments && pixel == 0;  // which looks at all values first
+      if (mapped != nullptr && !starts && count == kProductPixels && channels == kTileChannels) {
         for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
           const int64_t offset = (first + pixel) * dst_channels + c + lane;
-          const auto* other = static_cast<const Scaled*>(p.write.other);
-          scaled(panel + pixel * lanes, weight + lane, terms, p.write,
-                 {static_cast<Scaled*>(p.dst.image.data) + offset, other == nullptr ? nullptr : other + offset,
-                  dst_channels, count, c + lane, kProductLanes});
+          const auto* other = static_cast<const T*>(p.write.other);
+          mapped(panel + pixel * lanes, weight + lane, terms, write,
+                 {static_cast<T*>(p.dst.image.data) + offset, other == nullptr ? nullptr : other + offset, dst_channels,
+                  count, c + lane, kProductLanes});
         }
         continue;
       }
@@ -407,7 +422,6 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
             channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
         product(panel + pixel * lanes, weight + lane, terms, kTileChannels, count, results + lane);
       }
-      write.before = pixel;
       write_block(p, write, {first + pixel, count, c, channels}, results);
     }
   }
