@@ -120,32 +120,22 @@ RESNEXT_INLINE void load_transposed(const T* filters, int64_t row_stride, int64_
   transpose(square);
 }
 
+// --- weights in OIHW: a filter's taps of one input lie together ---
+
 // Lanes are filters, up to `rows` of them; the reduction is over what each filter holds.
 template <class T>
 void pack_filters(const Layout& layout, const Filters& f, const T* filters, int64_t rows, float* packed) {
-  const int64_t terms = layout.group_src;
-  const int64_t term_size = 3 * tile_lanes(layout);
+  const int64_t filter_size = layout.group_src * 9;
   Vec square[kLanes];
-  if (f.strides.tap != 1) {
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      for (int64_t i = 0; i < terms; i += kLanes) {
-        const int64_t count = min_of(kLanes, terms - i);
-        load_transposed(filters + tap * f.strides.tap + i, terms * 9, rows, count, square);
-        float* to = packed + packed_tap(layout, f, tap) + i * term_size;
-        for (int64_t k = 0; k < count; ++k) store(to + k * term_size, square[k]);
-      }
-    }
-    return;
-  }
   int64_t tap = 0;
-  for (int64_t column = 0; column < terms * 9; column += kLanes) {
-    const int64_t count = min_of(kLanes, terms * 9 - column);
-    load_transposed(filters + column, terms * 9, rows, count, square);
+  for (int64_t column = 0; column < filter_size; column += kLanes) {
+    const int64_t count = min_of(kLanes, filter_size - column);
+    load_transposed(filters + column, filter_size, rows, count, square);
     for (int64_t k = 0; k < count; ++k) {
       store(packed + packed_tap(layout, f, tap), square[k]);
       if (++tap < 9) continue;
       tap = 0;
-      packed += term_size;
+      packed += 3 * tile_lanes(layout);
     }
   }
 }
@@ -153,13 +143,6 @@ void pack_filters(const Layout& layout, const Filters& f, const T* filters, int6
 // Lanes are the inputs of one filter, from the first of `filter` on, up to `inputs` of them: one term of the reduction.
 template <class T>
 void pack_inputs(const Layout& layout, const Filters& f, const T* filter, int64_t inputs, float* packed) {
-  if (f.strides.tap != 1) {
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      const Vec lanes = inputs > 0 ? load_first(filter + tap * f.strides.tap, inputs) : Vec{};
-      store(packed + packed_tap(layout, f, tap), lanes);
-    }
-    return;
-  }
   for (int64_t first = 0; first < 9; first += kLanes) {
     Vec square[kLanes];
     load_transposed(filter + first, 9, inputs, min_of(kLanes, 9 - first), square);
@@ -169,9 +152,9 @@ void pack_inputs(const Layout& layout, const Filters& f, const T* filter, int64_
   }
 }
 
-// A tile of one group, whose weights begin at `filters`.
+// A tile of one group, whose weights begin at `filters`, without pairs.
 template <class T>
-void pack_tile(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed_tile) {
+void pack_oihw(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed_tile) {
   for (int64_t v = 0; v < layout.tile_vectors; ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
@@ -181,8 +164,64 @@ void pack_tile(const Layout& layout, const Filters& f, const T* filters, int64_t
       continue;
     }
     for (int64_t i = 0; i < layout.group_src; ++i) {
-      pack_inputs(layout, f, filters + i * layout.group_dst * 9 + dst * f.strides.input, rows,
-                  packed + i * 3 * tile_lanes(layout));
+      pack_inputs(layout, f, filters + (i * layout.group_dst + dst) * 9, rows, packed + i * 3 * tile_lanes(layout));
+    }
+  }
+}
+
+// --- weights in OHWI: a filter's inputs of one tap lie together, so that they can be read as pairs ---
+
+// Lanes are filters.
+template <bool kPairs, class T>
+void pack_filters_ohwi(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed) {
+  constexpr int kTerms = kPairs ? 2 : 1;  // inputs of a lane
+  const int64_t inputs = layout.group_src * kTerms;
+  const int64_t term_size = 3 * tile_lanes(layout);
+  for (int64_t v = 0; v < layout.tile_vectors; ++v) {
+    const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      float* to = packed + packed_tap(layout, f, tap) + v * kLanes;
+      for (int64_t i = 0; i < inputs; i += kTerms * kLanes) {
+        Vec square[kLanes];
+        RESNEXT_UNROLL
+        for (int row = 0; row < kLanes; ++row) {
+          square[row] = Vec{};
+          if (dst + row >= layout.group_dst) continue;
+          const T* from = filters + ((dst + row) * 9 + tap) * inputs + i;
+          if constexpr (kPairs) {
+            square[row] = load_pairs(from, inputs - i);
+          } else {
+            square[row] = load_first(from, inputs - i);
+          }
+        }
+        transpose(square);
+        const int64_t terms = min_of(kLanes, layout.group_src - i / kTerms);
+        for (int64_t k = 0; k < terms; ++k, to += term_size) store(to, square[k]);
+      }
+    }
+  }
+}
+
+// Lanes are inputs; the reduction is over filters. (One vector of lanes after the other, which is faster than to read
+// whole lines, or all tiles, in the order of memory: what is written lies far apart then.)
+template <bool kPairs, class T>
+void pack_inputs_ohwi(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed) {
+  const int64_t filter_size = 9 * layout.group_dst;
+  const int64_t term_size = 3 * tile_lanes(layout);
+  for (int64_t v = 0; v < layout.tile_vectors; ++v, packed += kLanes) {
+    const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
+    const int64_t count = dst < layout.group_dst ? layout.group_dst - dst : 0;
+    const T* filter = filters + dst;
+    for (int64_t i = 0; i < layout.group_src; ++i, filter += (kPairs ? 2 : 1) * filter_size) {
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        float* to = packed + packed_tap(layout, f, tap) + i * term_size;
+        const T* from = filter + tap * layout.group_dst;
+        if constexpr (kPairs) {
+          store(to, load_pairs(from, from + filter_size, count));
+        } else {
+          store(to, load_first(from, count));
+        }
+      }
     }
   }
 }
@@ -202,27 +241,52 @@ void pack_bias(const Layout& layout, const Filters& f, int64_t bundle, int64_t t
   });
 }
 
-void pack_weight(const Layout& packed_layout, const Filters& f, float* scratch, int64_t begin, int64_t end,
-                 const PackedFilters& first) {
+// Tiles [begin, end) of one bundle.
+template <bool kPairs, class T>
+void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, int64_t bundle, int64_t begin,
+                int64_t end, float* packed) {
   const Layout layout = without_pairs(packed_layout);
   const int64_t group_size = layout.group_src * layout.group_dst * 9;
-  float* whole_tile = scratch + filters_size(layout);
-  for (int64_t i = begin; i < end; ++i) {
+  const T* filters = static_cast<const T*>(f.weight) + bundle * layout.shared * group_size;
+  const bool inputs_inside = f.strides.tap != 1 && layout.shared == 1;
+  const int64_t groups = bundle_dst_channels(layout, bundle) / layout.group_dst;
+  if (layout.shared > 1) widen(filters, groups * group_size, scratch);
+  for (int64_t tile = begin; tile < end; ++tile, packed += packed_weight_size(packed_layout)) {
+    if (inputs_inside) {
+      (f.transposed ? pack_inputs_ohwi<kPairs, T> : pack_filters_ohwi<kPairs, T>)(packed_layout, f, filters, tile, packed);
+      continue;
+    }
+    float* whole = kPairs ? scratch + filters_size(layout) : packed;
+    if (layout.shared > 1) {
+      pack_shared_tile(layout, f, scratch, groups, whole);
+    } else {
+      pack_oihw(layout, f, filters, tile, whole);
+    }
+    if (kPairs) {
+      const int64_t term_size = 3 * tile_lanes(layout);
+      pair_pieces(whole, 3 * layout.group_src, term_size, term_size, packed);
+    }
+  }
+}
+
+void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t begin, int64_t end,
+                 const PackedFilters& first) {
+  PackedFilters to = first;
+  for (int64_t i = begin; i < end;) {
     const int64_t bundle = i / layout.tiles;
     const int64_t tile = i % layout.tiles;
-    const int64_t groups = bundle_dst_channels(layout, bundle) / layout.group_dst;
-    float* to = first.weight + (i - begin) * packed_weight_size(packed_layout);
-    float* packed = packed_layout.pairs ? whole_tile : to;
-    with_weight_type(f.dtype, f.images, [&](auto value) {
-      const auto* filters = static_cast<const decltype(value)*>(f.weight) + bundle * layout.shared * group_size;
-      if (layout.shared == 1) return pack_tile(layout, f, filters, tile, packed);
-      widen(filters, groups * group_size, scratch);
-      pack_shared_tile(layout, f, scratch, groups, packed);
-    });
-    if (packed_layout.pairs) {
-      const int64_t term_size = 3 * tile_lanes(layout);
-      pair_pieces(packed, 3 * layout.group_src, term_size, term_size, to);
+    const int64_t end_tile = min_of(layout.tiles, tile + end - i);
+    if (!layout.pairs) {
+      with_weight_type(f.dtype, f.images, [&](auto value) {
+        pack_tiles<false, decltype(value)>(layout, f, scratch, bundle, tile, end_tile, to.weight);
+      });
+    } else if (f.dtype == Dtype::kBFloat16) {
+      pack_tiles<true, BFloat16>(layout, f, scratch, bundle, tile, end_tile, to.weight);
+    } else {
+      pack_tiles<true, Rounded<BFloat16>>(layout, f, scratch, bundle, tile, end_tile, to.weight);
     }
-    pack_bias(layout, f, bundle, tile, first.bias + (i - begin) * packed_bias_size(layout));
+    for (int64_t t = tile; t < end_tile; ++t, to.bias += packed_bias_size(layout)) pack_bias(layout, f, bundle, t, to.bias);
+    to.weight += (end_tile - tile) * packed_weight_size(layout);
+    i += end_tile - tile;
   }
 }

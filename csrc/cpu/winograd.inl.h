@@ -192,12 +192,11 @@ void pack_tile_weights(const Layout& layout, const Filters& f, float* scratch, i
                        const PackedFilters& packed) {
   float* direct = scratch;
   const int64_t step = position_weights(layout);
-  const int64_t group_size = layout.group_src * layout.group_dst * 9;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / layout.tiles;
     const int64_t tile = task % layout.tiles;
     with_weight_type(f.dtype, f.images, [&](auto value) {
-      pack_tile(layout, f, static_cast<const decltype(value)*>(f.weight) + group * group_size, tile, direct);
+      pack_tiles<false, decltype(value)>(layout, f, nullptr, group, tile, tile + 1, direct);
     });
     float* to = packed.weight + task * tile_weight_size(layout);
     for (int64_t i = 0; i < layout.group_src; ++i) {
