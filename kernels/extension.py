@@ -73,6 +73,7 @@ def force_cpu_capability(name: str) -> None:
         RuntimeError: If there is none of that name, or the machine lacks it.
     """
     _C.set_cpu_capability(name)
+    _KEPT.clear()  # each instruction set has its own order
 
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:
@@ -197,12 +198,16 @@ def keep_packed(weight: Tensor) -> None:
 
 def is_kept(weight: Tensor) -> bool:
     """Whether `keep_packed` counts for a weight."""
-    return (kept := _KEPT.get(weight)) is not None and kept.version == weight._version
+    return _kept(weight) is not None
+
+
+def _kept(weight: Tensor) -> _Kept | None:
+    kept = _KEPT.get(weight)
+    return None if kept is None or kept.version != weight._version else kept
 
 
 def _packed_of(weight: Tensor, x: Tensor, stride: tuple[int, int], groups: int, channels_last: bool) -> Tensor | None:
-    kept = _KEPT.get(weight)
-    if kept is None or kept.version != weight._version:
+    if (kept := _kept(weight)) is None or weight.dtype != x.dtype:
         return None
     kind = _kind_of_packing(weight, x, stride, groups, channels_last)
     if kind is None:

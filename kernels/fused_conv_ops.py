@@ -108,11 +108,10 @@ def conv_stats_gradients(
 ):
     """What `CONV_STATS_BWD` returns; ``source``: z, its mean, dmean and dvar, or None.
 
-    ``deferred``: whether dscale may come as partial sums of dscale and dshift, which `fused_ops.compute_bn_affine_bwd`
-    takes, with dshift None, and the weight's gradient as float32. ``weight`` may be what `cast_weight` returns; its
-    gradient has its dtype then. ``grad_scale``: what ``dz`` is yet to be multiplied
-    by, a vector over channels, or None; there is a ``source`` then. ``onto``: a tensor like x that x's gradient is
-    added to and returned as, or None.
+    ``weight`` may be what `cast_weight` returns, and has a gradient of its own dtype then. ``deferred``: whether dscale
+    may come as partial sums of dscale and dshift, which `fused_ops.compute_bn_affine_bwd` takes, with dshift None, and
+    the weight's gradient as float32. ``grad_scale``: what ``dz`` is yet to be multiplied by, a vector over channels, or
+    None; there is a ``source`` then. ``onto``: a tensor like x that x's gradient is added to and returned as, or None.
     """
     launchers, arguments = _served("dgrad", x, affine, weight, stride, groups, channels_last)
     if source is not None:

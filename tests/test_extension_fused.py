@@ -207,7 +207,26 @@ def test_packed_3x3_weights_give_the_same_bits(capability, case):
         assert not torch.equal(actual, wanted)
 
 
-def test_a_weight_packed_for_other_kernels_is_refused(built):
+def test_a_weight_that_was_packed_is_packed_again_for_another_instruction_set(capability):
+    case = FusedCase("capability", 1, 64, 64, 5, 5, 2)
+    tensors = make_tensors(case, channels_last=True)
+    x, weight = tensors["x"], tensors["weight"]
+    extension.keep_packed(weight)
+    rest = (None, None, None, False, case.stride, case.groups, True)
+    here = extension.conv_affine(x, weight, *rest)
+    extension.force_cpu_capability("portable")
+    torch.testing.assert_close(extension.conv_affine(x, weight, *rest), here, rtol=1e-4, atol=1e-4)
+
+
+def test_a_float32_weight_is_not_packed_for_other_images(capability):
+    x, weight = torch.randn(1, 32, 6, 6).half(), torch.randn(32, 8, 3, 3)
+    rest = (None, None, None, False, (1, 1), 4, False)
+    wanted = extension.conv_affine(x, weight, *rest)
+    extension.keep_packed(weight)
+    assert torch.equal(extension.conv_affine(x, weight, *rest), wanted)
+
+
+def test_a_packed_weight_of_another_size_is_refused(built):
     weight = torch.zeros(8, 4, 3, 3)
     packed = extension._pack_filters(weight, 2)
     arguments = (IMAGE, weight, packed[:-1], *[None] * 3, True, IMAGE, 1, 1, 2, False)

@@ -216,8 +216,9 @@ struct TileBlock {
 };
 
 // One destination row of one tile, straight to memory or by the buffer.
-RESNEXT_INLINE void correlate_row(const Correlation& c, const RowPlan& plan, const TileBlock& block, const DstRow& row, int64_t n,
-                   int64_t bundle_of_block, int64_t tile_of_block, float* buffer) {
+RESNEXT_INLINE void correlate_row(const Correlation& c, const RowPlan& plan, const TileBlock& block,
+                                  const DstRow& row, int64_t n, int64_t bundle_of_block, int64_t tile_of_block,
+                                  float* buffer) {
   const Layout& layout = c.layout;
   const int64_t lanes = tile_lanes(layout);
   const int64_t packed_tile = bundle_of_block * block.tiles + tile_of_block;
@@ -252,8 +253,9 @@ RESNEXT_INLINE void correlate_row(const Correlation& c, const RowPlan& plan, con
 
   if (!direct) return write_row(c.dst, write, n, h, channel, channels, lanes, buffer);
   if (write.kind != WriteMap::kMoments) return;
+  const auto* written = static_cast<const float*>(args.out);
   for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-    add_moments<true>(static_cast<float*>(args.out) + lane, args.out_stride, args.pixels, {channel + lane, kLanes}, write);
+    add_moments<true>(written + lane, args.out_stride, args.pixels, {channel + lane, kLanes}, write);
   }
 }
 

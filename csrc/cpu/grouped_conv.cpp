@@ -53,7 +53,8 @@ void pack(const Kernels& kernels, const Layout& layout, const Filters& filters, 
   const int64_t bias_size = kernels.packed_bias_size(layout);
   run_tasks(layout.bundles * layout.tiles, copies_at_once(weight_size), kernels.weight_scratch(layout),
             [&](int64_t begin, int64_t end, float* scratch) {
-              const PackedFilters first = {packed.weight + begin * weight_size, packed.bias + begin * bias_size};
+              float* bias = packed.bias == nullptr ? nullptr : packed.bias + begin * bias_size;
+              const PackedFilters first = {packed.weight + begin * weight_size, bias};
               kernels.pack_weight(layout, filters, scratch, begin, end, first);
             });
 }
@@ -180,19 +181,20 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
       run_winograd_gradient({g.grad, g.x, g.read_grad, g.read_x, g.dw, g.strides, g.dtype}, shape)) {
     return;
   }
-  // Chunks depend on the problem alone, so that the result does not depend on the number of threads. Each has enough
-  // pixels to be worth adding up its partial result, and all partial results together stay small.
+  // Chunks depend on the problem alone, so that the result does not depend on the number of threads. (Units may: they
+  // are not added up.) Each has enough pixels to be worth adding up its partial result, and all partial results together
+  // stay small, unless there were few tasks.
   constexpr int64_t kMostChunks = 32;
   constexpr int64_t kPixelsPerChunk = 512;
   constexpr int64_t kPartialFloats = int64_t{1} << 20;
-  constexpr int64_t kWantedTasks = 16;
+  constexpr int64_t kFewTasks = 16;
   const Layout& layout = g.layout;
   const int64_t rows = shape.batch * shape.out_height;
   g.x_part = layout.src_channels;
   g.grad_part = layout.dst_channels;
-  const int64_t few = kPartialFloats / (layout.bundles * kernels.wgrad_slice_size(g));
+  const int64_t small = kPartialFloats / (layout.bundles * kernels.wgrad_slice_size(g));
   cut_wide_groups(g);
-  const int64_t most = std::max(few, ceil_div(kWantedTasks, units_of(g)));
+  const int64_t most = std::max(small, ceil_div(kFewTasks, units_of(g)));
   g.chunks = std::clamp<int64_t>(std::min({kMostChunks, rows * shape.out_width / kPixelsPerChunk, most}), 1, rows);
   cut_for_threads(g);
   const int64_t units = units_of(g);
@@ -371,8 +373,7 @@ void pack_filters(const Tensor& weight, const Tensor& packed, int64_t groups) {
   const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype, dtype, /*transposed=*/false,
                            /*mirrored=*/false};
   const Layout layout = filters_layout(groups, sizes[1], sizes[0] / groups, dtype);
-  const Buffer bias = allocate(layout.bundles * layout.tiles * kernels.packed_bias_size(layout));
-  pack(kernels, layout, filters, {data, bias.get()});
+  pack(kernels, layout, filters, {data, nullptr});
 }
 
 }  // namespace

@@ -130,7 +130,7 @@ struct Filters {
 // Filters as the kernels read them. Weights: [bundle][tile][kernel row][source channel of the group][tap][tile lane];
 // biases: [bundle][tile][tile lane].
 struct PackedFilters {
-  float *weight, *bias;
+  float *weight, *bias;  // no biases are packed where there is no place for them
 };
 
 struct Correlation {
@@ -212,7 +212,6 @@ struct GridImage {
   Image image;
   int64_t step_h, step_w;
 };
-
 
 // The weight of a 1x1 convolution, (C_out, C_in): of a forward pass (destination, source channel), or transposed.
 struct WeightMatrix {

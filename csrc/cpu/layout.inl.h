@@ -108,8 +108,8 @@ void pack_shared_tile(const Layout& layout, const Filters& f, const float* filte
   }
 }
 
-// Loads a square whose first `rows` rows are filters, `row_stride` weights apart, `columns` weights each, and transposes
-// it: every vector's lanes are then filters.
+// Loads a square whose first `rows` rows are filters, `row_stride` weights apart, `columns` weights each, and
+// transposes it: every vector's lanes are then filters.
 template <class T>
 RESNEXT_INLINE void load_transposed(const T* filters, int64_t row_stride, int64_t rows, int64_t columns,
                                     Vec (&square)[kLanes]) {
@@ -253,7 +253,8 @@ void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, i
   if (layout.shared > 1) widen(filters, groups * group_size, scratch);
   for (int64_t tile = begin; tile < end; ++tile, packed += packed_weight_size(packed_layout)) {
     if (inputs_inside) {
-      (f.transposed ? pack_inputs_ohwi<kPairs, T> : pack_filters_ohwi<kPairs, T>)(packed_layout, f, filters, tile, packed);
+      const auto pack = f.transposed ? pack_inputs_ohwi<kPairs, T> : pack_filters_ohwi<kPairs, T>;
+      pack(packed_layout, f, filters, tile, packed);
       continue;
     }
     float* whole = kPairs ? scratch + filters_size(layout) : packed;
@@ -285,7 +286,9 @@ void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t
     } else {
       pack_tiles<true, Rounded<BFloat16>>(layout, f, scratch, bundle, tile, end_tile, to.weight);
     }
-    for (int64_t t = tile; t < end_tile; ++t, to.bias += packed_bias_size(layout)) pack_bias(layout, f, bundle, t, to.bias);
+    for (int64_t t = tile; t < end_tile && to.bias != nullptr; ++t, to.bias += packed_bias_size(layout)) {
+      pack_bias(layout, f, bundle, t, to.bias);
+    }
     to.weight += (end_tile - tile) * packed_weight_size(layout);
     i += end_tile - tile;
   }

@@ -9,7 +9,8 @@
 // a vector, a lane is that of its group's x channel, and a grad channel stands for one of every group.
 //
 // With pairs of pixels, a grad row has half as many "pixels", the last of which may be one and nothing, and an x row
-// holds for each of them what the three taps meet: three columns, of no other pixels.
+// holds for each of them what the three taps meet: three columns, of which two pairs that follow each other may share
+// one (wgrad_pair_columns).
 
 constexpr int kMaxGradBlock = kRegisters >= 32 ? 8 : 4;  // grad channels times three taps are accumulators
 
@@ -91,8 +92,8 @@ void wgrad_rows(const WgradArgs& args) {
   }
 }
 
-// Columns of a panel from one pair of pixels to the next: what the first tap of a pair meets, the last of the one before
-// has met, unless there is nothing behind an odd last pixel.
+// Columns of a panel from one pair of pixels to the next: what the first tap of a pair meets, the last of the one
+// before has met, unless there is nothing behind an odd last pixel.
 RESNEXT_INLINE int64_t wgrad_pair_columns(const WeightGradient& g) {
   return g.stride_w == 1 && g.grad.width % 2 == 0 ? 2 : 3;
 }
@@ -155,7 +156,7 @@ RESNEXT_INLINE int64_t wgrad_steps(const WeightGradient& g) {
 RESNEXT_INLINE int64_t wgrad_row_columns(const WeightGradient& g) { return g.x.width + 2; }
 
 RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) {
-  return (g.pairs ? wgrad_pair_columns(g) * wgrad_steps(g) + 1 : wgrad_row_columns(g)) * x_lanes(g);
+  return (g.pairs ? wgrad_pair_columns(g) * (wgrad_steps(g) - 1) + 3 : wgrad_row_columns(g)) * x_lanes(g);
 }
 
 RESNEXT_INLINE int64_t wgrad_ring_rows(const WeightGradient& g) { return (g.rows_at_once - 1) * g.stride_h + 3; }
@@ -265,7 +266,8 @@ void store_wgrad(const WeightGradient& g, const WgradUnit& unit, const float* sl
   const Layout& layout = g.layout;
   const int64_t filter_size = layout.group_src * 9;
   with_float_type(g.dtype, [&](auto value) {
-    auto* filters = static_cast<decltype(value)*>(g.dw) + (unit.bundle * layout.dst_channels + unit.grad_c) * filter_size;
+    const int64_t first = unit.bundle * layout.dst_channels + unit.grad_c;
+    auto* filters = static_cast<decltype(value)*>(g.dw) + first * filter_size;
     if (layout.shared == 1) return unpack_slice(g, unit, slice, filters);
     unpack_shared_slice(layout, g.strides, slice, unit.grad_channels, scratch);
     narrow(filters, unit.grad_channels * filter_size, scratch);
