@@ -201,8 +201,8 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
         groups: Number of groups.
 
     Returns:
-        Whether there is such a kernel: those of the CPU are, but for dense 3x3 convolutions in float32 with stride 2,
-        which a library computes, and 1x1 ones in NCHW.
+        Whether there is such a kernel. The CPU's are: they compute all but dense convolutions in NCHW, and dense 3x3
+        ones in float32 with stride 2, which are a library's.
     """
     if x.device.type != "cpu" or weight.dtype != x.dtype or weight.is_inference():  # which do not tell of writes
         return False
