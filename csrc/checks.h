@@ -80,6 +80,11 @@ class Checks {
     }
   }
 
+  // Weights are small: the kernels read and write them in either layout.
+  void dense_either_way(const Tensor& weight, const char* name) const {
+    dense(weight, name, /*channels_last=*/weight.size(1) > 1 && weight.stride(1) == 1);
+  }
+
   void same_dtype(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name) const {
     STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op_, ": expected ", name, " of the dtype of ",
                     first_name, ", ", toString(first.scalar_type()), ", got ", toString(tensor.scalar_type()),
@@ -101,7 +106,7 @@ class Checks {
     const bool wider = weight.scalar_type() == ScalarType::Float && !weight.is_cuda();
     if (!wider) same_dtype(weight, name, first, first_name);
     same_device(weight, name, first, first_name);
-    dense(weight, name, /*channels_last=*/weight.size(1) > 1 && weight.stride(1) == 1);  // small: in either layout
+    dense_either_way(weight, name);
   }
 
   // A dense activation of the given sizes, dtype and device.

@@ -195,9 +195,9 @@ RESNEXT_INLINE RowWindow row_window(const Correlation& c, int64_t h) {
   return {phase, h / c.rows.phases * c.rows.in_step + phase.first};
 }
 
-DstRow dst_row(const Correlation& c, int64_t n, int64_t h, const float* ring, const float* weight) {
+DstRow dst_row(const Correlation& c, int64_t n, int64_t h, const RowWindow& window, const float* ring,
+               const float* weight) {
   DstRow found{h, 0, {}, map_of_row(c.write, c.cuts, c.dst, n, h)};
-  const RowWindow window = row_window(c, h);
   for (int k = 0; k < window.phase.count; ++k) {
     const int64_t row = window.first + k;
     if (row < 0 || row >= c.src.height) continue;
@@ -323,7 +323,7 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
         for (; next_row < min_of(window.first + window.phase.count, c.src.height); ++next_row) {
           read_source_row(c, plan, block, t.n, next_row, unpaired, ring);
         }
-        rows[i] = dst_row(c, t.n, h + i, ring, block.packed.weight);
+        rows[i] = dst_row(c, t.n, h + i, window, ring, block.packed.weight);
       }
       for (int64_t b = 0; b < block.bundles; ++b) {
         for (int64_t tile = 0; tile < block.tiles; ++tile) {

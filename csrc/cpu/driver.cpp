@@ -117,6 +117,16 @@ FilterStrides filter_strides(const Tensor& weight) {
   return inputs_inside ? FilterStrides{1, weight.size(1)} : FilterStrides{9, 1};
 }
 
+Filters filters_to_pack(const Tensor& weight, const char* op) {
+  const Checks check(op);
+  check.dtype(weight, "weight");
+  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in / groups, 3, 3)");
+  check.sizes(weight, "weight", {sizes[0], sizes[1], 3, 3});
+  check.dense_either_way(weight, "weight");
+  const Dtype dtype = dtype_of(weight);
+  return {weight.data_ptr(), filter_strides(weight), nullptr, dtype, dtype, /*transposed=*/false, /*mirrored=*/false};
+}
+
 float* floats_of(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<float*>(tensor->data_ptr()) : nullptr;
 }

@@ -28,6 +28,7 @@ Buffer allocate_zeros(int64_t count);
 Dtype dtype_of(const Tensor& tensor);
 Image image_of(const Tensor& tensor, bool channels_last);
 FilterStrides filter_strides(const Tensor& weight);  // of (C_out, C_in / groups, 3, 3), dense in either layout
+Filters filters_to_pack(const Tensor& weight, const char* op);  // of such a weight, checked, for a forward pass
 float* floats_of(const OptionalTensor& tensor);      // null if there is none
 
 // The data of a weight that was packed before, checked to be of this dtype and these sizes; null if there is none.

@@ -164,8 +164,7 @@ void cut_for_threads(WeightGradient& g) {
 int64_t rows_of_sums(const WeightGradient& g, int64_t slice_size) {
   constexpr int64_t kNear = 16384;  // floats
   const int64_t pixels = slice_size <= kNear ? 49 : 112;  // or pairs
-  const int64_t width = g.pairs ? ceil_div(g.grad.width, 2) : g.grad.width;
-  return std::clamp<int64_t>(pixels / width, 1, kMostRowsAtOnce);
+  return std::clamp<int64_t>(pixels / steps_of(g), 1, kMostRowsAtOnce);
 }
 
 void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& shape) {
@@ -182,8 +181,8 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
     return;
   }
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. (Units may: they
-  // are not added up.) Each has enough pixels to be worth adding up its partial result, and all partial results together
-  // stay small, unless there were few tasks.
+  // are not added up.) Each has enough pixels to be worth adding up its partial result, and all partial results
+  // together stay small, unless there were few tasks.
   constexpr int64_t kMostChunks = 32;
   constexpr int64_t kPixelsPerChunk = 512;
   constexpr int64_t kPartialFloats = int64_t{1} << 20;
@@ -360,20 +359,13 @@ void conv_affine(const Tensor& x, const Tensor& weight, const OptionalTensor& pa
 
 void pack_filters(const Tensor& weight, const Tensor& packed, int64_t groups) {
   constexpr const char* kOp = "pack_filters";
-  const Checks check(kOp);
-  check.dtype(weight, "weight");
-  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in / groups, 3, 3)");
-  check.sizes(weight, "weight", {sizes[0], sizes[1], 3, 3});
-  check.weight_like(weight, "weight", weight, "weight");
-  STD_TORCH_CHECK(groups >= 1 && sizes[0] % groups == 0, kOp, ": expected groups that divide ", sizes[0],
+  const Filters filters = filters_to_pack(weight, kOp);
+  const int64_t out_channels = weight.size(0);
+  STD_TORCH_CHECK(groups >= 1 && out_channels % groups == 0, kOp, ": expected groups that divide ", out_channels,
                   " output channels, got ", groups, "; change groups");
-  const Dtype dtype = dtype_of(weight);
-  float* data = const_cast<float*>(packed_filters_data(packed, weight, groups, dtype, kOp));
-  const Kernels& kernels = active_kernels();
-  const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype, dtype, /*transposed=*/false,
-                           /*mirrored=*/false};
-  const Layout layout = filters_layout(groups, sizes[1], sizes[0] / groups, dtype);
-  pack(kernels, layout, filters, {data, nullptr});
+  float* data = const_cast<float*>(packed_filters_data(packed, weight, groups, filters.dtype, kOp));
+  const Layout layout = filters_layout(groups, weight.size(1), out_channels / groups, filters.dtype);
+  pack(active_kernels(), layout, filters, {data, nullptr});
 }
 
 }  // namespace

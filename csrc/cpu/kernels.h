@@ -202,6 +202,9 @@ constexpr int64_t units_of(const WeightGradient& g) {
   return g.layout.bundles * ceil_div(g.layout.src_channels, g.x_part) * ceil_div(g.layout.dst_channels, g.grad_part);
 }
 
+// Pixels of a grad row, or pairs of them.
+constexpr int64_t steps_of(const WeightGradient& g) { return g.pairs ? ceil_div(g.grad.width, 2) : g.grad.width; }
+
 // The pixels that the two images of a 1x1 convolution have in common: those of the smaller one.
 struct PixelGrid {
   int64_t batch, height, width;

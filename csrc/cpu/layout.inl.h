@@ -187,12 +187,7 @@ void pack_filters_ohwi(const Layout& layout, const Filters& f, const T* filters,
         for (int row = 0; row < kLanes; ++row) {
           square[row] = Vec{};
           if (dst + row >= layout.group_dst) continue;
-          const T* from = filters + ((dst + row) * 9 + tap) * inputs + i;
-          if constexpr (kPairs) {
-            square[row] = load_pairs(from, inputs - i);
-          } else {
-            square[row] = load_first(from, inputs - i);
-          }
+          square[row] = load_terms<kPairs>(filters + ((dst + row) * 9 + tap) * inputs + i, inputs - i);
         }
         transpose(square);
         const int64_t terms = min_of(kLanes, layout.group_src - i / kTerms);
@@ -215,12 +210,7 @@ void pack_inputs_ohwi(const Layout& layout, const Filters& f, const T* filters, 
     for (int64_t i = 0; i < layout.group_src; ++i, filter += (kPairs ? 2 : 1) * filter_size) {
       for (int64_t tap = 0; tap < 9; ++tap) {
         float* to = packed + packed_tap(layout, f, tap) + i * term_size;
-        const T* from = filter + tap * layout.group_dst;
-        if constexpr (kPairs) {
-          store(to, load_pairs(from, from + filter_size, count));
-        } else {
-          store(to, load_first(from, count));
-        }
+        store(to, load_row_terms<kPairs>(filter + tap * layout.group_dst, filter_size, count));
       }
     }
   }
@@ -277,15 +267,9 @@ void pack_weight(const Layout& layout, const Filters& f, float* scratch, int64_t
     const int64_t bundle = i / layout.tiles;
     const int64_t tile = i % layout.tiles;
     const int64_t end_tile = min_of(layout.tiles, tile + end - i);
-    if (!layout.pairs) {
-      with_weight_type(f.dtype, f.images, [&](auto value) {
-        pack_tiles<false, decltype(value)>(layout, f, scratch, bundle, tile, end_tile, to.weight);
-      });
-    } else if (f.dtype == Dtype::kBFloat16) {
-      pack_tiles<true, BFloat16>(layout, f, scratch, bundle, tile, end_tile, to.weight);
-    } else {
-      pack_tiles<true, Rounded<BFloat16>>(layout, f, scratch, bundle, tile, end_tile, to.weight);
-    }
+    with_weight_terms(layout.pairs, f.dtype, f.images, [&](auto pairs, auto value) {
+      pack_tiles<decltype(pairs)::value, decltype(value)>(layout, f, scratch, bundle, tile, end_tile, to.weight);
+    });
     for (int64_t t = tile; t < end_tile && to.bias != nullptr; ++t, to.bias += packed_bias_size(layout)) {
       pack_bias(layout, f, bundle, t, to.bias);
     }

@@ -188,12 +188,7 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64
       const T* row = data + i * weight.dst_channels + first;
       for (int64_t lane = 0; lane < kTileChannels; lane += kLanes) {
         const int64_t count = i < src && lane < channels ? channels - lane : 0;
-        Vec lanes;
-        if constexpr (kPairs) {
-          lanes = load_pairs(row + lane, row + weight.dst_channels + lane, count);
-        } else {
-          lanes = load_first(row + lane, count);
-        }
+        const Vec lanes = load_row_terms<kPairs>(row + lane, weight.dst_channels, count);
         store(packed + i / kTerms * kTileChannels + lane, lanes);
       }
     }
@@ -210,11 +205,7 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64
         const T* ahead = from + 2 * kTerms * kLanes;
         __builtin_prefetch(ahead);
         __builtin_prefetch(ahead + kTerms * kLanes - 1);
-        if constexpr (kPairs) {
-          square[row] = load_pairs(from, count);
-        } else {
-          square[row] = load_first(from, count);
-        }
+        square[row] = load_terms<kPairs>(from, count);
       }
       transpose(square);
       float* to = packed + i / kTerms * kTileChannels + lane;
@@ -225,13 +216,9 @@ void pack_tile_of(const WeightMatrix& weight, int64_t tile, int64_t begin, int64
 }
 
 void pack_tile(const WeightMatrix& weight, bool pairs, int64_t tile, int64_t begin, int64_t end, float* packed) {
-  if (!pairs) {
-    return with_weight_type(weight.dtype, weight.images, [&](auto value) {
-      pack_tile_of<false, decltype(value)>(weight, tile, begin, end, packed);
-    });
-  }
-  if (weight.dtype == Dtype::kBFloat16) return pack_tile_of<true, BFloat16>(weight, tile, begin, end, packed);
-  pack_tile_of<true, Rounded<BFloat16>>(weight, tile, begin, end, packed);
+  with_weight_terms(pairs, weight.dtype, weight.images, [&](auto in_pairs, auto value) {
+    pack_tile_of<decltype(in_pairs)::value, decltype(value)>(weight, tile, begin, end, packed);
+  });
 }
 
 // Reads the weight in the order of memory: a transposed one row by row, through all tiles.
@@ -292,10 +279,15 @@ RESNEXT_INLINE void product_pixels(const float* panel, const float* weight, int6
   }
 }
 
+// What images hold whose products are mapped in registers: those of pairs are bfloat16, of floats the usual ones.
+template <class Terms>
+using ImageType = std::conditional_t<Terms::kPairs, BFloat16, float>;
+
 // A whole block, mapped in registers, to pixels that follow each other in the image. What is written, and read beside
 // it, is asked for while the sums are made.
-template <class Terms, class T, class Map>
-void mapped_product(const float* panel, const float* weight, int64_t terms, const WriteMap& write, Piece<T> to) {
+template <class Terms, class Map>
+void mapped_product(const float* panel, const float* weight, int64_t terms, const WriteMap& write,
+                    Piece<ImageType<Terms>> to) {
   RESNEXT_UNROLL
   for (int p = 0; p < kProductPixels; ++p) {
     __builtin_prefetch(to.data + p * to.stride, kForWriting);
@@ -317,22 +309,23 @@ void mapped_product(const float* panel, const float* weight, int64_t terms, cons
   }
 }
 
-// The mapped_product of an image of Ts, or null where results go another way.
-template <class Terms, class T>
-RESNEXT_INLINE decltype(&mapped_product<Terms, T, ScaleShift<false>>) mapped_product_of(const PixelProduct& p) {
+// The mapped_product of a call, or null where results go another way.
+template <class Terms>
+RESNEXT_INLINE decltype(&mapped_product<Terms, ScaleShift<false>>) mapped_product_of(const PixelProduct& p) {
+  using T = ImageType<Terms>;
   constexpr Dtype kDtype = Terms::kPairs ? Dtype::kBFloat16 : Dtype::kFloat32;
   if (p.dst.step_h != 1 || p.dst.step_w != 1 || p.dst.image.dtype != kDtype) return nullptr;
   switch (p.write.kind) {
     case WriteMap::kNone:
-      return mapped_product<Terms, T, KeepValue<T, ChannelLanes>>;
+      return mapped_product<Terms, KeepValue<T, ChannelLanes>>;
     case WriteMap::kMoments:
-      return mapped_product<Terms, T, Moments<T>>;
+      return mapped_product<Terms, Moments<T>>;
     case WriteMap::kAffine:
-      return mapped_product<Terms, T, ScaleShift<false>>;
+      return mapped_product<Terms, ScaleShift<false>>;
     case WriteMap::kAffineAdd:
-      return mapped_product<Terms, T, ScaleShift<true>>;
+      return mapped_product<Terms, ScaleShift<true>>;
     case WriteMap::kReluGradient:
-      return mapped_product<Terms, T, ReluGradient<T>>;
+      return mapped_product<Terms, ReluGradient<T>>;
   }
   return nullptr;
 }
@@ -376,8 +369,8 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
 // lines of one block but not of a panel.
 template <class Terms>
 void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
-  using T = std::conditional_t<Terms::kPairs, BFloat16, float>;
-  const auto mapped = mapped_product_of<Terms, T>(p);
+  using T = ImageType<Terms>;
+  const auto mapped = mapped_product_of<Terms>(p);
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
   const int64_t terms = p.pairs ? src_channels / 2 : src_channels;

@@ -437,6 +437,33 @@ RESNEXT_INLINE Vec load_pairs(const Rounded<BFloat16>* first, const Rounded<BFlo
   return round_to_pairs(load_first(&first->value, count), load_first(&second->value, count));
 }
 
+// A vector of terms: weights that follow each other in memory, `count` of them, or with kPairs pairs of them; or of one
+// row, or with kPairs pairs of this one and the row that is `row` weights further on.
+template <bool kPairs, class T>
+RESNEXT_INLINE Vec load_terms(const T* from, int64_t count) {
+  if constexpr (kPairs) {
+    return load_pairs(from, count);
+  } else {
+    return load_first(from, count);
+  }
+}
+template <bool kPairs, class T>
+RESNEXT_INLINE Vec load_row_terms(const T* from, int64_t row, int64_t count) {
+  if constexpr (kPairs) {
+    return load_pairs(from, from + row, count);
+  } else {
+    return load_first(from, count);
+  }
+}
+
+// work(whether terms are pairs, a value of the weight's type), the former as a constant; pairs are of bfloat16 images.
+template <class Work>
+RESNEXT_INLINE void with_weight_terms(bool pairs, Dtype dtype, Dtype images, Work work) {
+  if (!pairs) return with_weight_type(dtype, images, [&](auto value) { work(std::false_type{}, value); });
+  if (dtype == Dtype::kBFloat16) return work(std::true_type{}, BFloat16{});
+  work(std::true_type{}, Rounded<BFloat16>{});
+}
+
 // Transposes a square of kLanes vectors: log2(kLanes) perfect shuffles of its two halves.
 RESNEXT_INLINE void transpose(Vec (&rows)[kLanes]) {
   RESNEXT_UNROLL

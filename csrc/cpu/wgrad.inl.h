@@ -97,6 +97,7 @@ void wgrad_rows(const WgradArgs& args) {
 RESNEXT_INLINE int64_t wgrad_pair_columns(const WeightGradient& g) {
   return g.stride_w == 1 && g.grad.width % 2 == 0 ? 2 : 3;
 }
+
 template <int kShared = kLanes>
 WgradKernel wgrad_kernel(const WeightGradient& g) {
   if constexpr (kShared > 1) {
@@ -149,14 +150,10 @@ RESNEXT_INLINE WgradUnit wgrad_unit(const WeightGradient& g, int64_t unit) {
           min_of(g.grad_part, bundle_dst_channels(layout, bundle) - grad_c)};
 }
 
-// Pixels of a grad row, or pairs of them; columns of an x row in memory, with its zeros, and in its panel.
-RESNEXT_INLINE int64_t wgrad_steps(const WeightGradient& g) {
-  return g.pairs ? ceil_div(g.grad.width, 2) : g.grad.width;
-}
+// Columns of an x row in memory, with its zeros, and floats of its panel.
 RESNEXT_INLINE int64_t wgrad_row_columns(const WeightGradient& g) { return g.x.width + 2; }
-
 RESNEXT_INLINE int64_t wgrad_panel_size(const WeightGradient& g) {
-  return (g.pairs ? wgrad_pair_columns(g) * (wgrad_steps(g) - 1) + 3 : wgrad_row_columns(g)) * x_lanes(g);
+  return (g.pairs ? wgrad_pair_columns(g) * (steps_of(g) - 1) + 3 : wgrad_row_columns(g)) * x_lanes(g);
 }
 
 RESNEXT_INLINE int64_t wgrad_ring_rows(const WeightGradient& g) { return (g.rows_at_once - 1) * g.stride_h + 3; }
@@ -165,7 +162,7 @@ RESNEXT_INLINE int64_t wgrad_ring_size(const WeightGradient& g) {
 }
 
 RESNEXT_INLINE int64_t wgrad_grad_size(const WeightGradient& g) {
-  return g.rows_at_once * wgrad_steps(g) * grad_lanes(g);
+  return g.rows_at_once * steps_of(g) * grad_lanes(g);
 }
 
 // Floats of an x and a grad row before their pixels become pairs.
@@ -192,7 +189,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p * g.stride_h + r - 1;
       if (row < 0 || row >= g.x.height) continue;
-      rows[count++] = {grad + (p - begin) * wgrad_steps(g) * grad_lanes(g),
+      rows[count++] = {grad + (p - begin) * steps_of(g) * grad_lanes(g),
                        ring + row % wgrad_ring_rows(g) * g.block * wgrad_panel_size(g)};
     }
     if (count == 0) continue;
@@ -200,7 +197,7 @@ void wgrad_add_rows(const WeightGradient& g, WgradKernel kernel, int64_t begin, 
       for (int64_t o = 0; o < blocks; ++o) {
         WgradRow block_rows[kMostRowsAtOnce];
         for (int i = 0; i < count; ++i) block_rows[i] = {rows[i].grad + o * kMaxGradBlock, rows[i].x + v * kLanes};
-        kernel({block_rows, count, grad_lanes(g), x_lanes(g), wgrad_steps(g),
+        kernel({block_rows, count, grad_lanes(g), x_lanes(g), steps_of(g),
                 slice + ((v * blocks + o) * 3 + r) * row_size});
       }
     }
@@ -317,7 +314,7 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
             const int64_t size = wgrad_pair_columns(g) * x_lanes(g);
             pair_pieces(unpaired_x, width, g.stride_w * x_lanes(g), size, panel);
             if (wgrad_pair_columns(g) == 2) {  // and the last tap of the last
-              pair_pieces(unpaired_x + width * x_lanes(g), 2, x_lanes(g), x_lanes(g), panel + wgrad_steps(g) * size);
+              pair_pieces(unpaired_x + width * x_lanes(g), 2, x_lanes(g), x_lanes(g), panel + steps_of(g) * size);
             }
           }
         }
@@ -325,7 +322,7 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
       for (int64_t i = 0; i < count; ++i) {
         const WgradUnit unit = wgrad_unit(g, first_unit + i);
         for (int64_t row = p; row < p_end; ++row) {
-          float* panel = grad + (row - p) * wgrad_steps(g) * grad_lanes(g);
+          float* panel = grad + (row - p) * steps_of(g) * grad_lanes(g);
           read_row(g.grad, g.read_grad, n, row, unit.bundle * layout.dst_channels + unit.grad_c, unit.grad_channels,
                    grad_lanes(g), grad_order, g.pairs ? unpaired_grad : panel);
           if (g.pairs) pair_pieces(unpaired_grad, g.grad.width, grad_lanes(g), grad_lanes(g), panel);

@@ -168,17 +168,10 @@ const float* packed_tile_data(const OptionalTensor& packed, int64_t in_channels,
 
 void pack_winograd(const Tensor& weight, const Tensor& packed) {
   constexpr const char* kOp = "pack_winograd";
-  const Checks check(kOp);
-  check.dtype(weight, "weight");
-  const Sizes4 sizes = check.sizes4(weight, "weight", "(C_out, C_in, 3, 3)");
-  check.sizes(weight, "weight", {sizes[0], sizes[1], 3, 3});
-  check.weight_like(weight, "weight", weight, "weight");
-  const Dtype dtype = dtype_of(weight);
-  float* data = const_cast<float*>(packed_tile_data(packed, sizes[1], sizes[0], kOp));
+  const Filters filters = filters_to_pack(weight, kOp);
+  float* data = const_cast<float*>(packed_tile_data(packed, weight.size(1), weight.size(0), kOp));
   const Kernels& kernels = active_kernels();
-  const Filters filters = {weight.data_ptr(), filter_strides(weight), nullptr, dtype, dtype, /*transposed=*/false,
-                           /*mirrored=*/false};
-  pack(kernels, kernels.make_tile_layout(1, sizes[1], sizes[0]), filters, {data, nullptr});
+  pack(kernels, kernels.make_tile_layout(1, weight.size(1), weight.size(0)), filters, {data, nullptr});
 }
 
 }  // namespace resnext::cpu
