@@ -91,6 +91,97 @@ inline void check_affine_add_relu_bwd(const Tensor& dout, const OptionalTensor& 
   check.given_with(dresidual_scale, "dresidual_scale", dscale.has_value(), "dscale");
 }
 
+// Of channel attention: an affine that may be absent, and something of each channel of each image.
+inline void check_affine_if_given(const Checks& check, const OptionalTensor& center, const OptionalTensor& scale,
+                                  const OptionalTensor& shift, const Tensor& z) {
+  check.vector(center, "center", z.size(1), z, "z");
+  check.vector(scale, "scale", z.size(1), z, "z");
+  check.vector(shift, "shift", z.size(1), z, "z");
+  const bool mapped = check.together({&scale, &shift}, "scale and shift");
+  check.given_with(center, "center", mapped, "scale");
+}
+
+inline void check_of_images(const Checks& check, const OptionalTensor& tensor, const char* name, const Tensor& z) {
+  if (!tensor.has_value()) return;
+  check.sizes(*tensor, name, {z.size(0), z.size(1), 1, 1});
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, check.op(), ": expected ", name,
+                  " of dtype Float, got ", toString(tensor->scalar_type()), "; cast it");
+  check.same_device(*tensor, name, z, "z");
+  check.dense(*tensor, name, /*channels_last=*/false);
+}
+
+inline void check_affine_mean(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                              const OptionalTensor& shift, const Tensor& mean, bool channels_last) {
+  const Checks check("affine_mean");
+  check_z(check, z, channels_last);
+  check_affine_if_given(check, center, scale, shift, z);
+  check_of_images(check, mean, "mean", z);
+}
+
+inline void check_affine_gate(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                              const OptionalTensor& shift, const Tensor& gate, const OptionalTensor& residual,
+                              const OptionalTensor& residual_center, const OptionalTensor& residual_scale,
+                              const OptionalTensor& residual_shift, const Tensor& out, bool channels_last) {
+  const Checks check("affine_gate");
+  const Sizes4 sizes = check_z(check, z, channels_last);
+  check_affine_if_given(check, center, scale, shift, z);
+  check_of_images(check, gate, "gate", z);
+  check_image_if_given(check, residual, "residual", z, channels_last);
+  check.vector(residual_center, "residual_center", sizes[1], z, "z");
+  check.vector(residual_scale, "residual_scale", sizes[1], z, "z");
+  check.vector(residual_shift, "residual_shift", sizes[1], z, "z");
+  const bool mapped = check.together({&residual_scale, &residual_shift}, "residual_scale and residual_shift");
+  check.given_with(residual_center, "residual_center", mapped, "residual_scale");
+  check.given_with(residual_scale, "residual_scale", residual.has_value(), "residual");
+  check.image(out, "output", sizes, z, "z", channels_last);
+}
+
+inline void check_affine_gate_bwd(const Tensor& dout, const OptionalTensor& out, const Tensor& z,
+                                  const OptionalTensor& center, const OptionalTensor& scale,
+                                  const OptionalTensor& shift, const OptionalTensor& residual,
+                                  const OptionalTensor& residual_center, const OptionalTensor& residual_scale,
+                                  const Tensor& dgate, const OptionalTensor& dresidual,
+                                  const OptionalTensor& dresidual_scale, const OptionalTensor& dresidual_shift,
+                                  bool channels_last) {
+  const Checks check("affine_gate_bwd");
+  const Sizes4 sizes = check_z(check, z, channels_last);
+  check_affine_if_given(check, center, scale, shift, z);
+  check.image(dout, "dout", sizes, z, "z", channels_last);
+  check_image_if_given(check, out, "out", z, channels_last);
+  check_image_if_given(check, residual, "residual", z, channels_last);
+  check_image_if_given(check, dresidual, "dresidual", z, channels_last);
+  check_of_images(check, dgate, "dgate", z);
+  check.vector(residual_center, "residual_center", sizes[1], z, "z");
+  check.vector(residual_scale, "residual_scale", sizes[1], z, "z");
+  check.vector(dresidual_scale, "dresidual_scale", sizes[1], z, "z");
+  check.vector(dresidual_shift, "dresidual_shift", sizes[1], z, "z");
+  const bool mapped = check.together({&residual, &residual_scale}, "residual and residual_scale");
+  check.given_with(residual_center, "residual_center", mapped, "residual_scale");
+  check.given_with(dresidual, "dresidual", out.has_value(), "out");
+  check.given_with(residual, "residual", out.has_value(), "out");
+  check.together({&dresidual_scale, &dresidual_shift}, "dresidual_scale and dresidual_shift");
+  check.given_with(dresidual_scale, "dresidual_scale", mapped, "residual_scale");
+}
+
+inline void check_gated_affine_bwd(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                                   const OptionalTensor& shift, const OptionalTensor& dout, const OptionalTensor& out,
+                                   const OptionalTensor& gate, const OptionalTensor& added, const Tensor& dz,
+                                   const OptionalTensor& dscale, const OptionalTensor& dshift, bool channels_last) {
+  const Checks check("gated_affine_bwd");
+  const Sizes4 sizes = check_z(check, z, channels_last);
+  check_affine_if_given(check, center, scale, shift, z);
+  check_image_if_given(check, dout, "dout", z, channels_last);
+  check_image_if_given(check, out, "out", z, channels_last);
+  check_of_images(check, gate, "gate", z);
+  check_of_images(check, added, "added", z);
+  check.image(dz, "dz", sizes, z, "z", channels_last);
+  check.vector(dscale, "dscale", sizes[1], z, "z");
+  check.vector(dshift, "dshift", sizes[1], z, "z");
+  const bool gated = check.together({&dout, &gate}, "dout and gate");
+  check.given_with(out, "out", gated, "dout");
+  check.together({&dscale, &dshift}, "dscale and dshift");
+}
+
 // The pool's output is ((H - 1) / 2 + 1, (W - 1) / 2 + 1), as a 3x3 window of stride 2 and padding 1 leaves it.
 inline Sizes4 pooled_sizes(const Sizes4& sizes) {
   return {sizes[0], sizes[1], (sizes[2] - 1) / 2 + 1, (sizes[3] - 1) / 2 + 1};

@@ -53,7 +53,24 @@ struct Operators {
                                    const OptionalTensor& dz, const OptionalTensor& dscale, const OptionalTensor& dshift,
                                    bool channels_last);
 
-  // On the CPU only.
+  // On the CPU only. Channel attention: what is called gate, dgate, mean or added is (N, C, 1, 1) in float32.
+  void (*affine_mean)(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                      const OptionalTensor& shift, bool relu, const Tensor& mean, bool channels_last);
+  void (*affine_gate)(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                      const OptionalTensor& shift, bool relu, const Tensor& gate, const OptionalTensor& residual,
+                      const OptionalTensor& residual_center, const OptionalTensor& residual_scale,
+                      const OptionalTensor& residual_shift, const Tensor& out, bool channels_last);
+  void (*affine_gate_bwd)(const Tensor& dout, const OptionalTensor& out, const Tensor& z, const OptionalTensor& center,
+                          const OptionalTensor& scale, const OptionalTensor& shift, bool relu,
+                          const OptionalTensor& residual, const OptionalTensor& residual_center,
+                          const OptionalTensor& residual_scale, const Tensor& dgate, const OptionalTensor& dresidual,
+                          const OptionalTensor& dresidual_scale, const OptionalTensor& dresidual_shift,
+                          bool channels_last);
+  void (*gated_affine_bwd)(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                           const OptionalTensor& shift, bool relu, const OptionalTensor& dout,
+                           const OptionalTensor& out, const OptionalTensor& gate, const OptionalTensor& added,
+                           const Tensor& dz, const OptionalTensor& dscale, const OptionalTensor& dshift,
+                           bool channels_last);
   void (*laid_out)(const Tensor& x, const Tensor& out, bool channels_last);
   void (*bn_affine)(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
                     const Tensor& scale, const Tensor& shift, double eps);

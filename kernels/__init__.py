@@ -11,7 +11,10 @@ if __name__ != "resnext.kernels":
     )
 
 from . import flops  # noqa: F401  registers what FLOP counters count
-from .block import AddRelu, BlockStep, Conv, ConvNorm, MaxPool, run_block
+from .attention import affine_gate, affine_mean, excite
+from .attention_steps import Excite, Gate, Mean
+from .block import BlockStep, run_block
+from .block_steps import AddRelu, Conv, ConvNorm, MaxPool
 from .config import Running
 from .dispatch import BackendError, use_backend
 from .fused import (
@@ -36,14 +39,20 @@ __all__ = [
     "BlockStep",
     "Conv",
     "ConvNorm",
+    "Excite",
+    "Gate",
     "MaxPool",
+    "Mean",
     "Running",
     "affine_add_relu",
+    "affine_gate",
+    "affine_mean",
     "affine_relu_max_pool",
     "bn_affine",
     "conv_affine",
     "conv_norm",
     "conv_stats",
+    "excite",
     "explain",
     "gains_in_channels_last",
     "grouped_conv2d",

@@ -167,6 +167,7 @@ def _launchers(forced: str | None, tf32: bool, *problem) -> ModuleType:
 
 _ELEMENTWISE = {"triton": "batch_norm", "cuda": "extension", "cpu": "extension", "torch": "reference"}
 _POOLING = _ELEMENTWISE | {"triton": "max_pool"}
+_ATTENTION = _ELEMENTWISE | {"triton": "reference", "cuda": "reference", "cpu": "extension_attention"}
 # Vectors of a few thousand numbers: what counts is how many kernels a GPU has to start.
 _VECTORS = {"triton": "batch_norm", "cuda": "reference", "cpu": "extension", "torch": "reference"}
 
@@ -183,6 +184,11 @@ def elementwise(dtype: torch.dtype, device: torch.device) -> ModuleType:
 def pooling(dtype: torch.dtype, device: torch.device) -> ModuleType:
     """The module of ``affine_relu_max_pool`` and its backward; as `elementwise`."""
     return _module(_POOLING[_backend_for(forced_backend(), dtype, device)])
+
+
+def attention(dtype: torch.dtype, device: torch.device) -> ModuleType:
+    """The module of ``affine_mean``, ``affine_gate`` and their backward; as `elementwise`."""
+    return _module(_ATTENTION[_backend_for(forced_backend(), dtype, device)])
 
 
 def vectors(dtype: torch.dtype, device: torch.device) -> ModuleType:

@@ -352,7 +352,7 @@ def affine_add_relu_bwd(
     made = _C.affine_add_relu_bwd(
         dout, out, z, *affine, residual, residual_center, residual_scale, *sizes, channels_last
     )
-    return _placed(made, sizes)
+    return placed(made, sizes)
 
 
 def affine_relu_max_pool(z: Tensor, affine: Affine, channels_last: bool, taps: bool) -> tuple[Tensor, Tensor | None]:
@@ -369,7 +369,7 @@ def affine_relu_max_pool_bwd(
     """Gradients of z, scale and shift; ``wanted``: z, the vectors."""
     vector = z.shape[1] if wanted[1] else None
     sizes = (z.shape if wanted[0] else None, vector, vector)
-    return _placed(_C.affine_relu_max_pool_bwd(dout, taps, z, *affine, *sizes, channels_last), sizes)
+    return placed(_C.affine_relu_max_pool_bwd(dout, taps, z, *affine, *sizes, channels_last), sizes)
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
@@ -382,7 +382,7 @@ def _output_size(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[in
     return batch, weight.shape[0], (height - 1) // stride[0] + 1, (width - 1) // stride[1] + 1
 
 
-def _placed(made: Any, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+def placed(made: Any, sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     """What was made of some sizes, in their order, and None where there was none."""
     results = iter(made if isinstance(made, tuple) else (made,))
     return tuple(None if size is None else next(results) for size in sizes)

@@ -142,6 +142,79 @@ def affine_add_relu_bwd(
     return dz, dresidual, dscale, dshift, dresidual_scale
 
 
+def affine_mean(z: Tensor, affine: Affine | None, relu: bool, channels_last: bool) -> Tensor:
+    """Mean (N, C, 1, 1) of each image's channels of act(affine(z)); act is ReLU or nothing, no affine the identity."""
+    return _activated(z, affine, relu).mean((2, 3), keepdim=True)
+
+
+def affine_gate(
+    z: Tensor,
+    affine: Affine | None,
+    relu: bool,
+    gate: Tensor,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    channels_last: bool,
+) -> Tensor:
+    """Compute gate * act(affine(z)), with a residual relu(that + residual); ``gate``: (N, C, 1, 1)."""
+    out = gate * _activated(z, affine, relu)
+    if residual is not None:
+        out = torch.relu(out + (_wide(residual) if residual_affine is None else _apply(residual_affine, residual)))
+    return _stored(out, z, channels_last)
+
+
+def affine_gate_bwd(
+    dout: Tensor,
+    out: Tensor | None,
+    z: Tensor,
+    affine: Affine | None,
+    relu: bool,
+    residual: Tensor | None,
+    residual_affine: Affine | None,
+    channels_last: bool,
+    wants_residual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the gate, the residual, and its scale and shift; of the rest: `gated_affine_bwd`.
+
+    ``out``: there with a residual. ``residual`` is there only with an affine of its own.
+    """
+    t = _passed(dout, out)
+    dgate = (t * _activated(z, affine, relu)).sum((2, 3), keepdim=True)
+    dresidual = dscale = dshift = None
+    if wants_residual:
+        dresidual = _stored(t if residual_affine is None else t * _per_channel(residual_affine[1]), z, channels_last)
+    if residual is not None and residual_affine is not None:
+        dshift = t.sum(_ALL_BUT_CHANNELS)
+        dscale = (t * _centered(residual, residual_affine[0])).sum(_ALL_BUT_CHANNELS)
+    return dgate, dresidual, dscale, dshift
+
+
+def gated_affine_bwd(
+    z: Tensor,
+    affine: Affine | None,
+    relu: bool,
+    dout: Tensor | None,
+    out: Tensor | None,
+    gate: Tensor | None,
+    added: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of z, scale and shift, where that of act(affine(z)) is gate * dout + added.
+
+    ``dout`` and ``gate``: of `affine_gate`, whose result is ``out`` with a residual, or None; ``added``: (N, C, 1, 1),
+    a pixel's share of a mean's gradient, or None.
+    """
+    t = torch.zeros_like(_wide(z)) if dout is None or gate is None else gate * _passed(dout, out)
+    if added is not None:
+        t = t + added
+    if relu:
+        t = t.masked_fill((_wide(z) if affine is None else _apply(affine, z)).to(z.dtype) <= 0, 0)
+    if affine is None:
+        return _stored(t, z, channels_last), None, None
+    dscale = (t * _centered(z, affine[0])).sum(_ALL_BUT_CHANNELS)
+    return _stored(t * _per_channel(affine[1]), z, channels_last), dscale, t.sum(_ALL_BUT_CHANNELS)
+
+
 def bn_affine(
     mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -211,6 +284,16 @@ def _centered(v: Tensor, center: Tensor | None) -> Tensor:
 def _apply(affine: Affine, v: Tensor) -> Tensor:
     center, scale, shift = affine
     return _per_channel(scale) * _centered(v, center) + _per_channel(shift)
+
+
+def _activated(z: Tensor, affine: Affine | None, relu: bool) -> Tensor:
+    value = _wide(z) if affine is None else _apply(affine, z)
+    return torch.relu(value) if relu else value
+
+
+def _passed(dout: Tensor, out: Tensor | None) -> Tensor:
+    """What ReLU lets through of the gradient of its result."""
+    return _wide(dout) if out is None else _wide(dout).masked_fill(out <= 0, 0)
 
 
 def _affine_sum(z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None) -> Tensor:

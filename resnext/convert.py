@@ -24,7 +24,8 @@ from resnext import batch_norm, fusion
 from resnext.graph import RecordError, record, tensor_arguments
 from resnext.kernels import grouped_conv2d, use_backend
 from resnext.layers import GroupedConv2d, is_layer, original_class
-from resnext.plan import Plan, plan
+from resnext.plan import plan, pools_its_input
+from resnext.steps import Plan
 
 
 class Fused(NamedTuple):
@@ -332,7 +333,11 @@ def _plans(module: nn.Module) -> tuple[Plans, str]:
     """The plans of a module; or why there is none, if one might be expected."""
     plans = Plans()
     reason = "it has a forward of its own" if "forward" in module.__dict__ else ""
+    attentions = _attentions(module)
     for tensors in () if reason else tensor_arguments(module):
+        if attentions and (made := _attended_plan(module, tensors, attentions)) is not None:
+            plans[tensors] = made
+            continue
         try:
             made = plan(module, record(module, tensors, _is_leaf, _is_chain))
         except RecordError as error:
@@ -341,6 +346,32 @@ def _plans(module: nn.Module) -> tuple[Plans, str]:
             if made is not None:
                 plans[tensors] = made
     return plans, "" if plans or not _looks_like_block(module) else reason or _why_nothing_to_fuse(module)
+
+
+def _attentions(module: nn.Module) -> set[nn.Module]:
+    """Modules that `_is_leaf` takes for one step, which pool what they are given: they, and what is in them."""
+    found: set[nn.Module] = set()
+    for each in module.modules():
+        if each is module or each in found or fusion.why_not_quiet("it", each) or _is_layer(each):
+            continue
+        if _is_leaf(each) and not isinstance(each, FusedModule) and pools_its_input(each):
+            found.update(each.modules())
+    return found
+
+
+def _attended_plan(module: nn.Module, tensors: int, attentions: set[nn.Module]) -> Plan | None:
+    """A plan with what is in attentions as steps of its own, if that fuses one; else None."""
+
+    def is_leaf(each: nn.Module) -> bool:
+        if each in attentions:
+            return _is_layer(each) or fusion.why_not_quiet("it", each) is not None
+        return _is_leaf(each)
+
+    try:
+        made = plan(module, record(module, tensors, is_leaf, _is_chain))
+    except RecordError:
+        return None
+    return made if made is not None and made.attends else None
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -23,17 +23,21 @@ from resnext.batch_norm import BatchNorm, Statistics
 from resnext.graph import Ref, Shell, Watched, changed_attribute, replaced
 from resnext.kernels import (
     affine_add_relu,
+    affine_gate,
+    affine_mean,
     affine_relu_max_pool,
     conv_affine,
     conv_norm,
     conv_stats,
+    excite,
     keep_packed,
     laid_out,
     prefers_channels_last,
     why_not_conv_stats,
 )
 from resnext.layers import child, held, is_plain_conv, original_class
-from resnext.plan import Activation, BlockEnd, Call, ConvAffine, ConvStats, Plan, Pool, is_stem_pool
+from resnext.plan import excites, is_stem_pool, pools_to_one
+from resnext.steps import Activation, BlockEnd, Call, ConvAffine, ConvStats, Excite, Gate, Mean, Plan, Pool
 
 Affine = tuple[Tensor, Tensor, Tensor]
 
@@ -83,9 +87,12 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
             bn, child(unit, bn), conv, child(unit, conv), x
         ):
             return reason
-    for conv in plan.convs:
+    for conv in (*plan.convs, *plan.excites):
         if reason := _why_not_conv(conv, child(unit, conv), x):
             return reason
+    for name in plan.excites:
+        if not excites(child(unit, name)):
+            return f"{name} is {child(unit, name)}, not a dense 1x1 convolution without stride"
     for name, flag in plan.flags:
         if (module := child(unit, name)) is not None and module.__dict__.get("inplace") != flag:
             return f"{name}.inplace is not what it was when it was converted"
@@ -140,6 +147,8 @@ def _why_not_role(name: str, module: nn.Module | None, kind: type[nn.Module]) ->
         return f"{name} is {type(module).__name__}, not {kind.__name__}"
     if isinstance(module, nn.MaxPool2d) and not is_stem_pool(module):
         return f"{name} is {module}, not a 3x3 pooling with stride 2 and padding 1"
+    if isinstance(module, nn.AdaptiveAvgPool2d) and not pools_to_one(module):
+        return f"{name} is {module}, not a pooling to one pixel"
     return why_not_quiet(name, module)  # type: ignore[arg-type]
 
 
@@ -279,6 +288,13 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
             values[step.out] = _affine_add_relu(values[step.z], values[step.affine], None, None)
         elif isinstance(step, Pool):
             values[step.out] = _affine_relu_max_pool(values[step.z], values[step.affine])
+        elif isinstance(step, Mean):
+            values[step.out] = _mean(values[step.z], values[step.affine], step)
+        elif isinstance(step, Excite):
+            values[step.out] = _excite(child(unit, step.conv), folded.get((step.conv, "")), values[step.x], step)
+        elif isinstance(step, Gate):
+            operands = values[step.gate], values[step.residual], values[step.residual_affine]
+            values[step.out] = _gate(values[step.z], values[step.affine], *operands, step)
         else:
             values[step.out] = _call(unit, step, values, turned)
         for slot in free:
@@ -426,6 +442,37 @@ def _affine_relu_max_pool(z: Tensor, affine: Any) -> Tensor:
     return affine_relu_max_pool(z, affine) if z.shape[0] else affine_relu_max_pool(_or_blank(z), affine)[:0]
 
 
+def _mean(z: Tensor, affine: Affine | None, step: Mean) -> Tensor:
+    if z.shape[0]:
+        mean = affine_mean(z, affine, step.relu).to(z.dtype)
+        return mean if step.keeps_dims else mean.flatten(1)
+    return _activated(z, affine, step.relu).mean((2, 3), keepdim=step.keeps_dims)
+
+
+def _gate(
+    z: Tensor, affine: Affine | None, gate: Any, residual: Tensor | None, residual_affine: Affine | None, step: Gate
+) -> Tensor:
+    if gate.shape == z.shape and gate.stride()[2:] == (0, 0):  # expanded
+        gate = gate[:, :, :1, :1]
+    fits = gate.shape == (*z.shape[:2], 1, 1) and gate.dtype == z.dtype and z.shape[0] > 0
+    if fits and (residual is None or _is_like(residual, z.shape, z.dtype, step.in_place)):
+        return affine_gate(z, gate, affine, step.relu, residual, residual_affine)
+    gated = _activated(z, affine, step.relu) * gate
+    return gated if residual is None else torch.relu(gated + _normalised(residual, residual_affine))
+
+
+def _activated(z: Tensor, affine: Affine | None, relu: bool) -> Tensor:
+    value = _normalised(z, affine)
+    return torch.relu(value) if relu else value
+
+
+def _excite(conv: nn.Conv2d, folded: Folded | None, x: Tensor, step: Excite) -> Tensor:
+    if folded is None:
+        return excite(x, conv.weight, conv.bias, step.activation)
+    y = conv_affine(x, *folded, None, step.activation == "relu")
+    return torch.sigmoid(y) if step.activation == "sigmoid" else y
+
+
 def _or_blank(x: Tensor) -> Tensor:
     """``x``, or one blank image for a batch of none: other processes may wait for this one's part in the statistics.
 
@@ -442,7 +489,7 @@ class Folded(NamedTuple):
 
     weight: Tensor
     scale: Tensor | None
-    shift: Tensor
+    shift: Tensor | None
 
 
 class _Kept(NamedTuple):
@@ -490,7 +537,7 @@ def _infers(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(tensor.requires_grad for tensor in (*arguments, *_tensors(unit, plan.pairs)))
+    return not any(tensor.requires_grad for tensor in (*arguments, *_tensors(unit, (*plan.pairs, *plan.folds))))
 
 
 def _passes_on(shell: Shell, module: nn.Module | None) -> bool:
@@ -518,7 +565,7 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
     )
     if passing:
         return {pair: _fold(unit, pair, x, keeps=False) for pair in pairs}
-    state = [child(unit, bn).eps for _, bn in pairs]
+    state = [child(unit, bn).eps for _, bn in pairs if bn]
     state += (x.is_contiguous(memory_format=torch.channels_last), torch.is_autocast_enabled(x.device.type))
     for tensor in tensors:
         state += (tensor.data_ptr(), tensor._version)
@@ -542,11 +589,19 @@ def _folded(unit: nn.Module, pairs: Sequence[tuple[str, str]], x: Tensor) -> dic
 def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Folded:
     """Fold for inputs like ``x``; ``keeps``: for many calls, so that weights are worth some work.
 
+    A convolution without a norm, whose name is "" then, is folded with its bias alone.
+
     The scale goes into the weight where a library's convolution adds a shift but does not scale. In float32 that rounds
     no more coarsely than the sums do.
     """
-    conv, bn = child(unit, pair[0]), child(unit, pair[1])
+    conv = child(unit, pair[0])
     weight, bias = conv.weight, conv.bias
+    if not pair[1]:
+        if keeps and weight.device.type == "cpu":
+            weight = weight.detach()
+            keep_packed(weight, x)
+        return Folded(weight, None, None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32)))
+    bn = child(unit, pair[1])
     mean, scale, shift = batch_norm.affine(bn, None, x.dtype)
     shift = shift - scale * (mean if bias is None else mean - bias)
     if keeps and weight.device.type == "cpu":
@@ -564,7 +619,10 @@ def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Fol
 def _tensors(unit: nn.Module, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
     tensors = []
     for conv_name, bn_name in pairs:
-        conv, bn = child(unit, conv_name), child(unit, bn_name)
+        conv = child(unit, conv_name)
         tensors += [held(conv, name) for name in ("weight", "bias")]
+        if not bn_name:
+            continue
+        bn = child(unit, bn_name)
         tensors += [held(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
     return [tensor for tensor in tensors if tensor is not None]

@@ -1,15 +1,17 @@
 """From what a module computes (`resnext.graph`) to steps of fused operators: one list for training, one for inference.
 
 Training: a batch norm behind a convolution stays three vectors (`resnext.kernels.conv_stats`), which the next
-convolution applies as it reads, together with the ReLU between them, or the end of the block, or the stem's pooling.
-Inference: batch norm, residual sum and ReLU are applied by the convolution (`resnext.kernels.conv_affine`). Whatever is
-neither is called as it was recorded: squeeze-and-excitation, blur pooling, stochastic depth, and so on.
+convolution applies as it reads, together with the ReLU between them, or the end of the block, the stem's pooling, a
+channel attention. Inference: batch norm, residual sum and ReLU are applied by the convolution
+(`resnext.kernels.conv_affine`). Whatever is neither is called as it was recorded: blur pooling, stochastic depth, other
+attentions, and so on.
 """
 
 from __future__ import annotations
 
+import builtins
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +23,32 @@ from resnext import batch_norm
 from resnext.graph import Node, RecordError, Recording, Ref, Shell, Watched, passes_on, record, replaced
 from resnext.kernels import gains_in_channels_last, why_not_conv_stats
 from resnext.layers import is_layer, is_plain_conv, original_class
+from resnext.steps import (
+    NONE,
+    Activation,
+    BlockEnd,
+    Call,
+    ConvAffine,
+    ConvStats,
+    Excite,
+    Gate,
+    Mean,
+    Plan,
+    Pool,
+    Program,
+    Segment,
+    Step,
+    every_conv,
+    reads,
+    reads_affines,
+    writes,
+)
 
 _RELUS = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True, "relu": False, "relu_": True}
 _SUMS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_MEANS = (torch.mean, "mean")
+_SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", torch.sigmoid_, "sigmoid_")
 _IN_PLACE = (operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
 # Modules that pass their input on in evaluation.
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -34,160 +59,6 @@ _OF_LAYOUT = frozenset(
     + ("untyped_storage", "storage_offset", "resize_", "resize_as_", "set_")
 )
 _HOMES = frozenset(("torch", "_operator", "math", "builtins", "resnext"))
-
-NONE = -1
-"""The slot of a value that is not there."""
-
-
-@dataclass(frozen=True)
-class ConvStats:
-    """Convolve ``x``, or relu(prologue(x)); with the affine of the norm behind it if there is one."""
-
-    conv: str
-    norm: str
-    x: int
-    prologue: int
-    out: int
-    affine: int
-
-
-@dataclass(frozen=True)
-class BlockEnd:
-    """`ConvStats`, and relu(its affine of its result + residual), or + residual_affine(residual).
-
-    ``in_place``: whether the sum has the branch's dtype whatever the residual's is.
-    """
-
-    conv: str
-    norm: str
-    x: int
-    prologue: int
-    residual: int
-    residual_affine: int
-    in_place: bool
-    out: int
-
-
-@dataclass(frozen=True)
-class Activation:
-    """relu(affine(z)), for those who cannot apply it as they read."""
-
-    z: int
-    affine: int
-    out: int
-
-
-@dataclass(frozen=True)
-class Pool:
-    """3x3 max pooling, stride 2, of relu(affine(z)): the end of a stem."""
-
-    z: int
-    affine: int
-    out: int
-
-
-@dataclass(frozen=True)
-class ConvAffine:
-    """A convolution with its batch norm folded, residual and ReLU; ``in_place`` as in `BlockEnd`."""
-
-    pair: tuple[str, str]
-    x: int
-    residual: int
-    in_place: bool
-    relu: bool
-    out: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """A node as it was recorded.
-
-    ``kind``: of a module, its class before it was converted; what takes its place may do something else.
-    ``sees_layout``: what it does may depend on the layout of the tensors it is given.
-    """
-
-    node: Node
-    out: int
-    kind: type[nn.Module] | None
-    sees_layout: bool
-
-
-Step = ConvStats | BlockEnd | Activation | Pool | ConvAffine | Call
-
-
-@dataclass(frozen=True)
-class Program:
-    """Steps in order, each with the slots that are not needed after it, and what to return, with `Ref` for values."""
-
-    steps: tuple[tuple[Step, tuple[int, ...]], ...]
-    output: Any
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Fused steps in a row whose last result is the only value of theirs that others need.
-
-    Such are all steps of a residual block, a network's stem, what is before and after an attention in a block.
-
-    Attributes:
-        steps: The steps, without those that are called as they were recorded.
-        reads: The slots of what they are given: tensors.
-    """
-
-    steps: tuple[Step, ...]
-    reads: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run a module fused.
-
-    Attributes:
-        kind: "block" if there is a residual sum in it, else "chain".
-        slots: Number of slots for values; the first ones are the arguments.
-        train: Steps that are right in every mode.
-        infer: Steps for evaluation without gradients.
-        pairs: Names of the convolutions and the norms behind them that the steps stand for.
-        folds: Those of them that ``infer`` runs with the norm folded into the convolution.
-        convs: Names of further convolutions, without a norm.
-        entries: Names of those convolutions that are given the first argument.
-        roles: Names of further modules that the steps stand for, with their classes.
-        dropouts: The modules that ``infer`` leaves out, which pass their input on in evaluation.
-        shells: The modules whose forwards the steps replace.
-        watched: Further modules of whose attributes the steps depend.
-        aliases: Pairs of names of one module.
-        in_channels_last: How many of the convolutions `gains_in_channels_last`.
-        writes: Whether a node that is called as it was recorded writes into memory that it is given.
-        flags: Names of the modules that are called, with their ``inplace``.
-        segments: The segments of ``train``, by the number of their first step.
-    """
-
-    kind: str
-    slots: int
-    train: Program
-    infer: Program
-    pairs: tuple[tuple[str, str], ...]
-    folds: tuple[tuple[str, str], ...]
-    convs: tuple[str, ...]
-    entries: tuple[str, ...]
-    roles: tuple[tuple[str, type[nn.Module]], ...]
-    dropouts: tuple[Shell, ...]
-    shells: tuple[Shell, ...]
-    watched: tuple[Watched, ...]
-    aliases: tuple[tuple[str, str], ...]
-    in_channels_last: int
-    writes: bool
-    flags: tuple[tuple[str, Any], ...]
-    segments: dict[int, Segment]
-
-    @property
-    def every_conv(self) -> tuple[str, ...]:
-        """Names of all convolutions that the steps stand for."""
-        return _every_conv(self.pairs, self.convs)
-
-
-def _every_conv(pairs: Iterable[tuple[str, str]], convs: Iterable[str]) -> tuple[str, ...]:
-    return (*(conv for conv, _ in pairs), *convs)
 
 
 def plan(root: nn.Module, recording: Recording) -> Plan | None:
@@ -209,13 +80,15 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         for step, _ in (*train_program.steps, *infer_program.steps)
         if isinstance(step, Call) and step.kind is not None
     }
+    ends = any(isinstance(step, BlockEnd) or (isinstance(step, Gate) and step.residual != NONE) for step in steps)
     return Plan(
-        kind="block" if any(isinstance(step, BlockEnd) for step in steps) else "chain",
+        kind="block" if ends else "chain",
         slots=len(train.ops),
         train=train_program,
         infer=infer_program,
         pairs=pairs,
-        folds=tuple(dict.fromkeys(step.pair for step, _ in infer_program.steps if isinstance(step, ConvAffine))),
+        folds=tuple(dict.fromkeys(pair for step, _ in infer_program.steps if (pair := _fold(step)) is not None)),
+        excites=tuple(step.conv for step in steps if isinstance(step, Excite)),
         convs=tuple(train.convs),
         entries=tuple(op.name for op in train.ops if op.role == "conv" and op.inputs == [0]),
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
@@ -223,11 +96,18 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         shells=recording.shells,
         watched=recording.watched,
         aliases=recording.aliases,
-        in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in _every_conv(pairs, train.convs)),
+        in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in every_conv(pairs, train.convs)),
         writes=train.writes(train_program) or infer.writes(infer_program),
         flags=tuple((name, root.get_submodule(name).__dict__.get("inplace")) for name in sorted(called)),
         segments=_segments(train_program),
     )
+
+
+def _fold(step: Step) -> tuple[str, str] | None:
+    """The convolution of a step for inference, and the norm that is folded into it; "" for none."""
+    if isinstance(step, ConvAffine):
+        return step.pair
+    return (step.conv, "") if isinstance(step, Excite) else None
 
 
 def _segments(program: Program) -> dict[int, Segment]:
@@ -245,22 +125,37 @@ def _segments(program: Program) -> dict[int, Segment]:
 def _segment(program: Program, start: int) -> Segment | None:
     steps = [step for step, _ in program.steps]
     needed = set(Node("output", "", (program.output,)).refs)
-    affines, writes, reads = {NONE}, set[int](), list[int]()
+    affines, made, given = {NONE}, set[int](), list[int]()
     for end, step in enumerate(steps[start:], start + 1):
-        if isinstance(step, Call | ConvAffine) or not affines.issuperset(_reads_affines(step)):
+        if isinstance(step, Call | ConvAffine) or not affines.issuperset(reads_affines(step)):
             break
-        reads += [slot for slot in _reads(step) if slot not in writes]
+        given += [slot for slot in reads(step) if slot not in made]
         if isinstance(step, ConvStats) and step.norm:
             affines.add(step.affine)
-        elif not writes & needed.union(*map(_reads, steps[end:])) and (end - start > 1 or isinstance(step, BlockEnd)):
-            return Segment(tuple(steps[start:end]), tuple(dict.fromkeys(reads)))
-        writes.update(_writes(step))
+        elif not made & needed.union(*map(reads, steps[end:])) and (end - start > 1 or isinstance(step, BlockEnd)):
+            return Segment(tuple(steps[start:end]), tuple(dict.fromkeys(given)))
+        made.update(writes(step))
     return None
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """A product of an activation and a gate: all by number of the op.
+
+    ``source``: the ReLU, or the norm without one, whose values these are; ``norm``: that norm.
+    """
+
+    source: int
+    norm: int
+    gate: int
+    means: tuple[int, ...]
 
 
 @dataclass
 class _Op:
     """A node and what it is to us: "input", "conv", "norm", "relu", "add", "pool", "dropout", or "" for the rest.
+
+    Of an attention: "mean" (over an image's pixels), "product", "sigmoid".
 
     A norm that is one module with the ReLU behind it becomes two of these, the first one with ``two_in_one``.
     """
@@ -295,10 +190,13 @@ class _Planner:
             for ref in op.inputs:
                 self.users[ref].append(index)
         # All by number of the op: of a relu, the norm before it; of a pooling, likewise; of the last op of a
-        # residual sum (a relu, or the sum itself), the norm that ends the branch and the shortcut.
+        # residual sum (a relu, or the sum itself), the norm or attention that ends the branch and the shortcut; of a
+        # product, the attention that it is; of what ends a layer of an excitation, its convolution and activation.
         self.activations: dict[int, int] = {}
         self.pools: dict[int, int] = {}
         self.ends: dict[int, tuple[int, int]] = {}
+        self.attentions: dict[int, _Attention] = {}
+        self.excites: dict[int, tuple[int, str]] = {}
         self._match()
 
     # --- what the nodes are ---
@@ -337,6 +235,14 @@ class _Planner:
         if node.target in _SUMS:
             two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
             return ("add" if two else ""), _SUMS[node.target]
+        if node.target in _PRODUCTS:
+            two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
+            return ("product" if two else ""), False
+        if len(refs) == 1 and node.args[:1] == (Ref(refs[0]),):
+            if _is_mean(node):
+                return "mean", False
+            if node.target in _SIGMOIDS and len(node.args) == 1 and not node.kwargs:
+                return "sigmoid", str(getattr(node.target, "__name__", node.target)).endswith("_")
         if node.target in _RELUS:
             flags = (*node.args[1:], *node.kwargs.values())
             return ("relu" if len(refs) == 1 and len(flags) < 2 else ""), _RELUS[node.target] or True in flags
@@ -348,7 +254,10 @@ class _Planner:
 
     def _match(self) -> None:
         for index, op in enumerate(self.ops):
-            if op.role == "relu":
+            if op.role == "product" and (attention := self._attention(index)) is not None:
+                self.attentions[index] = attention
+                self.excites.update(self._excitation(attention))
+            elif op.role == "relu":
                 (before,) = op.inputs
                 if self.users[before] != [index]:
                     continue
@@ -373,27 +282,99 @@ class _Planner:
     def _sum(self, add: int, end: int) -> tuple[int, int] | None:
         """The norm that ends a branch, and the other operand; None if the sum is not of a branch and a shortcut."""
         first, second = self.ops[add].inputs
-        norms = [each for each in (first, second) if self._is_pair(each) and self.users[each] == [add]]
-        if not norms:
+        ends = [each for each in (first, second) if self.users[each] == [add]]
+        norms = [each for each in ends if self._is_pair(each)]
+        # What ends in an attention is the branch; a sum without ReLU is not fused with it.
+        attended = [each for each in ends if each in self.attentions and self.ops[end].role == "relu"]
+        if not attended and not norms:
             return None
         # In place, the caller sees what becomes of an input, and a later node what becomes of a value.
         seen = self.ops[first].role == "input" or self.users[first] != [add]
-        if self.ops[add].in_place and first not in norms and seen:
+        if self.ops[add].in_place and first not in norms + attended and seen:
             return None
-        branch = max(norms)
-        if self._writes(self.ops[branch].inputs[0], end, but=add):
+        branch = max(attended or norms)
+        start = self.attentions[branch].norm if attended else branch
+        means = self.attentions[branch].means if attended else ()
+        if self._writes(self.ops[start].inputs[0], end, but=add, fresh=means):
             return None
         return branch, first if branch == second else second
 
-    def _writes(self, start: int, end: int, but: int = NONE) -> bool:
-        """Whether an op between two others may write into memory that one of them reads."""
-        fused = {but, *self.activations, *self.ends}
-        return any(op.in_place and index not in fused for index, op in enumerate(self.ops[start:end], start))
+    def _writes(self, start: int, end: int, but: int = NONE, fresh: Sequence[int] = ()) -> bool:
+        """Whether an op between two others may write into memory that one of them reads.
+
+        ``fresh``: ops that make memory of their own, which nothing made of it shares with what was there before.
+        """
+        fused = {but, *self.activations, *self.ends, *self.attentions}
+        own = self._made_of(fresh)
+        return any(
+            op.in_place and index not in fused and not own.issuperset(op.inputs[:1] or [index])
+            for index, op in enumerate(self.ops[start:end], start)
+        )
+
+    def _made_of(self, fresh: Sequence[int]) -> set[int]:
+        """Ops, and all that is made of nothing but them."""
+        found = {*fresh}
+        for index, op in enumerate(self.ops):
+            if op.inputs and found.issuperset(op.inputs):
+                found.add(index)
+        return found
+
+    def _attention(self, product: int) -> _Attention | None:
+        """What a product is of, if that is an activation, which nobody else needs, and a gate made of its means."""
+        first, second = self.ops[product].inputs
+        for source, gate in ((first, second), (second, first)):
+            norm = self.activations.get(source, source)
+            if not self._is_pair(norm) or (norm == source and self.ops[source].role != "norm"):
+                continue
+            means = tuple(user for user in self.users[source] if self.ops[user].role == "mean")
+            others = {*self.users[source]} - {product, *means}
+            if not all(self._asks_for_shape(user, source) for user in others):
+                continue
+            if max(means, default=product) >= product or not self._is_made_of(gate, means):
+                continue
+            if not self._writes(self.ops[norm].inputs[0], product, fresh=(*means, *others)):
+                return _Attention(source, norm, gate, means)
+        return None
+
+    def _is_made_of(self, value: int, others: Sequence[int]) -> bool:
+        return value in others or any(self._is_made_of(each, others) for each in self.ops[value].inputs)
+
+    def _asks_for_shape(self, user: int, value: int) -> bool:
+        """Whether an op wants to know nothing but the shape of a value that is among its arguments."""
+        node = self.ops[user].node
+        if node.kind == "method" and node.target == "expand_as":
+            return node.refs[1:] == [value] and node.refs[0] != value
+        if node.kind == "method":
+            return node.target in ("size", "dim") and node.refs == [value]
+        return node.target is builtins.getattr and node.args[1:] == ("shape",)
+
+    def _excitation(self, attention: _Attention) -> dict[int, tuple[int, str]]:
+        """The layers that make the gate of the only mean, if they are 1x1 convolutions, ReLU and sigmoid."""
+        found: dict[int, tuple[int, str]] = {}
+        index, activation, last = attention.gate, "", attention.gate
+        while index not in attention.means:
+            op = self.ops[index]
+            if len(self.users[index]) != 1:
+                return {}
+            if op.role in ("relu", "sigmoid") and not activation:
+                activation, last = op.role, index
+            elif op.role == "conv" and excites(self.root.get_submodule(op.name)):
+                found[last] = index, activation
+                activation, last = "", op.inputs[0]
+            else:
+                return {}
+            (index,) = op.inputs
+        return {} if activation or len(attention.means) > 1 or not self._keeps_dims(index) else found
+
+    def _keeps_dims(self, mean: int) -> bool:
+        node = self.ops[mean].node
+        return node.target not in _MEANS or bool(_mean_arguments(node).get("keepdim", False))
 
     def _is_lazy(self, norm: int) -> bool:
         """Whether nobody needs the values of a norm in training: its affine is applied where they are read."""
         ends = len(self.users[norm]) == 1 and any(norm in operands for operands in self.ends.values())
-        return ends or norm in self.activations.values()
+        attended = any(norm == attention.norm for attention in self.attentions.values())
+        return ends or attended or norm in self.activations.values()
 
     def _norm_of(self, conv: int) -> int:
         """The norm that comes with a convolution in training."""
@@ -415,6 +396,7 @@ class _Planner:
         groups += [[relu, *self.users[relu]] for relu in self.activations if self._is_read_lazily(relu)]
         groups += [[relu, *operands] for relu, operands in self.ends.items()]
         groups += [[pool, norm] for pool, norm in self.pools.items()]
+        groups += [[product, each.norm, *each.means] for product, each in self.attentions.items()]
         owners = [{self.ops[index].node.owner for index in group} for group in groups]
         return any(len(each) > 1 or each == {""} for each in owners)
 
@@ -424,7 +406,7 @@ class _Planner:
         steps = [step for index, op in enumerate(self.ops) if (step := self._step(index, op)) is not None]
         output = self.ops[-1].node.args[0]
         kept = set(Node("output", "", (output,)).refs)
-        last = {slot: position for position, step in enumerate(steps) for slot in _reads(step)}
+        last = {slot: position for position, step in enumerate(steps) for slot in reads(step)}
         free: list[list[int]] = [[] for _ in steps]
         for slot, position in last.items():
             if slot not in kept:
@@ -433,10 +415,18 @@ class _Planner:
 
     def writes(self, program: Program) -> bool:
         """Whether what a program calls writes into memory that it is given."""
-        return any(isinstance(step, Call) and self.ops[step.out].in_place for step, _ in program.steps)
+        own = self._made_of([mean for each in self.attentions.values() for mean in each.means])
+        return any(
+            isinstance(step, Call) and self.ops[step.out].in_place and not own.issuperset(self.ops[step.out].inputs[:1])
+            for step, _ in program.steps
+        )
 
     def _step(self, index: int, op: _Op) -> Step | None:
         if op.role in ("input", "output"):
+            return None
+        if index in self.excites:
+            return self._excite(index)
+        if any(conv == index for conv, _ in self.excites.values()):
             return None
         if op.role == "conv":
             return self._convolution(index, op)
@@ -453,9 +443,35 @@ class _Planner:
             self._stands_for(op)
             norm = self.pools[index]
             return Pool(self.ops[norm].inputs[0], norm, index)
+        if op.role == "mean" and (attention := self._attention_at(index)) is not None:
+            self._stands_for(op)
+            return Mean(*self._attended(attention), self._keeps_dims(index), index)
+        if index in self.attentions:
+            if any(branch == index for branch, _ in self.ends.values()):
+                return None
+            return Gate(*self._attended(self.attentions[index]), self.attentions[index].gate, NONE, NONE, False, index)
         return self._call(op.node, index)
 
+    def _attention_at(self, mean: int) -> _Attention | None:
+        return next((each for each in self.attentions.values() if mean in each.means), None)
+
+    def _attended(self, attention: _Attention) -> tuple[int, int, bool]:
+        """What `Mean` and `Gate` read: a raw output and its affine, and whether ReLU comes behind."""
+        if self.inference:
+            return attention.source, NONE, False
+        return self.ops[attention.norm].inputs[0], attention.norm, attention.source != attention.norm
+
+    def _excite(self, index: int) -> Excite:
+        conv, activation = self.excites[index]
+        if conv != index:
+            self._stands_for(self.ops[index])
+        return Excite(self.ops[conv].name, self.ops[conv].inputs[0], activation, index)
+
     def _call(self, node: Node, out: int) -> Call:
+        if not self.inference:  # where activations that an attention attends to are not there, but their raw outputs
+            raw = {each.source: self.ops[each.norm].inputs[0] for each in self.attentions.values()}
+            args, kwargs = replaced((node.args, node.kwargs), lambda ref: Ref(raw.get(ref.index, ref.index)))
+            node = replace(node, args=args, kwargs=kwargs)
         kind = original_class(self.root.get_submodule(node.target)) if node.kind == "module" else None
         return Call(node, out, kind, self.sees_layout(node))
 
@@ -496,13 +512,17 @@ class _Planner:
         if index in self.ends:
             self._stands_for(op)
             branch, shortcut = self.ends[index]
+            residual, residual_affine = shortcut, NONE
+            if not self.inference and self._is_pair(shortcut) and self._is_lazy(shortcut):
+                (residual,), residual_affine = self.ops[shortcut].inputs, shortcut
+            in_place = self._adds_in_place(index)
+            if branch in self.attentions:
+                attention = self.attentions[branch]
+                operands = attention.gate, residual, residual_affine
+                return Gate(*self._attended(attention), *operands, in_place, index)
             if self.inference:
                 return self._conv_affine(branch, shortcut, True, index)
             last = self._conv_stats(self.ops[branch].inputs[0], branch)
-            residual, residual_affine = shortcut, NONE
-            if self._is_pair(shortcut) and self._is_lazy(shortcut):
-                (residual,), residual_affine = self.ops[shortcut].inputs, shortcut
-            in_place = self._adds_in_place(index)
             return BlockEnd(last.conv, last.norm, last.x, last.prologue, residual, residual_affine, in_place, index)
         if index in self.activations:
             self._stands_for(op)
@@ -511,7 +531,9 @@ class _Planner:
                 return None
             if self.inference:
                 return self._conv_affine(norm, NONE, True, index)
-            return None if self._is_read_lazily(index) else Activation(self.ops[norm].inputs[0], norm, index)
+            if self._is_read_lazily(index) or any(index == each.source for each in self.attentions.values()):
+                return None
+            return Activation(self.ops[norm].inputs[0], norm, index)
         return None if self.ops[op.inputs[0]].two_in_one else self._call(op.node, index)
 
     def _conv_affine(self, norm: int, residual: int, relu: bool, out: int) -> ConvAffine:
@@ -539,9 +561,45 @@ def _role_of(module: Any) -> str:
         return "norm"
     if kind is nn.MaxPool2d:
         return "pool" if is_stem_pool(module) else ""
+    if kind is nn.AdaptiveAvgPool2d and pools_to_one(module):
+        return "mean"
     if kind in _DROPOUTS or "drop" in kind.__name__.lower() or kind.__name__ == "StochasticDepth":
         return "dropout"
-    return {nn.ReLU: "relu", nn.Identity: "identity"}.get(kind, "")
+    return {nn.ReLU: "relu", nn.Identity: "identity", nn.Sigmoid: "sigmoid"}.get(kind, "")
+
+
+def _is_mean(node: Node) -> bool:
+    """Whether a function or method of a tensor (N, C, H, W) is the mean over H and W."""
+    if node.target is F.adaptive_avg_pool2d:
+        sizes = (*node.args[1:], *node.kwargs.values())
+        return len(sizes) == 1 and sizes[0] in (1, (1, 1), [1, 1])
+    if node.target not in _MEANS:
+        return False
+    arguments = _mean_arguments(node)
+    if not {*arguments} <= {"dim", "keepdim"}:
+        return False
+    dim, keeps = arguments.get("dim"), arguments.get("keepdim", False)
+    return isinstance(dim, (tuple, list)) and {*dim} in ({2, 3}, {-1, -2}) and len(dim) == 2 and type(keeps) is bool
+
+
+def _mean_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a mean but for the tensor, by name."""
+    return dict(zip(("dim", "keepdim", "dtype"), node.args[1:], strict=False)) | dict(node.kwargs)
+
+
+def pools_its_input(module: nn.Module) -> bool:
+    """Whether a module's forward takes the mean over the pixels of its only input, as an attention does."""
+    try:
+        recording = record(module, 1, is_layer, lambda _: False)
+    except RecordError:
+        return False
+
+    def is_mean(node: Node) -> bool:
+        if node.refs != [0]:
+            return False
+        return _role_of(module.get_submodule(node.target)) == "mean" if node.kind == "module" else _is_mean(node)
+
+    return any(map(is_mean, recording.nodes))
 
 
 def _dropout(root: nn.Module, name: str) -> Shell | None:
@@ -588,26 +646,18 @@ def _gains(conv: Any) -> bool:
     return gains_in_channels_last(conv.weight.shape, conv.stride, conv.groups)
 
 
+def excites(conv: Any) -> bool:
+    """Whether a convolution can be a layer of an excitation: of one pixel, it is a matrix product."""
+    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.groups == 1 and conv.stride in (1, (1, 1))
+
+
+def pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:
+    """Whether a pooling leaves one pixel, the mean."""
+    return pool.output_size in (1, (1, 1), [1, 1])
+
+
 def is_stem_pool(pool: nn.MaxPool2d) -> bool:
     """Whether this is the max pooling of ResNet's stem: 3x3, stride 2, padding 1."""
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     usual = sizes in ((3, 2, 1, 1), ((3, 3), (2, 2), (1, 1), (1, 1)))
     return usual and not pool.ceil_mode and not pool.return_indices
-
-
-def _writes(step: Step) -> tuple[int, ...]:
-    return (step.out, step.affine) if isinstance(step, ConvStats) and step.norm else (step.out,)
-
-
-def _reads_affines(step: Step) -> list[int]:
-    names = ["affine"] if isinstance(step, Activation | Pool) else ["prologue", "residual_affine"]
-    return [getattr(step, name, NONE) for name in names]
-
-
-def _reads(step: Step) -> list[int]:
-    if isinstance(step, Call):
-        return step.node.refs
-    names = ["x", "z", "prologue", "residual", "residual_affine"]
-    if isinstance(step, (Activation, Pool)):
-        names.append("affine")
-    return [slot for name in names if (slot := getattr(step, name, NONE)) != NONE]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnext import batch_norm
+from resnext import batch_norm, kernels
 from resnext.batch_norm import BatchNorm
 from resnext.kernels import AddRelu, BlockStep, Conv, ConvNorm, MaxPool, run_block
 from resnext.layers import child, held
-from resnext.plan import NONE, Activation, BlockEnd, ConvStats, Pool, Segment
+from resnext.steps import NONE, Activation, BlockEnd, ConvStats, Excite, Gate, Mean, Pool, Segment
 
 
 def run(unit: nn.Module, segment: Segment, values: Sequence[Any], keeps_result: bool) -> Tensor | None:
@@ -86,6 +86,24 @@ class _Assembled:
             self.steps.append(AddRelu(step.z, step.affine, None, None, True, step.out))
             shapes[step.out] = shapes[step.z]
             return True
+        if isinstance(step, Mean):
+            if not step.keeps_dims:
+                return False
+            self.steps.append(kernels.Mean(step.z, step.affine, step.relu, step.out))
+            shapes[step.out] = (*shapes[step.z][:2], 1, 1)
+            return True
+        if isinstance(step, Excite):
+            return self._add_excite(unit, step)
+        if isinstance(step, Gate):
+            residual, residual_affine = _or_none(step.residual), _or_none(step.residual_affine)
+            if shapes[step.gate] != (*shapes[step.z][:2], 1, 1):
+                return False
+            if residual is not None and shapes[residual] != shapes[step.z]:
+                return False
+            operands = step.z, step.affine, step.relu, step.gate, residual, residual_affine
+            self.steps.append(kernels.Gate(*operands, step.out))
+            shapes[step.out] = shapes[step.z]
+            return True
         z, norm = self._place(None), self._place(None)
         if not self._add_conv(unit, step, z, norm) or shapes[step.residual] != shapes[z]:
             return False
@@ -120,6 +138,16 @@ class _Assembled:
         made = ConvNorm(step.x, prologue, self._place(weight), gamma, beta, bn.eps, running, *geometry, z, norm)
         self.steps.append(made)
         self._norms.append((bn, made))
+        return True
+
+    def _add_excite(self, unit: nn.Module, step: Excite) -> bool:
+        conv = child(unit, step.conv)
+        weight, bias = held(conv, "weight"), held(conv, "bias")
+        if not all(each is None or each.requires_grad for each in (weight, bias)):
+            return False
+        place = None if bias is None else self._place(bias)
+        self.steps.append(kernels.Excite(step.x, self._place(weight), place, step.activation, step.out))
+        self._shapes[step.out] = (self._shapes[step.x][0], weight.shape[0], 1, 1)
         return True
 
     def _place(self, value: Tensor | None) -> int:

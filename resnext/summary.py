@@ -16,7 +16,7 @@ from resnext.convert import Converted, FusedModule, forced, plan_of, why_not_fus
 from resnext.effects import modes_kept
 from resnext.kernels import serving_backend
 from resnext.layers import GroupedConv2d, child
-from resnext.plan import Plan
+from resnext.steps import Plan
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics

@@ -151,7 +151,7 @@ def _column(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _affine_size(affine: reference.Affine, v: Tensor) -> tuple[Tensor, Tensor]:
+def affine_size(affine: reference.Affine, v: Tensor) -> tuple[Tensor, Tensor]:
     """affine(v) and the sum of the magnitudes of its terms, in float64."""
     center, scale, shift = affine
     center = torch.zeros_like(scale) if center is None else center
@@ -166,7 +166,7 @@ def bounded_activation(
     x = double(x)
     if affine is None:
         return Bounded(x, torch.zeros_like(x)), torch.ones_like(x), torch.zeros_like(x)
-    before, size = _affine_size(double(affine), x)
+    before, size = affine_size(double(affine), x)
     slack = 4 * U * size
     a = before.clamp(min=0)
     unsure = (before.abs() <= slack + arithmetic.smallest(dtype)).double() * (slack > 0)
@@ -304,7 +304,7 @@ def check_conv_stats(
     else:
         pixels = case.batch * case.height * case.width
         assert dscale.dtype == dshift.dtype == torch.float32
-        _assert_channel_sums(dscale, dshift, masked, masked_error, x, affine[0], pixels, 0.0)
+        assert_channel_sums(dscale, dshift, masked, masked_error, x, affine[0], pixels, 0.0)
 
     def wgrad(left, right):
         exact = (left, right, exact_weight.value, case.stride, case.groups, False)
@@ -325,7 +325,7 @@ def check_conv_stats(
     assert torch.equal(only_dw[3], dw)
 
 
-def _assert_channel_sums(dscale, dshift, t, t_error, v, center, pixels, extra) -> None:
+def assert_channel_sums(dscale, dshift, t, t_error, v, center, pixels, extra) -> None:
     """Sums over N, H, W of t and of t * (v - center)."""
     over = (0, 2, 3)
     v = double(v)
@@ -419,9 +419,9 @@ def check_affine_add_relu(
     other_affine = make_affine(shape[1], generator, centered=centered, device=device) if residual == "affine" else None
     out = launchers.affine_add_relu(z, affine, other, other_affine, channels_last)
     assert_layout("out", out, channels_last)
-    value, size = _affine_size(double(affine), double(z))
+    value, size = affine_size(double(affine), double(z))
     if other_affine is not None:
-        other_value, other_size = _affine_size(double(other_affine), double(other))
+        other_value, other_size = affine_size(double(other_affine), double(other))
         value, size = value + other_value, size + other_size
     elif other is not None:
         value, size = value + double(other), size + double(other).abs()
@@ -444,7 +444,7 @@ def check_affine_add_relu(
     value = _column(double(affine[1])) * t
     assert_layout("dz", dz, channels_last)
     assert_within("dz", dz, value, (u_d + 2 * U) * value.abs() + smallest)
-    _assert_channel_sums(dscale, dshift, t, zeros, z, affine[0], pixels, 0.0)
+    assert_channel_sums(dscale, dshift, t, zeros, z, affine[0], pixels, 0.0)
     if residual == "none":
         assert dresidual is None
         recomputed = launchers.affine_add_relu_bwd(dout, None, z, affine, None, None, *place)
@@ -458,7 +458,7 @@ def check_affine_add_relu(
     if other_affine is None:
         assert dresidual_scale is None
     else:
-        _assert_channel_sums(dresidual_scale, dshift, t, zeros, other, other_affine[0], pixels, 0.0)
+        assert_channel_sums(dresidual_scale, dshift, t, zeros, other, other_affine[0], pixels, 0.0)
     again = launchers.affine_add_relu_bwd(dout, out, z, affine, kept, other_affine, *place)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(results, again, strict=True))
     only_dz = launchers.affine_add_relu_bwd(
@@ -508,4 +508,4 @@ def check_pool(
     u_d = arithmetic.u(z.dtype)
     bound = _column(scale.abs()) * error * (1 + u_d + 2 * U) + (u_d + 2 * U) * value.abs()
     assert_within("dz", dz, value, bound + arithmetic.smallest(z.dtype))
-    _assert_channel_sums(dscale, dshift, t * passes, error, z, affine[0], z.numel() // z.shape[1], 0.0)
+    assert_channel_sums(dscale, dshift, t * passes, error, z, affine[0], z.numel() // z.shape[1], 0.0)

@@ -379,7 +379,7 @@ MODELS = [
     Other("reduce-expand-projected", lambda: ReduceExpandBlock(8, 12, 2), BLOCK, ("conv_conv",)),
     Other("preactivation", lambda: PreactivationBlock(8, 12, 2), {"": "chain"}, ("conv2",)),
     Other("squeeze-inside", lambda: SqueezeBlock(inside=True), BLOCK, ("conv2",)),
-    Other("squeeze-before-sum", lambda: SqueezeBlock(inside=False), {"": "chain"}, ("conv2",)),
+    Other("squeeze-before-sum", lambda: SqueezeBlock(inside=False), BLOCK, ("conv2",)),
     *(Other(f"sum-{name}", lambda end=end: SumBlock(end), BLOCK, GROUPED) for name, end in SUMS.items()),
     *(
         Other(f"sum-{name}", lambda end=end: SumBlock(end), {"": "chain"}, GROUPED)

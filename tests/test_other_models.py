@@ -14,10 +14,10 @@ from torch.nn.utils import parametrizations, prune
 
 from resnext import GroupedConv2d, fuse_, unfuse_
 
-from . import odd_models, other_models
+from . import attention_models, odd_models, other_models
 from .other_models import Other
 
-CASES = [*other_models.MODELS, *odd_models.MODELS]
+CASES = [*other_models.MODELS, *attention_models.MODELS, *odd_models.MODELS]
 every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 Results = dict[str, Tensor]

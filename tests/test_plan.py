@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnext import fuse_, why_not_fused
-from resnext.plan import Activation, BlockEnd, Call, ConvAffine, ConvStats, Plan, Program
+from resnext.steps import Activation, BlockEnd, Call, ConvAffine, ConvStats, Plan, Program
 
 from .block_cases import buffers, forward_and_gradients
 from .converted import assert_same

@@ -15,7 +15,8 @@ void* data_of(const OptionalTensor& tensor) { return tensor.has_value() ? tensor
 
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 
-Elementwise elementwise_of(Elementwise::Kind kind, const Tensor& z, bool channels_last) {
+// by_image: something belongs to a single image.
+Elementwise elementwise_of(Elementwise::Kind kind, const Tensor& z, bool channels_last, bool by_image = false) {
   Elementwise e{};
   e.kind = kind;
   e.dtype = dtype_of(z);
@@ -27,14 +28,14 @@ Elementwise elementwise_of(Elementwise::Kind kind, const Tensor& z, bool channel
   // By the problem alone, as results must not depend on threads: parts of a plane fit the L1 cache, parts of the batch
   // are enough for every thread and have enough pixels for their partial sums to be small beside them.
   e.part_pixels = channels_last ? std::clamp<int64_t>(e.batch * e.pixels / 64, 64, 512) : 4096;
+  if (channels_last && !by_image) {
+    e.pixels *= e.batch;
+    e.batch = 1;
+  }
   return e;
 }
 
 Parts parts_of(const Elementwise& e) {
-  if (e.channels_last) {
-    const int64_t pixels = e.batch * e.pixels;
-    return {1, ceil_div(pixels, e.part_pixels), pixels, e.part_pixels};
-  }
   return {e.batch, ceil_div(e.pixels, e.part_pixels), e.pixels, e.part_pixels};
 }
 
@@ -110,6 +111,99 @@ void affine_add_relu_bwd(const Tensor& dout, const OptionalTensor& out, const Te
   merge_sums(e.partial, parts, e.channels, 0, floats_of(dshift));
   merge_sums(e.partial, parts, e.channels, 1, floats_of(dscale));
   if (dresidual_scale.has_value()) merge_sums(e.partial, parts, e.channels, 2, floats_of(dresidual_scale));
+}
+
+// Adds up the first sum of each image by itself.
+void merge_images(const Elementwise& e, float factor, float* sums) {
+  const Parts parts = parts_of(e);
+  const Parts of_image = {1, parts.per_image, parts.image_pixels, parts.part_pixels};
+  for (int64_t n = 0; n < e.batch; ++n) {
+    merge_sums(e.partial + n * parts.per_image * kPartialSums * e.channels, of_image, e.channels, 0,
+               sums + n * e.channels);
+  }
+  for (int64_t i = 0; factor != 1.0f && i < e.batch * e.channels; ++i) sums[i] *= factor;
+}
+
+void affine_mean(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                 const OptionalTensor& shift, bool relu, const Tensor& mean, bool channels_last) {
+  check_affine_mean(z, center, scale, shift, mean, channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  Elementwise e = elementwise_of(Elementwise::kMean, z, channels_last, /*by_image=*/true);
+  const Buffer partial = allocate_partial(parts_of(e), e.channels);
+  e.affine = affine.affine;
+  e.relu = relu;
+  e.partial = partial.get();
+  run_elementwise(e);
+  merge_images(e, 1.0f / static_cast<float>(e.pixels), floats_of(mean));
+}
+
+void affine_gate(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                 const OptionalTensor& shift, bool relu, const Tensor& gate, const OptionalTensor& residual,
+                 const OptionalTensor& residual_center, const OptionalTensor& residual_scale,
+                 const OptionalTensor& residual_shift, const Tensor& out, bool channels_last) {
+  check_affine_gate(z, center, scale, shift, gate, residual, residual_center, residual_scale, residual_shift, out,
+                    channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  const OwnedAffine residual_affine = affine_of(z.size(1), residual_center, residual_scale, residual_shift);
+  Elementwise e = elementwise_of(Elementwise::kGate, z, channels_last, /*by_image=*/true);
+  e.affine = affine.affine;
+  e.residual_affine = residual_affine.affine;
+  e.relu = relu;
+  e.gate = floats_of(gate);
+  e.residual = data_of(residual);
+  e.result = out.data_ptr();
+  run_elementwise(e);
+}
+
+void affine_gate_bwd(const Tensor& dout, const OptionalTensor& out, const Tensor& z, const OptionalTensor& center,
+                     const OptionalTensor& scale, const OptionalTensor& shift, bool relu,
+                     const OptionalTensor& residual, const OptionalTensor& residual_center,
+                     const OptionalTensor& residual_scale, const Tensor& dgate, const OptionalTensor& dresidual,
+                     const OptionalTensor& dresidual_scale, const OptionalTensor& dresidual_shift,
+                     bool channels_last) {
+  check_affine_gate_bwd(dout, out, z, center, scale, shift, residual, residual_center, residual_scale, dgate,
+                        dresidual, dresidual_scale, dresidual_shift, channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  const OwnedAffine residual_affine = affine_of(z.size(1), residual_center, residual_scale, std::nullopt);
+  Elementwise e = elementwise_of(Elementwise::kGateSums, z, channels_last, /*by_image=*/true);
+  const Parts parts = parts_of(e);
+  const Buffer partial = allocate_partial(parts, e.channels);
+  e.affine = affine.affine;
+  e.residual_affine = residual_affine.affine;
+  e.relu = relu;
+  e.dout = dout.data_ptr();
+  e.out = data_of(out);
+  if (dresidual_scale.has_value()) e.residual = data_of(residual);
+  e.dresidual = data_of(dresidual);
+  e.partial = partial.get();
+  run_elementwise(e);
+  merge_images(e, 1.0f, floats_of(dgate));
+  if (!dresidual_scale.has_value()) return;
+  merge_sums(e.partial, parts, e.channels, 1, floats_of(dresidual_shift));
+  merge_sums(e.partial, parts, e.channels, 2, floats_of(dresidual_scale));
+}
+
+void gated_affine_bwd(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
+                      const OptionalTensor& shift, bool relu, const OptionalTensor& dout, const OptionalTensor& out,
+                      const OptionalTensor& gate, const OptionalTensor& added, const Tensor& dz,
+                      const OptionalTensor& dscale, const OptionalTensor& dshift, bool channels_last) {
+  check_gated_affine_bwd(z, center, scale, shift, dout, out, gate, added, dz, dscale, dshift, channels_last);
+  const OwnedAffine affine = affine_of(z.size(1), center, scale, shift);
+  Elementwise e = elementwise_of(Elementwise::kGateGradient, z, channels_last, /*by_image=*/true);
+  const Parts parts = parts_of(e);
+  const Buffer partial = dshift.has_value() ? allocate_partial(parts, e.channels) : nullptr;
+  e.affine = affine.affine;
+  e.relu = relu;
+  e.dout = data_of(dout);
+  e.out = data_of(out);
+  e.gate = floats_of(gate);
+  e.added = floats_of(added);
+  e.result = dz.data_ptr();
+  e.partial = partial.get();
+  run_elementwise(e);
+  if (!dshift.has_value()) return;
+  merge_sums(e.partial, parts, e.channels, 0, floats_of(dshift));
+  merge_sums(e.partial, parts, e.channels, 1, floats_of(dscale));
 }
 
 // Channels worked on together: as for the convolution's blocks of bundles.
@@ -218,6 +312,10 @@ void add_batch_norm(Operators& operators) {
   operators.statistics_bwd = &statistics_bwd;
   operators.affine_add_relu = &affine_add_relu;
   operators.affine_add_relu_bwd = &affine_add_relu_bwd;
+  operators.affine_mean = &affine_mean;
+  operators.affine_gate = &affine_gate;
+  operators.affine_gate_bwd = &affine_gate_bwd;
+  operators.gated_affine_bwd = &gated_affine_bwd;
   operators.affine_relu_max_pool = &affine_relu_max_pool;
   operators.affine_relu_max_pool_bwd = &affine_relu_max_pool_bwd;
   operators.laid_out = &laid_out;

@@ -254,7 +254,11 @@ struct PixelGradient {
 };
 
 // Operations without a convolution, element by element; images that an operation does not use, or that are not wanted,
-// are null. Parts: of part_pixels pixels of the whole batch (NHWC) or of a plane (NCHW).
+// are null. Parts: of part_pixels pixels of an image. In NHWC the whole batch counts as one image where no operand or
+// result belongs to a single one.
+//
+// Of channel attention: act is relu where `relu` says so, else the identity; gate and added have a float for each
+// channel of each image.
 struct Elementwise {
   enum Kind {
     kMoments,                // partial: shift, mean, m2 of z
@@ -262,6 +266,12 @@ struct Elementwise {
     kAffineAddRelu,          // result = relu(affine(z) + residual_affine(residual))
     kAffineAddReluGradient,  // t = dout where out is not zero; result = scale * t, dresidual = residual's scale * t;
                              // partial: sums of t, t * (z - center), t * (residual - its center)
+    kMean,                   // partial: sums of act(affine(z))
+    kGate,                   // result = gate * act(affine(z)), with a residual relu(that + residual_affine(residual))
+    kGateSums,               // t = dout where out, if there is one, is not zero; dresidual = residual's scale * t;
+                             // partial: sums of t * act(affine(z)), t, t * (residual - its center)
+    kGateGradient,           // t = gate * (dout as above, or 0) + added, where act passes it; result = scale * t;
+                             // partial: sums of t, t * (z - center)
   } kind;
   Dtype dtype;
   bool channels_last;
@@ -269,6 +279,8 @@ struct Elementwise {
   int64_t part_pixels;
   const void *dout, *out, *z, *residual;
   Affine affine, residual_affine;
+  bool relu;
+  const float *gate, *added;
   void *result, *dresidual;
   float* partial;
 };

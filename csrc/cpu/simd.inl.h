@@ -275,6 +275,17 @@ struct FromStd<std::integer_sequence<int, I...>> {
 };
 using LaneIndices = FromStd<std::make_integer_sequence<int, kLanes>>::Type;
 
+template <int... I>
+RESNEXT_INLINE IntVec indices(Indices<I...>) {
+  return IntVec{I...};
+}
+
+// The value in the first `count` lanes, zero in the others.
+template <bool kWhole>
+RESNEXT_INLINE Vec only_first(Vec value, int64_t count) {
+  return kWhole || indices(LaneIndices{}) < static_cast<int>(count) ? value : Vec{};
+}
+
 // Lane l of the result is lane I[l] of a, or lane I[l] - kLanes of b.
 template <int... I>
 RESNEXT_INLINE Vec shuffle(Vec a, Vec b) {
