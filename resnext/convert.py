@@ -442,7 +442,7 @@ def _fused_class(original: Any) -> type[nn.Module]:
         made = None if kwargs else self._fused_plans.get(len(args))
         if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
             return original.forward(self, *args, **kwargs)
-        recompute = made.kind == "block" and getattr(self, "recompute", False) is True
+        recompute = made.recomputes and getattr(self, "recompute", False) is True
         with forced(self._fused_backend):
             return fusion.run(self, made, args, recompute)
 

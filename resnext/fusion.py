@@ -452,9 +452,10 @@ def _mean(z: Tensor, affine: Affine | None, step: Mean) -> Tensor:
 def _gate(
     z: Tensor, affine: Affine | None, gate: Any, residual: Tensor | None, residual_affine: Affine | None, step: Gate
 ) -> Tensor:
-    if gate.shape == z.shape and gate.stride()[2:] == (0, 0):  # expanded
+    fits = isinstance(gate, Tensor) and gate.dtype == z.dtype and z.shape[0] > 0
+    if fits and gate.shape == z.shape and gate.stride()[2:] == (0, 0):  # expanded
         gate = gate[:, :, :1, :1]
-    fits = gate.shape == (*z.shape[:2], 1, 1) and gate.dtype == z.dtype and z.shape[0] > 0
+    fits = fits and gate.shape == (*z.shape[:2], 1, 1)
     if fits and (residual is None or _is_like(residual, z.shape, z.dtype, step.in_place)):
         return affine_gate(z, gate, affine, step.relu, residual, residual_affine)
     gated = _activated(z, affine, step.relu) * gate

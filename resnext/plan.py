@@ -88,7 +88,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         infer=infer_program,
         pairs=pairs,
         folds=tuple(dict.fromkeys(pair for step, _ in infer_program.steps if (pair := _fold(step)) is not None)),
-        excites=tuple(step.conv for step in steps if isinstance(step, Excite)),
+        excites=tuple(dict.fromkeys((*train.excited(), *infer.excited()))),
         convs=tuple(train.convs),
         entries=tuple(op.name for op in train.ops if op.role == "conv" and op.inputs == [0]),
         roles=tuple(dict.fromkeys((*train.roles, *infer.roles))),
@@ -330,14 +330,19 @@ class _Planner:
             others = {*self.users[source]} - {product, *means}
             if not all(self._asks_for_shape(user, source) for user in others):
                 continue
-            if max(means, default=product) >= product or not self._is_made_of(gate, means):
+            if not means or max(means) >= product or not self._is_made_of(gate, means):
                 continue
             if not self._writes(self.ops[norm].inputs[0], product, fresh=(*means, *others)):
                 return _Attention(source, norm, gate, means)
         return None
 
     def _is_made_of(self, value: int, others: Sequence[int]) -> bool:
-        return value in others or any(self._is_made_of(each, others) for each in self.ops[value].inputs)
+        """Whether one of the others goes into a value, or is it."""
+        found = {value}
+        for index in range(value, min(others), -1):
+            if index in found:
+                found.update(self.ops[index].inputs)
+        return not found.isdisjoint(others)
 
     def _asks_for_shape(self, user: int, value: int) -> bool:
         """Whether an op wants to know nothing but the shape of a value that is among its arguments."""
@@ -412,6 +417,10 @@ class _Planner:
             if slot not in kept:
                 free[position].append(slot)
         return Program(tuple(zip(steps, map(tuple, free), strict=True)), output)
+
+    def excited(self) -> list[str]:
+        """Names of the convolutions that are layers of excitations."""
+        return [self.ops[conv].name for conv, _ in self.excites.values()]
 
     def writes(self, program: Program) -> bool:
         """Whether what a program calls writes into memory that it is given."""

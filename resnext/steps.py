@@ -209,6 +209,11 @@ class Plan:
         return every_conv(self.pairs, self.convs)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether there is a convolution that backward can compute again: the last of a block."""
+        return any(isinstance(step, BlockEnd) for step, _ in self.train.steps)
+
+    @property
     def attends(self) -> bool:
         """Whether there is an attention among the steps."""
         return any(isinstance(step, Gate) for step, _ in self.train.steps)

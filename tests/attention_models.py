@@ -25,6 +25,7 @@ class Attended(nn.Module):
         self.fc1, self.fc2 = nn.Conv2d(CHANNELS, 4, 1), nn.Conv2d(4, CHANNELS, 1)
         self.linear1, self.linear2 = nn.Linear(CHANNELS, 4), nn.Linear(4, CHANNELS)
         self.pool, self.relu, self.sigmoid = nn.AdaptiveAvgPool2d(1), nn.ReLU(inplace=True), nn.Sigmoid()
+        self.dropout = nn.Dropout(0.5)
         self.downsample = nn.Sequential(conv1(8, 8), nn.BatchNorm2d(8)) if projects else None
         self.attend, self.last = attend, last
 
@@ -160,7 +161,6 @@ class Dropped(Attended):
 
     def __init__(self) -> None:
         super().__init__(lambda m, x: x * layers(m, m.pool(x)), True)
-        self.dropout = nn.Dropout2d(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn3(self.conv3(torch.relu(self.bn1(self.conv1(x)))))
@@ -183,6 +183,8 @@ ATTENTIONS: dict[str, Attend] = {
     "two-means": lambda m, x: x * layers(m, m.pool(x) + x.mean((2, 3), keepdim=True)),
     "twice": lambda m, x: x * (layers(m, m.pool(x)) + layers(m, 2 * m.pool(x))),
     "of-its-gate": lambda m, x: x * (layers(m, m.pool(x)) * m.pool(x)),
+    "dropout-between": lambda m, x: x * m.sigmoid(m.fc2(m.dropout(m.relu(m.fc1(m.pool(x)))))),
+    "no-tensor": lambda m, x: x * m.pool(x).shape[1],
     "one-number": lambda m, x: x * layers(m, m.pool(x)).mean(1, keepdim=True),
 }
 # And these are not.

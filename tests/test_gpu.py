@@ -17,6 +17,7 @@ from resnext.kernels import (
 )
 
 from . import fused_numerics
+from .attention_numerics import check_attention
 from .cases import CASES, Case, make_tensors
 from .fused_numerics import ELEMENTWISE_SHAPES, GROUPED_CASES, FusedCase, make, make_affine
 from .numerics import assert_close, exact
@@ -278,6 +279,9 @@ def test_elementwise(shape, dtype, channels_last, backend):
     for residual in ("none", "plain", "affine"):
         options = {"channels_last": channels_last, "residual": residual, "device": "cuda"}
         fused_numerics.check_affine_add_relu(launchers, shape, dtype, **options)
+    for residual in ("none", "plain", "affine"):
+        options = {"channels_last": channels_last, "residual": residual, "device": "cuda"}
+        check_attention(dispatch.attention(dtype, device), shape, dtype, relu=residual == "none", **options)
     affine = make_affine(shape[1], generator, device="cuda")
     fused_numerics.check_pool(dispatch.pooling(dtype, device), z, affine, channels_last)
 

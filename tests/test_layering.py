@@ -110,6 +110,7 @@ ALLOWED = {
     "kernels/statistics": TRITON | {".launch"},
     "kernels/batch_norm": TRITON | {".batch_norm_kernels", ".launch", ".statistics"},
     "kernels/batch_norm_kernels": TRITON | {".grouped_conv_tiles", ".statistics"},
+    "kernels/attention_kernels": TRITON | {".batch_norm_kernels", ".grouped_conv_tiles", ".launch", ".statistics"},
     "kernels/max_pool": TRITON | {".batch_norm_kernels", ".grouped_conv_tiles", ".launch", ".statistics"},
     "kernels/grouped_conv": TRITON | {".grouped_conv_plan", ".grouped_conv_tiles", ".launch", ".statistics", ".tuning"},
     "kernels/grouped_conv_plan": TRITON
