@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from resnext import batch_norm, fusion
+from resnext import batch_norm, folding, fusion, reasons
 from resnext.graph import RecordError, record, tensor_arguments
 from resnext.kernels import grouped_conv2d, use_backend
 from resnext.layers import GroupedConv2d, is_layer, original_class
-from resnext.plan import plan, pools_its_input
+from resnext.plan import plan
+from resnext.roles import pools_its_input
 from resnext.steps import Plan
 
 
@@ -122,7 +123,7 @@ class FusedModule(Converted):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Switch between training and evaluation; what evaluation has folded is folded anew."""
-        fusion.forget(self)  # type: ignore[arg-type]
+        folding.forget(self)  # type: ignore[arg-type]
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -237,7 +238,7 @@ def _check_module(function: str, model: object) -> None:
 
 def _restore(module: nn.Module) -> None:
     if "_fused_from" in type(module).__dict__:
-        fusion.forget(module)
+        folding.forget(module)
         module.__class__ = original_class(module)
         for attribute in ("_fused_plans", "_fused_backend"):
             module.__dict__.pop(attribute, None)
@@ -267,7 +268,7 @@ def why_not_fused(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
 def _why_not(unit: FusedModule, x: Tensor | None = None) -> str | None:
     if (made := plan_of(unit)) is None:
         return "it was made out of a converted module and not converted itself; call fuse_ again"
-    return fusion.why_not(unit, made, x)  # type: ignore[arg-type]
+    return reasons.why_not(unit, made, x)  # type: ignore[arg-type]
 
 
 def plan_of(unit: FusedModule) -> Plan | None:
@@ -352,7 +353,7 @@ def _attentions(module: nn.Module) -> set[nn.Module]:
     """Modules that `_is_leaf` takes for one step, which pool what they are given: they, and what is in them."""
     found: set[nn.Module] = set()
     for each in module.modules():
-        if each is module or each in found or fusion.why_not_quiet("it", each) or _is_layer(each):
+        if each is module or each in found or reasons.why_not_quiet("it", each) or _is_layer(each):
             continue
         if _is_leaf(each) and not isinstance(each, FusedModule) and pools_its_input(each):
             found.update(each.modules())
@@ -364,7 +365,7 @@ def _attended_plan(module: nn.Module, tensors: int, attentions: set[nn.Module]) 
 
     def is_leaf(each: nn.Module) -> bool:
         if each in attentions:
-            return _is_layer(each) or fusion.why_not_quiet("it", each) is not None
+            return _is_layer(each) or reasons.why_not_quiet("it", each) is not None
         return _is_leaf(each)
 
     try:
@@ -378,7 +379,7 @@ def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is one step of what its parent computes, rather than steps of their own."""
     if isinstance(module, FusedModule) and any(plan.kind == "block" for plan in module._fused_plans.values()):
         return True
-    if fusion.why_not_quiet("it", module) or _is_layer(module):
+    if reasons.why_not_quiet("it", module) or _is_layer(module):
         return True
     convolutions, norms = _parts(module)
     # One convolution may be somebody's own wrapper of it, with the norm outside.
@@ -440,7 +441,7 @@ def _fused_class(original: Any) -> type[nn.Module]:
     @functools.wraps(original.forward)  # which keeps the signature, for those who trace or inspect it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = None if kwargs else self._fused_plans.get(len(args))
-        if made is None or not all(isinstance(each, Tensor) for each in args) or fusion.why_not(self, made, args[0]):
+        if made is None or not all(isinstance(each, Tensor) for each in args) or reasons.why_not(self, made, args[0]):
             return original.forward(self, *args, **kwargs)
         recompute = made.recomputes and getattr(self, "recompute", False) is True
         with forced(self._fused_backend):

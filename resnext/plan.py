@@ -9,20 +9,16 @@ attentions, and so on.
 
 from __future__ import annotations
 
-import builtins
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from resnext import batch_norm
-from resnext.graph import Node, RecordError, Recording, Ref, Shell, Watched, passes_on, record, replaced
-from resnext.kernels import gains_in_channels_last, why_not_conv_stats
-from resnext.layers import is_layer, is_plain_conv, original_class
+from resnext import batch_norm, roles
+from resnext.graph import Node, Recording, Ref, Shell, replaced
+from resnext.kernels import gains_in_channels_last
+from resnext.layers import original_class
 from resnext.steps import (
     NONE,
     Activation,
@@ -44,22 +40,6 @@ from resnext.steps import (
     writes,
 )
 
-_RELUS = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True, "relu": False, "relu_": True}
-_SUMS = {operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True}
-_PRODUCTS = (operator.mul, torch.mul, "mul")
-_MEANS = (torch.mean, "mean")
-_SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", torch.sigmoid_, "sigmoid_")
-_IN_PLACE = (operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
-# Modules that pass their input on in evaluation.
-_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-# What asks for strides or depends on them, by the names of methods and functions; where other functions are harmless.
-_OF_LAYOUT = frozenset(
-    ("view", "view_as", "as_strided", "as_strided_", "stride", "is_contiguous", "dim_order", "data_ptr", "storage")
-    + ("untyped_storage", "storage_offset", "resize_", "resize_as_", "set_")
-)
-_HOMES = frozenset(("torch", "_operator", "math", "builtins", "resnext"))
-
 
 def plan(root: nn.Module, recording: Recording) -> Plan | None:
     """Plan what was recorded of ``root``; None if nothing in it would be fused that is not fused in a submodule."""
@@ -67,7 +47,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
 
     def sees_layout(node: Node) -> bool:
         key = node.kind, node.target, len(node.args)
-        return seen[key] if key in seen else seen.setdefault(key, _sees_layout(root, node))
+        return seen[key] if key in seen else seen.setdefault(key, roles.sees_layout(root, node))
 
     train, infer = (_Planner(root, recording, sees_layout, inference) for inference in (False, True))
     if not train.gains():
@@ -153,9 +133,7 @@ class _Attention:
 
 @dataclass
 class _Op:
-    """A node and what it is to us: "input", "conv", "norm", "relu", "add", "pool", "dropout", or "" for the rest.
-
-    Of an attention: "mean" (over an image's pixels), "product", "sigmoid".
+    """A node and what it is to us (`roles.role`).
 
     A norm that is one module with the ReLU behind it becomes two of these, the first one with ``two_in_one``.
     """
@@ -206,12 +184,16 @@ class _Planner:
         for node in recording.nodes:
             args, kwargs = replaced((node.args, node.kwargs), lambda ref: Ref(value[ref.index]))
             node = replace(node, args=args, kwargs=kwargs)
-            role, in_place = self._role(node)
+            role, in_place = roles.role(self.root, node)
             if role == "identity":
                 self.roles.append((node.target, nn.Identity))
                 value.append(node.refs[0])
                 continue
-            if role == "dropout" and self.inference and (shell := _dropout(self.root, node.target)) is not None:
+            if (
+                role == "dropout"
+                and self.inference
+                and (shell := roles.passing_dropout(self.root, node.target)) is not None
+            ):
                 self.dropouts.append(shell)
                 value.append(node.refs[0])
                 continue
@@ -221,34 +203,6 @@ class _Planner:
                 relu = Node("module", f"{node.target}.act", (Ref(len(self.ops) - 1),), owner=node.owner)
                 self.ops.append(_Op(relu, "relu"))
             value.append(len(self.ops) - 1)
-
-    def _role(self, node: Node) -> tuple[str, bool]:
-        """The role, and whether the op writes into memory that it is given."""
-        if node.kind in ("input", "output"):
-            return node.kind, False
-        if node.kind == "module":
-            module = self.root.get_submodule(node.target)
-            in_place = bool(getattr(module, "inplace", False))
-            alone = len(node.args) == 1 and isinstance(node.args[0], Ref) and not node.kwargs
-            return (_role_of(module) if alone else ""), in_place
-        refs = node.refs
-        if node.target in _SUMS:
-            two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
-            return ("add" if two else ""), _SUMS[node.target]
-        if node.target in _PRODUCTS:
-            two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
-            return ("product" if two else ""), False
-        if len(refs) == 1 and node.args[:1] == (Ref(refs[0]),):
-            if _is_mean(node):
-                return "mean", False
-            if node.target in _SIGMOIDS and len(node.args) == 1 and not node.kwargs:
-                return "sigmoid", str(getattr(node.target, "__name__", node.target)).endswith("_")
-        if node.target in _RELUS:
-            flags = (*node.args[1:], *node.kwargs.values())
-            return ("relu" if len(refs) == 1 and len(flags) < 2 else ""), _RELUS[node.target] or True in flags
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = name.endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
-        return "", in_place or bool(node.kwargs.get("inplace"))
 
     # --- which of them go together ---
 
@@ -328,7 +282,7 @@ class _Planner:
                 continue
             means = tuple(user for user in self.users[source] if self.ops[user].role == "mean")
             others = {*self.users[source]} - {product, *means}
-            if not all(self._asks_for_shape(user, source) for user in others):
+            if not all(roles.asks_for_shape(self.ops[user].node, source) for user in others):
                 continue
             if not means or max(means) >= product or not self._is_made_of(gate, means):
                 continue
@@ -344,15 +298,6 @@ class _Planner:
                 found.update(self.ops[index].inputs)
         return not found.isdisjoint(others)
 
-    def _asks_for_shape(self, user: int, value: int) -> bool:
-        """Whether an op wants to know nothing but the shape of a value that is among its arguments."""
-        node = self.ops[user].node
-        if node.kind == "method" and node.target == "expand_as":
-            return node.refs[1:] == [value] and node.refs[0] != value
-        if node.kind == "method":
-            return node.target in ("size", "dim") and node.refs == [value]
-        return node.target is builtins.getattr and node.args[1:] == ("shape",)
-
     def _excitation(self, attention: _Attention) -> dict[int, tuple[int, str]]:
         """The layers that make the gate of the only mean, if they are 1x1 convolutions, ReLU and sigmoid."""
         found: dict[int, tuple[int, str]] = {}
@@ -363,17 +308,13 @@ class _Planner:
                 return {}
             if op.role in ("relu", "sigmoid") and not activation:
                 activation, last = op.role, index
-            elif op.role == "conv" and excites(self.root.get_submodule(op.name)):
+            elif op.role == "conv" and roles.excites(self.root.get_submodule(op.name)):
                 found[last] = index, activation
                 activation, last = "", op.inputs[0]
             else:
                 return {}
             (index,) = op.inputs
-        return {} if activation or len(attention.means) > 1 or not self._keeps_dims(index) else found
-
-    def _keeps_dims(self, mean: int) -> bool:
-        node = self.ops[mean].node
-        return node.target not in _MEANS or bool(_mean_arguments(node).get("keepdim", False))
+        return {} if activation or len(attention.means) > 1 or not roles.keeps_dims(self.ops[index].node) else found
 
     def _is_lazy(self, norm: int) -> bool:
         """Whether nobody needs the values of a norm in training: its affine is applied where they are read."""
@@ -454,7 +395,7 @@ class _Planner:
             return Pool(self.ops[norm].inputs[0], norm, index)
         if op.role == "mean" and (attention := self._attention_at(index)) is not None:
             self._stands_for(op)
-            return Mean(*self._attended(attention), self._keeps_dims(index), index)
+            return Mean(*self._attended(attention), roles.keeps_dims(self.ops[index].node), index)
         if index in self.attentions:
             if any(branch == index for branch, _ in self.ends.values()):
                 return None
@@ -561,112 +502,5 @@ class _Planner:
             self.roles.append((op.name, type(self.root.get_submodule(op.name))))
 
 
-def _role_of(module: Any) -> str:
-    kind = type(module)
-    if is_plain_conv(module) and module.padding_mode == "zeros":
-        geometry = (module.weight.shape, module.stride, module.padding, module.dilation, module.groups)
-        return "" if why_not_conv_stats(*geometry) else "conv"
-    if batch_norm.is_known(module):
-        return "norm"
-    if kind is nn.MaxPool2d:
-        return "pool" if is_stem_pool(module) else ""
-    if kind is nn.AdaptiveAvgPool2d and pools_to_one(module):
-        return "mean"
-    if kind in _DROPOUTS or "drop" in kind.__name__.lower() or kind.__name__ == "StochasticDepth":
-        return "dropout"
-    return {nn.ReLU: "relu", nn.Identity: "identity", nn.Sigmoid: "sigmoid"}.get(kind, "")
-
-
-def _is_mean(node: Node) -> bool:
-    """Whether a function or method of a tensor (N, C, H, W) is the mean over H and W."""
-    if node.target is F.adaptive_avg_pool2d:
-        sizes = (*node.args[1:], *node.kwargs.values())
-        return len(sizes) == 1 and sizes[0] in (1, (1, 1), [1, 1])
-    if node.target not in _MEANS:
-        return False
-    arguments = _mean_arguments(node)
-    if not {*arguments} <= {"dim", "keepdim"}:
-        return False
-    dim, keeps = arguments.get("dim"), arguments.get("keepdim", False)
-    return isinstance(dim, (tuple, list)) and {*dim} in ({2, 3}, {-1, -2}) and len(dim) == 2 and type(keeps) is bool
-
-
-def _mean_arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a mean but for the tensor, by name."""
-    return dict(zip(("dim", "keepdim", "dtype"), node.args[1:], strict=False)) | dict(node.kwargs)
-
-
-def pools_its_input(module: nn.Module) -> bool:
-    """Whether a module's forward takes the mean over the pixels of its only input, as an attention does."""
-    try:
-        recording = record(module, 1, is_layer, lambda _: False)
-    except RecordError:
-        return False
-
-    def is_mean(node: Node) -> bool:
-        if node.refs != [0]:
-            return False
-        return _role_of(module.get_submodule(node.target)) == "mean" if node.kind == "module" else _is_mean(node)
-
-    return any(map(is_mean, recording.nodes))
-
-
-def _dropout(root: nn.Module, name: str) -> Shell | None:
-    """What has to hold for a module, by its name a dropout, to pass its input on in evaluation; None if it does not."""
-    module = root.get_submodule(name)
-    if type(module) in _DROPOUTS:
-        return Shell(Watched(name), type(module), type(module).forward, ())
-    return passes_on(module, name)
-
-
-def _sees_layout(root: nn.Module, node: Node) -> bool:
-    """Whether a node that is called as it was recorded may ask for strides, or views memory by them."""
-    if node.kind == "module":
-        return _module_sees_layout(root.get_submodule(node.target), len(node.args))
-    if node.kind == "method":
-        return node.target in _OF_LAYOUT
-    if node.kind != "function":
-        return False
-    home = getattr(node.target, "__module__", None) or "torch"  # methods of Tensor have none
-    return home.partition(".")[0] not in _HOMES or getattr(node.target, "__name__", "") in _OF_LAYOUT
-
-
-def _module_sees_layout(module: nn.Module, tensors: int) -> bool:
-    if is_layer(module) or batch_norm.is_known(module):
-        return False
-    library = original_class(module).__module__.partition(".")[0]
-    if _role_of(module) == "dropout" and library in ("resnext", "timm", "torchvision"):  # which draw, and multiply
-        return False
-    if plans := module.__dict__.get("_fused_plans"):
-        programs = [program for made in plans.values() for program in (made.train, made.infer)]
-        return any(isinstance(step, Call) and step.sees_layout for program in programs for step, _ in program.steps)
-
-    def is_leaf(each: nn.Module) -> bool:
-        return each is not module and (is_layer(each) or "_fused_plans" in each.__dict__)
-
-    try:
-        recording = record(module, tensors, is_leaf, lambda _: False)
-    except RecordError:
-        return True
-    return any(_sees_layout(module, node) for node in recording.nodes)
-
-
 def _gains(conv: Any) -> bool:
     return gains_in_channels_last(conv.weight.shape, conv.stride, conv.groups)
-
-
-def excites(conv: Any) -> bool:
-    """Whether a convolution can be a layer of an excitation: of one pixel, it is a matrix product."""
-    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.groups == 1 and conv.stride in (1, (1, 1))
-
-
-def pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:
-    """Whether a pooling leaves one pixel, the mean."""
-    return pool.output_size in (1, (1, 1), [1, 1])
-
-
-def is_stem_pool(pool: nn.MaxPool2d) -> bool:
-    """Whether this is the max pooling of ResNet's stem: 3x3, stride 2, padding 1."""
-    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    usual = sizes in ((3, 2, 1, 1), ((3, 3), (2, 2), (1, 1), (1, 1)))
-    return usual and not pool.ceil_mode and not pool.return_indices

@@ -19,7 +19,7 @@ def run(unit: nn.Module, segment: Segment, values: Sequence[Any], keeps_result: 
     """Run a segment with statistics of the batch, and update running ones.
 
     Args:
-        unit: A module with a plan, for which `resnext.fusion.why_not` has nothing to say.
+        unit: A module with a plan, for which `resnext.reasons.why_not` has nothing to say.
         segment: Of that plan.
         values: Of the plan's slots; those that the segment reads are there.
         keeps_result: As of `resnext.kernels.affine_add_relu`, for sums.

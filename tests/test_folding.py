@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnext import fusion
+from resnext import folding, fusion
 from resnext.kernels import extension
 
 from .block_cases import IDENTITY, PROJECTION, forward_and_gradients, reason_of
@@ -88,11 +88,11 @@ def test_inference_keeps_what_does_not_change():
     block.eval()
     with torch.no_grad():
         block(x)
-        kept = fusion._KEPT[block]
+        kept = folding._KEPT[block]
         block(x)
-        assert fusion._KEPT[block] is kept
+        assert folding._KEPT[block] is kept
     block.train()
-    assert block not in fusion._KEPT
+    assert block not in folding._KEPT
 
 
 def test_scales_go_into_the_weights_of_1x1_convolutions_that_a_library_computes():
@@ -101,7 +101,7 @@ def test_scales_go_into_the_weights_of_1x1_convolutions_that_a_library_computes(
     with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(fusion, "prefers_channels_last", lambda x: False)
         block.eval()(PROJECTION.images())
-    scaled = [folded.scale is None for folded in fusion._KEPT[block].folded.values()]
+    scaled = [folded.scale is None for folded in folding._KEPT[block].folded.values()]
     assert scaled == [True, False, True, True]
 
 
@@ -114,7 +114,7 @@ def test_inference_keeps_packed_weights_in_nhwc():
     with torch.no_grad():
         wanted = block(x)
         torch.testing.assert_close(block(in_nhwc), wanted)
-        folded = fusion._KEPT[block].folded.values()
+        folded = folding._KEPT[block].folded.values()
         assert [f.scale is None for f in folded] == [False] * 4
         assert all(extension.is_kept(f.weight) for f in folded)
         torch.testing.assert_close(block(x), wanted)
@@ -130,7 +130,7 @@ def test_copies_leave_behind_what_inference_keeps(copied):
     with torch.no_grad():
         expected = block(x)
         other = copied(block)
-        assert other not in fusion._KEPT
+        assert other not in folding._KEPT
         assert list(other.state_dict()) == list(block.state_dict()) == keys
         assert torch.equal(other(x), expected)
         nn.init.zeros_(other.bn3.bias)
@@ -224,7 +224,7 @@ def test_nothing_is_kept_of_weights_that_other_processes_may_change():
     block.eval()
     with torch.no_grad():
         wanted = block(x)
-        assert block in fusion._KEPT
+        assert block in folding._KEPT
         block.share_memory()
         torch.testing.assert_close(block(x), wanted)
         for parameter in block.parameters():
