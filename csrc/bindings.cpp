@@ -258,6 +258,7 @@ const Operators& operators_for(const Tensor& tensor) {
 #ifdef RESNEXT_CUDA
     cuda::add_convolutions(operators);
     cuda::add_batch_norm(operators);
+    cuda::add_attention(operators);
 #endif
     return operators;
   }();

@@ -53,7 +53,7 @@ struct Operators {
                                    const OptionalTensor& dz, const OptionalTensor& dscale, const OptionalTensor& dshift,
                                    bool channels_last);
 
-  // On the CPU only. Channel attention: what is called gate, dgate, mean or added is (N, C, 1, 1) in float32.
+  // Channel attention: what is called gate, dgate, mean or added is (N, C, 1, 1) in float32.
   void (*affine_mean)(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
                       const OptionalTensor& shift, bool relu, const Tensor& mean, bool channels_last);
   void (*affine_gate)(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
@@ -71,6 +71,8 @@ struct Operators {
                            const OptionalTensor& out, const OptionalTensor& gate, const OptionalTensor& added,
                            const Tensor& dz, const OptionalTensor& dscale, const OptionalTensor& dshift,
                            bool channels_last);
+
+  // On the CPU only.
   void (*laid_out)(const Tensor& x, const Tensor& out, bool channels_last);
   void (*bn_affine)(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma, const OptionalTensor& beta,
                     const Tensor& scale, const Tensor& shift, double eps);
@@ -92,6 +94,7 @@ void add_batch_norm(Operators& operators);
 namespace cuda {
 void add_convolutions(Operators& operators);
 void add_batch_norm(Operators& operators);
+void add_attention(Operators& operators);
 }  // namespace cuda
 
 }  // namespace resnext

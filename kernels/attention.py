@@ -114,14 +114,14 @@ def affine_gate(
 
 
 def excite(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """One layer between an attention's mean and its gate: a 1x1 convolution of one pixel, and an activation.
+    """One layer between an attention's mean and its gate: linear, or a 1x1 convolution, and an activation.
 
     A matrix product in float32 (float64), whatever autocast says: it is small, and rounding its operands takes longer
     than it does. Differentiable as PyTorch's operators, which it is made of, are.
 
     Args:
         x: (N, C_in, 1, 1).
-        weight: (C_out, C_in, 1, 1).
+        weight: (C_out, C_in), or with two ones behind.
         bias: (C_out,) or None.
         activation: ``"relu"``, ``"sigmoid"`` or ``""``.
 
@@ -150,11 +150,11 @@ def excite_gradients(
         dy = torch.ops.aten.sigmoid_backward(dy, y)
     with _without_autocast(x):
         dx, dw = dy @ _as_matrix(weight, x), dy.t() @ _as_matrix(x)
-    return dx.to(x.dtype)[:, :, None, None], dw[:, :, None, None], dy.sum(0)
+    return dx.to(x.dtype)[:, :, None, None], dw.view(weight.shape), dy.sum(0)
 
 
 def _as_matrix(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """A tensor (N, C, 1, 1) as (N, C), in the dtype of vectors beside ``like``, or beside itself."""
+    """A tensor (N, C) or (N, C, 1, 1) as (N, C), in the dtype of vectors beside ``like``, or beside itself."""
     return tensor.flatten(1).to(checks.vector_dtype((tensor if like is None else like).dtype))
 
 

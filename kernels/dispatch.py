@@ -167,7 +167,12 @@ def _launchers(forced: str | None, tf32: bool, *problem) -> ModuleType:
 
 _ELEMENTWISE = {"triton": "batch_norm", "cuda": "extension", "cpu": "extension", "torch": "reference"}
 _POOLING = _ELEMENTWISE | {"triton": "max_pool"}
-_ATTENTION = {"triton": "attention_kernels", "cuda": "reference", "cpu": "extension_attention", "torch": "reference"}
+_ATTENTION = {
+    "triton": "attention_kernels",
+    "cuda": "extension_attention",
+    "cpu": "extension_attention",
+    "torch": "reference",
+}
 # Vectors of a few thousand numbers: what counts is how many kernels a GPU has to start.
 _VECTORS = {"triton": "batch_norm", "cuda": "reference", "cpu": "extension", "torch": "reference"}
 

@@ -1,4 +1,4 @@
-"""Channel attention's launchers served by the compiled extension (`extension.py`), on the CPU; as in `reference`."""
+"""Channel attention's launchers served by the compiled extension (`extension.py`); as in `reference`."""
 
 from __future__ import annotations
 

@@ -121,6 +121,7 @@ def _fold(unit: nn.Module, pair: tuple[str, str], x: Tensor, keeps: bool) -> Fol
     conv = child(unit, pair[0])
     weight, bias = conv.weight, conv.bias
     if not pair[1]:
+        weight = weight if weight.dim() == 4 else weight[:, :, None, None]
         if keeps and weight.device.type == "cpu":
             weight = weight.detach()
             keep_packed(weight, x)

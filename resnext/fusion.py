@@ -92,7 +92,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
         elif isinstance(step, Mean):
             values[step.out] = _mean(values[step.z], values[step.affine], step)
         elif isinstance(step, Excite):
-            values[step.out] = _excite(child(unit, step.conv), folds.get((step.conv, "")), values[step.x], step)
+            values[step.out] = _excite(child(unit, step.layer), folds.get((step.layer, "")), values[step.x], step)
         elif isinstance(step, Gate):
             operands = values[step.gate], values[step.residual], values[step.residual_affine]
             values[step.out] = _gate(values[step.z], values[step.affine], *operands, step)
@@ -268,9 +268,9 @@ def _activated(z: Tensor, affine: Affine | None, relu: bool) -> Tensor:
     return torch.relu(value) if relu else value
 
 
-def _excite(conv: nn.Conv2d, folded: Folded | None, x: Tensor, step: Excite) -> Tensor:
+def _excite(layer: Any, folded: Folded | None, x: Tensor, step: Excite) -> Tensor:
     if folded is None:
-        return excite(x, conv.weight, conv.bias, step.activation)
+        return excite(x, layer.weight, layer.bias, step.activation)
     y = conv_affine(x, *folded, None, step.activation == "relu")
     return torch.sigmoid(y) if step.activation == "sigmoid" else y
 

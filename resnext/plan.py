@@ -87,7 +87,7 @@ def _fold(step: Step) -> tuple[str, str] | None:
     """The convolution of a step for inference, and the norm that is folded into it; "" for none."""
     if isinstance(step, ConvAffine):
         return step.pair
-    return (step.conv, "") if isinstance(step, Excite) else None
+    return (step.layer, "") if isinstance(step, Excite) else None
 
 
 def _segments(program: Program) -> dict[int, Segment]:
@@ -131,6 +131,15 @@ class _Attention:
     means: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """Of an excitation: the op of its convolution or linear module, its activation, the op that ends it."""
+
+    product: int
+    activation: str
+    out: int
+
+
 @dataclass
 class _Op:
     """A node and what it is to us (`roles.role`).
@@ -169,12 +178,13 @@ class _Planner:
                 self.users[ref].append(index)
         # All by number of the op: of a relu, the norm before it; of a pooling, likewise; of the last op of a
         # residual sum (a relu, or the sum itself), the norm or attention that ends the branch and the shortcut; of a
-        # product, the attention that it is; of what ends a layer of an excitation, its convolution and activation.
+        # product, the attention that it is; of what ends a layer of an excitation, that layer and what it is given.
         self.activations: dict[int, int] = {}
         self.pools: dict[int, int] = {}
         self.ends: dict[int, tuple[int, int]] = {}
         self.attentions: dict[int, _Attention] = {}
-        self.excites: dict[int, tuple[int, str]] = {}
+        self.excites: dict[int, tuple[_Layer, int]] = {}
+        self.skipped: set[int] = set()
         self._match()
 
     # --- what the nodes are ---
@@ -209,8 +219,7 @@ class _Planner:
     def _match(self) -> None:
         for index, op in enumerate(self.ops):
             if op.role == "product" and (attention := self._attention(index)) is not None:
-                self.attentions[index] = attention
-                self.excites.update(self._excitation(attention))
+                self.attentions[index] = self._excitation(attention)
             elif op.role == "relu":
                 (before,) = op.inputs
                 if self.users[before] != [index]:
@@ -298,23 +307,60 @@ class _Planner:
                 found.update(self.ops[index].inputs)
         return not found.isdisjoint(others)
 
-    def _excitation(self, attention: _Attention) -> dict[int, tuple[int, str]]:
-        """The layers that make the gate of the only mean, if they are 1x1 convolutions, ReLU and sigmoid."""
-        found: dict[int, tuple[int, str]] = {}
-        index, activation, last = attention.gate, "", attention.gate
+    def _excitation(self, attention: _Attention) -> _Attention:
+        """Find the layers that make the gate of the only mean: products, ReLU and sigmoid, with reshapes between.
+
+        Returns the attention, whose gate is what the last of them makes then.
+        """
+        if len(attention.means) > 1:
+            return attention
+        found: list[_Layer] = []
+        skipped: list[int] = []
+        index, rank, activation, last = attention.gate, 4, "", NONE
         while index not in attention.means:
             op = self.ops[index]
             if len(self.users[index]) != 1:
-                return {}
+                return attention
             if op.role in ("relu", "sigmoid") and not activation:
                 activation, last = op.role, index
-            elif op.role == "conv" and roles.excites(self.root.get_submodule(op.name)):
-                found[last] = index, activation
-                activation, last = "", op.inputs[0]
+            elif op.role in ("conv", "linear"):
+                taken = 4 if op.role == "conv" else 2
+                if rank not in (taken, roles.ANY_RANK) or not roles.excites(self.root.get_submodule(op.name)):
+                    return attention
+                found.append(_Layer(index, activation, last if activation else index))
+                rank, activation = taken, ""
+            elif self._expands(op, attention):
+                skipped.append(index)
+            elif not activation and (before := self._reshaped_rank(op, rank, attention)) is not None:
+                skipped.append(index)
+                rank = before
             else:
-                return {}
-            (index,) = op.inputs
-        return {} if activation or len(attention.means) > 1 or not roles.keeps_dims(self.ops[index].node) else found
+                return attention
+            index = op.inputs[0]
+        of_mean = 4 if roles.keeps_dims(self.ops[index].node) else 2
+        if activation or not found or rank not in (of_mean, roles.ANY_RANK):
+            return attention
+        self.skipped.update(skipped)
+        for layer, before in zip(found, [*(each.out for each in found[1:]), index], strict=True):
+            self.excites[layer.out] = layer, before
+        return replace(attention, gate=found[0].out)
+
+    def _expands(self, op: _Op, attention: _Attention) -> bool:
+        """Whether an op gives the gate the shape of the activation."""
+        return op.node.target == "expand_as" and op.inputs[1:] == [attention.source] and op.inputs[0] != op.inputs[1]
+
+    def _reshaped_rank(self, op: _Op, rank: int, attention: _Attention) -> int | None:
+        if op.role == "flatten":
+            return roles.ANY_RANK if rank == 2 else None
+        values = self._made_of(attention.means) | {attention.source}
+
+        def is_batch(size: Any) -> bool:
+            return isinstance(size, Ref) and roles.is_batch_size(self.ops[size.index].node, self._node_at, values)
+
+        return roles.reshaped_rank(op.node, rank, is_batch)
+
+    def _node_at(self, index: int) -> Node:
+        return self.ops[index].node
 
     def _is_lazy(self, norm: int) -> bool:
         """Whether nobody needs the values of a norm in training: its affine is applied where they are read."""
@@ -352,6 +398,7 @@ class _Planner:
         steps = [step for index, op in enumerate(self.ops) if (step := self._step(index, op)) is not None]
         output = self.ops[-1].node.args[0]
         kept = set(Node("output", "", (output,)).refs)
+        steps = self._without_unread_shapes(steps, kept)
         last = {slot: position for position, step in enumerate(steps) for slot in reads(step)}
         free: list[list[int]] = [[] for _ in steps]
         for slot, position in last.items():
@@ -359,9 +406,19 @@ class _Planner:
                 free[position].append(slot)
         return Program(tuple(zip(steps, map(tuple, free), strict=True)), output)
 
+    def _without_unread_shapes(self, steps: list[Step], kept: set[int]) -> list[Step]:
+        """The steps but for those that find sizes for reshapes that were skipped."""
+        wanted, needed = list[Step](), {*kept}
+        for step in reversed(steps):
+            if self.skipped and isinstance(step, Call) and step.out not in needed and roles.is_of_shape(step.node):
+                continue
+            wanted.append(step)
+            needed.update(reads(step))
+        return wanted[::-1]
+
     def excited(self) -> list[str]:
-        """Names of the convolutions that are layers of excitations."""
-        return [self.ops[conv].name for conv, _ in self.excites.values()]
+        """Names of the layers of excitations."""
+        return [self.ops[layer.product].name for layer, _ in self.excites.values()]
 
     def writes(self, program: Program) -> bool:
         """Whether what a program calls writes into memory that it is given."""
@@ -376,7 +433,10 @@ class _Planner:
             return None
         if index in self.excites:
             return self._excite(index)
-        if any(conv == index for conv, _ in self.excites.values()):
+        if index in self.skipped:
+            self._stands_for(op)
+            return None
+        if any(layer.product == index for layer, _ in self.excites.values()):
             return None
         if op.role == "conv":
             return self._convolution(index, op)
@@ -395,7 +455,8 @@ class _Planner:
             return Pool(self.ops[norm].inputs[0], norm, index)
         if op.role == "mean" and (attention := self._attention_at(index)) is not None:
             self._stands_for(op)
-            return Mean(*self._attended(attention), roles.keeps_dims(self.ops[index].node), index)
+            excites = any(x == index for _, x in self.excites.values())
+            return Mean(*self._attended(attention), excites or roles.keeps_dims(op.node), index)
         if index in self.attentions:
             if any(branch == index for branch, _ in self.ends.values()):
                 return None
@@ -412,10 +473,10 @@ class _Planner:
         return self.ops[attention.norm].inputs[0], attention.norm, attention.source != attention.norm
 
     def _excite(self, index: int) -> Excite:
-        conv, activation = self.excites[index]
-        if conv != index:
+        layer, x = self.excites[index]
+        if layer.product != index:
             self._stands_for(self.ops[index])
-        return Excite(self.ops[conv].name, self.ops[conv].inputs[0], activation, index)
+        return Excite(self.ops[layer.product].name, x, layer.activation, index)
 
     def _call(self, node: Node, out: int) -> Call:
         if not self.inference:  # where activations that an attention attends to are not there, but their raw outputs

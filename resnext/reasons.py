@@ -16,7 +16,7 @@ from resnext.batch_norm import BatchNorm
 from resnext.graph import Shell, Watched, changed_attribute
 from resnext.kernels import why_not_conv_stats
 from resnext.layers import child, held, is_plain_conv, original_class
-from resnext.roles import excites, is_stem_pool, pools_to_one
+from resnext.roles import excites, flattens_images, is_stem_pool, pools_to_one
 from resnext.steps import Plan
 
 _HOOKS = {
@@ -62,12 +62,12 @@ def why_not(unit: nn.Module, plan: Plan, x: Tensor | None) -> str | None:
             bn, child(unit, bn), conv, child(unit, conv), x
         ):
             return reason
-    for conv in (*plan.convs, *plan.excites):
+    for conv in plan.convs:
         if reason := _why_not_conv(conv, child(unit, conv), x):
             return reason
     for name in plan.excites:
-        if not excites(child(unit, name)):
-            return f"{name} is {child(unit, name)}, not a dense 1x1 convolution without stride"
+        if reason := _why_not_excite(name, child(unit, name), x):
+            return reason
     for name, flag in plan.flags:
         if (module := child(unit, name)) is not None and module.__dict__.get("inplace") != flag:
             return f"{name}.inplace is not what it was when it was converted"
@@ -124,6 +124,8 @@ def _why_not_role(name: str, module: nn.Module | None, kind: type[nn.Module]) ->
         return f"{name} is {module}, not a 3x3 pooling with stride 2 and padding 1"
     if isinstance(module, nn.AdaptiveAvgPool2d) and not pools_to_one(module):
         return f"{name} is {module}, not a pooling to one pixel"
+    if isinstance(module, nn.Flatten) and not flattens_images(module):
+        return f"{name} is {module}, not from the channels to the end"
     return why_not_quiet(name, module)  # type: ignore[arg-type]
 
 
@@ -143,14 +145,26 @@ def _why_not_conv(name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:
         reason = why_not_conv_stats(weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
         if reason is not None:
             return f"{name}: {reason}"
-    if x is None:
-        return None
+    return None if x is None else _why_not_weight(name, weight, x)
+
+
+def _why_not_weight(name: str, weight: Tensor, x: Tensor) -> str | None:
     if weight.device != x.device:
         return f"the input is on {x.device}, and {name} on {weight.device}"
     cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (weight.dtype, x.dtype)
     if weight.dtype != x.dtype and not cast:
         return f"the input is {x.dtype}, and {name} {weight.dtype}"
     return None
+
+
+def _why_not_excite(name: str, layer: nn.Module | None, x: Tensor | None) -> str | None:
+    """Why a layer of an excitation is no matrix product, or None."""
+    if type(layer) is nn.Linear:
+        reason = why_not_quiet(name, layer)
+        return reason if reason or x is None else _why_not_weight(name, held(layer, "weight"), x)
+    if reason := _why_not_conv(name, layer, x):  # type: ignore[arg-type]
+        return reason
+    return None if excites(layer) else f"{name} is {layer}, not a dense 1x1 convolution without stride"
 
 
 def _why_not_norm(name: str, bn: BatchNorm, conv_name: str, conv: nn.Conv2d, x: Tensor | None) -> str | None:

@@ -141,8 +141,8 @@ class _Assembled:
         return True
 
     def _add_excite(self, unit: nn.Module, step: Excite) -> bool:
-        conv = child(unit, step.conv)
-        weight, bias = held(conv, "weight"), held(conv, "bias")
+        layer = child(unit, step.layer)
+        weight, bias = held(layer, "weight"), held(layer, "bias")
         if not all(each is None or each.requires_grad for each in (weight, bias)):
             return False
         place = None if bias is None else self._place(bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import operator
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", torch.sigmoid_, "sigmoid_")
 _IN_PLACE = (operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
 # Modules that pass their input on in evaluation.
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+ANY_RANK = 0
 
 # What asks for strides or depends on them, by the names of methods and functions; where other functions are harmless.
 _OF_LAYOUT = frozenset(
@@ -79,7 +82,8 @@ def _role_of(module: Any) -> str:
         return "mean"
     if kind in _DROPOUTS or "drop" in kind.__name__.lower() or kind.__name__ == "StochasticDepth":
         return "dropout"
-    return {nn.ReLU: "relu", nn.Identity: "identity", nn.Sigmoid: "sigmoid"}.get(kind, "")
+    simple = {nn.ReLU: "relu", nn.Identity: "identity", nn.Sigmoid: "sigmoid", nn.Linear: "linear"}
+    return simple.get(kind, "flatten" if kind is nn.Flatten and flattens_images(module) else "")
 
 
 def _is_mean(node: Node) -> bool:
@@ -99,6 +103,46 @@ def _is_mean(node: Node) -> bool:
 def keeps_dims(mean: Node) -> bool:
     """Whether a mean's result is (N, C, 1, 1) and not (N, C)."""
     return mean.target not in _MEANS or bool(_mean_arguments(mean).get("keepdim", False))
+
+
+def is_batch_size(node: Node, node_at: Callable[[int], Node], values: Container[int]) -> bool:
+    """Whether a node is the first size of one of some values."""
+    if node.kind == "method" and node.target == "size" and node.args[1:] == (0,):
+        return node.refs[0] in values
+    if node.target is not operator.getitem or node.args[1:] != (0,):
+        return False
+    shape = node_at(node.refs[0])
+    is_shape = shape.target == "size" and len(shape.args) == 1
+    is_shape = is_shape or (shape.target is builtins.getattr and shape.args[1:] == ("shape",))
+    return is_shape and shape.refs[0] in values
+
+
+def is_of_shape(node: Node) -> bool:
+    """Whether a node does nothing but find sizes, or take one of several values."""
+    return node.target in ("size", builtins.getattr, operator.getitem)
+
+
+def reshaped_rank(node: Node, rank: int, is_batch: Callable[[Any], bool]) -> int | None:
+    """The rank of what a node reshapes to one of ``rank``, where both are (N, C) with or without ones behind it.
+
+    ``is_batch``: whether an argument stands for N. None for all other nodes, and where the arguments may be others.
+    """
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
+    if node.kwargs or node.kind not in ("function", "method"):
+        return None
+    if name in ("view", "reshape") and len(sizes) > 1 and is_batch(sizes[0]):
+        ones = tuple(sizes[2:])
+        return ANY_RANK if len(sizes) == rank and ones == (1,) * len(ones) else None
+    if name == "flatten" and tuple(sizes) == (1,):
+        return ANY_RANK if rank == 2 else None
+    if name == "unsqueeze" and len(sizes) == 1 and sizes[0] in (-1, rank - 1):
+        return rank - 1 if rank > 2 else None
+    if name == "squeeze" and len(sizes) == 1 and sizes[0] in (-1, rank):
+        return rank + 1 if rank < 4 else None
+    if node.target is operator.getitem and sizes == (slice(None), slice(None), None, None):
+        return 2 if rank == 4 else None
+    return None
 
 
 def asks_for_shape(node: Node, value: int) -> bool:
@@ -170,14 +214,21 @@ def _module_sees_layout(module: nn.Module, tensors: int) -> bool:
     return any(sees_layout(module, node) for node in recording.nodes)
 
 
-def excites(conv: Any) -> bool:
-    """Whether a convolution can be a layer of an excitation: of one pixel, it is a matrix product."""
-    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.groups == 1 and conv.stride in (1, (1, 1))
+def excites(layer: Any) -> bool:
+    """Whether a module can be a layer of an excitation: linear, or a convolution that is so of a single pixel."""
+    if original_class(layer) is nn.Linear:
+        return True
+    return tuple(layer.weight.shape[2:]) == (1, 1) and layer.groups == 1 and layer.stride in (1, (1, 1))
 
 
 def pools_to_one(pool: nn.AdaptiveAvgPool2d) -> bool:
     """Whether a pooling leaves one pixel, the mean."""
     return pool.output_size in (1, (1, 1), [1, 1])
+
+
+def flattens_images(module: nn.Flatten) -> bool:
+    """Whether all but the images becomes one dimension."""
+    return (module.start_dim, module.end_dim) == (1, -1)
 
 
 def is_stem_pool(pool: nn.MaxPool2d) -> bool:

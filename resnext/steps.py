@@ -81,9 +81,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class Excite:
-    """activation(conv(x)), a layer between an attention's mean and its gate; ``activation`` as of `kernels.excite`."""
+    """activation(layer(x)), between an attention's mean and its gate; ``activation`` as of `kernels.excite`."""
 
-    conv: str
+    layer: str
     x: int
     activation: str
     out: int
@@ -168,9 +168,9 @@ class Plan:
         train: Steps that are right in every mode.
         infer: Steps for evaluation without gradients.
         pairs: Names of the convolutions and the norms behind them that the steps stand for.
-        folds: Those of them that ``infer`` runs with the norm folded into the convolution; and the convolutions of
-            `Excite`, with "" for a norm.
-        excites: Names of the convolutions of `Excite`.
+        folds: Those of them that ``infer`` runs with the norm folded into the convolution; and the layers of `Excite`,
+            with "" for a norm.
+        excites: Names of the layers of `Excite`.
         convs: Names of further convolutions, without a norm.
         entries: Names of those convolutions that are given the first argument.
         roles: Names of further modules that the steps stand for, with their classes.

@@ -25,7 +25,7 @@ class Attended(nn.Module):
         self.fc1, self.fc2 = nn.Conv2d(CHANNELS, 4, 1), nn.Conv2d(4, CHANNELS, 1)
         self.linear1, self.linear2 = nn.Linear(CHANNELS, 4), nn.Linear(4, CHANNELS)
         self.pool, self.relu, self.sigmoid = nn.AdaptiveAvgPool2d(1), nn.ReLU(inplace=True), nn.Sigmoid()
-        self.dropout = nn.Dropout(0.5)
+        self.dropout, self.flatten = nn.Dropout(0.5), nn.Flatten()
         self.downsample = nn.Sequential(conv1(8, 8), nn.BatchNorm2d(8)) if projects else None
         self.attend, self.last = attend, last
 
@@ -58,6 +58,30 @@ def with_sizes(m: Attended, x: Tensor) -> Tensor:
 def with_shape(m: Attended, x: Tensor) -> Tensor:
     gate = linear_layers(m, x.mean(dim=(2, 3))).view(x.shape[0], x.shape[1], 1, 1)
     return gate * x
+
+
+def flattened(m: Attended, x: Tensor) -> Tensor:
+    return x * linear_layers(m, torch.flatten(m.pool(x), 1))[:, :, None, None]
+
+
+def unsqueezed(m: Attended, x: Tensor) -> Tensor:
+    return x * linear_layers(m, m.flatten(m.pool(x))).unsqueeze(2).unsqueeze(-1)
+
+
+def squeezed(m: Attended, x: Tensor) -> Tensor:
+    mean = m.pool(x).squeeze(-1).squeeze(2)
+    return x * linear_layers(m, mean).reshape((x.size(0), -1, 1, 1))
+
+
+def minus_one(m: Attended, x: Tensor) -> Tensor:
+    """A number of images that is left to be found."""
+    return x * linear_layers(m, m.pool(x).view(-1, CHANNELS)).view(-1, CHANNELS, 1, 1)
+
+
+def of_rows(m: Attended, x: Tensor) -> Tensor:
+    """A gate that is not what it looks like: of the first channels of two images, if there were so many."""
+    gate = torch.sigmoid(m.linear2(F.relu(m.linear1(m.pool(x).view(x.size(0), CHANNELS)))))
+    return x * gate.view(gate.size(0), 2, 4, 1).flatten(1)[:, :, None, None]
 
 
 def in_place(m: Attended, x: Tensor) -> Tensor:
@@ -176,6 +200,11 @@ ATTENTIONS: dict[str, Attend] = {
     "functional": lambda m, x: x * torch.sigmoid(m.fc2(F.relu(m.fc1(F.adaptive_avg_pool2d(x, 1))))),
     "sizes": with_sizes,
     "shape": with_shape,
+    "flattened": flattened,
+    "unsqueezed": unsqueezed,
+    "squeezed": squeezed,
+    "minus-one": minus_one,
+    "of-rows": of_rows,
     "hard-sigmoid": lambda m, x: x * F.hardsigmoid(m.fc2(m.relu(m.fc1(m.pool(x))))),
     "tanh": lambda m, x: x * torch.tanh(m.fc2(m.fc1(m.pool(x)))),
     "one-layer": lambda m, x: x * torch.sigmoid(m.fc2(m.fc1(m.pool(x)))),

@@ -21,6 +21,18 @@ from .fused_numerics import (
 
 OVER = (2, 3)
 ROUNDS_AS_IT_SHOULD = Arithmetic()
+# Of `check_attention`: what blocks ask for, and the other forms.
+OPTIONS = [
+    {"affine": affine, "relu": relu, "residual": residual, "centered": residual != "plain"}
+    for affine, relu, residual in [
+        (True, True, "none"),
+        (True, False, "plain"),
+        (True, False, "affine"),
+        (True, True, "affine"),
+        (False, False, "none"),
+        (False, True, "plain"),
+    ]
+]
 
 
 def check_attention(

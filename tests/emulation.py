@@ -38,6 +38,10 @@ IMAGES = {
     "statistics_bwd": (0, 0),
     "affine_add_relu": (0, 0),
     "affine_add_relu_bwd": (0, 0),
+    "affine_mean": (0, 0),
+    "affine_gate": (0, 0),
+    "affine_gate_bwd": (0, 0),
+    "gated_affine_bwd": (0, 0),
     "affine_relu_max_pool": (0, 4),
     "affine_relu_max_pool_bwd": (2, 0),
 }
@@ -101,7 +105,8 @@ class Emulator:
 
         def filled(argument: Any) -> Any:
             if isinstance(argument, tuple):
-                results.append(torch.empty(argument, dtype=arguments[0].dtype, memory_format=layout))
+                dtype = torch.float32 if argument[4:] == (True,) else arguments[0].dtype
+                results.append(torch.empty(argument[:4], dtype=dtype, memory_format=layout))
             elif type(argument) is int:
                 results.append(torch.empty(argument))
             else:

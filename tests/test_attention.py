@@ -14,22 +14,11 @@ from resnext import fuse_, unfuse_, why_not_fused
 from resnext.kernels import affine_gate, affine_mean, attention, excite, extension, extension_attention, reference
 
 from .attention_models import ATTENTIONS, Attended
-from .attention_numerics import check_attention
+from .attention_numerics import OPTIONS, check_attention
 from .fused_numerics import ELEMENTWISE_SHAPES, make, make_affine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = {**ELEMENTWISE_SHAPES, "several-parts": (3, 20, 11, 63), "several-parts-of-a-plane": (1, 2, 70, 80)}
-OPTIONS = [
-    {"affine": affine, "relu": relu, "residual": residual, "centered": residual != "plain"}
-    for affine, relu, residual in [
-        (True, True, "none"),
-        (True, False, "plain"),
-        (True, False, "affine"),
-        (True, True, "affine"),
-        (False, False, "none"),
-        (False, True, "plain"),
-    ]
-]
 
 
 # --- launchers ---
@@ -304,6 +293,14 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         )
 
 
+LINEAR_CHANGES: dict[str, Callable[[Attended], object]] = {
+    "hook": lambda m: m.linear1.register_forward_hook(lambda module, args, output: output + 1),
+    "layer": lambda m: setattr(m, "linear1", nn.Sequential(nn.Linear(8, 4), nn.Tanh())),
+    "no-bias": lambda m: setattr(m.linear2, "bias", None),
+    "weight": lambda m: setattr(m.linear2, "weight", nn.Parameter(m.linear2.weight.detach() * 3)),
+    "parametrized": lambda m: nn.utils.parametrizations.weight_norm(m.linear1),
+    "flatten": lambda m: setattr(m, "flatten", nn.Sequential(nn.Flatten(), nn.Tanh())),
+}
 CHANGES: dict[str, Callable[[Attended], object]] = {
     "hook": lambda m: m.fc1.register_forward_hook(lambda module, args, output: output + 1),
     "pre-hook": lambda m: m.pool.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
@@ -319,9 +316,14 @@ CHANGES: dict[str, Callable[[Attended], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_after_conversion_are_followed(change):
-    plain, fused = block(), block()
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("module", change) for change in CHANGES.values()]
+    + [("unsqueezed", change) for change in LINEAR_CHANGES.values()],
+    ids=[*CHANGES, *(f"linear-{name}" for name in LINEAR_CHANGES)],
+)
+def test_changes_after_conversion_are_followed(name, change):
+    plain, fused = block(name=name), block(name=name)
     fuse_(fused)
     x = images()
     step(fused, x)
@@ -344,8 +346,24 @@ def test_a_pool_of_another_size_is_none():
     assert why_not_fused(fused)[""].startswith("pool is AdaptiveAvgPool2d(output_size=2), not")
 
 
-def test_packed_weights_follow_an_optimizer():
-    plain, fused = block(), block()
+LAYERED = ("module", "gate-first", "mean", "torch.mean", "functional", "one-layer", "sizes", "shape")
+LAYERED += ("flattened", "unsqueezed", "squeezed")
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_layers_that_are_products_are_part_of_a_blocks_node(name):
+    fused = block(name=name)
+    fuse_(fused)
+    (plan,) = fused._fused_plans.values()
+    whole = [each for each in plan.segments.values() if len(each.steps) == len(plan.train.steps)]
+    assert bool(whole) == (name in LAYERED)
+    if name in LAYERED:
+        assert type(fused(images()).grad_fn.next_functions[0][0]).__name__ == "_BlockBackward"
+
+
+@pytest.mark.parametrize("name", ["module", "sizes"])
+def test_packed_weights_follow_an_optimizer(name):
+    plain, fused = block(name=name), block(name=name)
     fuse_(fused)
     for each in (plain, fused):
         each.eval()
@@ -354,8 +372,9 @@ def test_packed_weights_follow_an_optimizer():
         with torch.no_grad():
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
             for each in (plain, fused):
-                each.fc1.weight.mul_(2)
-                each.fc2.bias.add_(1)
+                for layer in (each.fc1, each.linear1):
+                    layer.weight.mul_(2)
+                    layer.bias.add_(1)
 
 
 def test_no_images():

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnext.kernels import composed, extension, reference
+from resnext.kernels import composed, extension, extension_attention, reference
 
 from . import fused_numerics
+from .attention_numerics import OPTIONS as ATTENTION_OPTIONS
+from .attention_numerics import check_attention
 from .cases import CASES, Case, make_tensors
 from .emulation import ADA_SHARED, DTYPES, HOPPER_SHARED, TURING_SHARED, Emulator, build
 from .fused_numerics import ELEMENTWISE_SHAPES, GROUPED_CASES, FusedCase, assert_statistics, make, make_affine
@@ -335,6 +337,16 @@ def test_elementwise(emulator: Emulator, shape: tuple[int, ...], dtype: torch.dt
             options = {"channels_last": channels_last, "residual": residual, "centered": residual != "plain"}
             fused_numerics.check_affine_add_relu(extension, shape, dtype, **options)
         fused_numerics.check_pool(extension, z, make_affine(shape[1], generator), channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_attention(emulator: Emulator, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool):
+    for multiprocessors, descending in ((1, False), (8, True)):  # one split of an image, and several
+        with emulator.on(multiprocessors=multiprocessors, descending=descending):
+            for options in ATTENTION_OPTIONS:
+                check_attention(extension_attention, shape, dtype, channels_last=channels_last, **options)
 
 
 def test_elementwise_on_tensors_that_no_vector_fits(emulator: Emulator):

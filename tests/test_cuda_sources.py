@@ -20,8 +20,8 @@ INSTANTIATIONS = {
     "tensor_core_conv": 48,  # 2 dtypes x 2 strides x packed or not x (2 passes, plain and training, + bias + inference)
     "direct_wgrad": 3,
     "tensor_core_wgrad": 8,  # 2 dtypes x 2 strides x plain or training
-    "channel": 54,  # 3 dtypes x (4 jobs x 3 layouts + 2 pools x 2 layouts), and those of wide gradients
-    "sum_splits": 5,  # 3 dtypes of weights, and 2 or 3 sums per channel
+    "channel": 90,  # 3 dtypes x (8 jobs x 3 layouts + 2 pools x 2 layouts), and those of wide gradients
+    "sum_splits": 6,  # 3 dtypes of weights, 2 or 3 sums per channel, and those of images
     "merge_moments": 1,
 }
 

@@ -17,8 +17,12 @@ namespace resnext::cuda {
 
 constexpr int kChannelThreads = 256;
 
+// A job may belong to single images (kByImage): a block's split is of one image then, whose totals are a row by
+// themselves, and outer counts pixels of that image (NHWC).
 struct ChannelGrid {
   int64_t channels, inner;
+  int64_t images;         // 1, if the job does not belong to single ones
+  int64_t image_elements;
   int64_t positions;      // vectors per channel: over outer and inner
   int64_t inner_vectors;  // of one channel, side by side
   int64_t tiles;          // blocks that share a split
@@ -34,7 +38,7 @@ struct Place {
 
 // Blocks resident at once, by registers.
 template <typename Job>
-constexpr int kChannelBlocksPerMultiprocessor = std::is_empty_v<typename Job::Totals> ? 3 : 2;
+constexpr int kChannelBlocksPerMultiprocessor = std::is_empty_v<typename Job::Totals> && !Job::kByImage ? 3 : 2;
 
 template <typename Job>
 __global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerMultiprocessor<Job>)
@@ -43,21 +47,29 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerMultiprocess
   const int row = threadIdx.x / grid.lanes;
   const int rows = kChannelThreads / grid.lanes;
   const int64_t vector = blockIdx.x % grid.tiles * grid.lanes + threadIdx.x % grid.lanes;
-  const int64_t split = blockIdx.x / grid.tiles;
+  const int64_t part = blockIdx.x / grid.tiles;
+  const int64_t image = Job::kByImage ? part % grid.images : 0;
+  const int64_t split = Job::kByImage ? part / grid.images : part;
   const int64_t channel = vector * Job::kChannels;
   const bool active = channel < grid.channels;
 
   Totals totals = {};
   if (active) {
-    const typename Job::Constants constants(job, channel);
+    const auto constants = [&] {
+      if constexpr (Job::kByImage) {
+        return typename Job::Constants(job, channel, image * grid.channels + channel);
+      } else {
+        return typename Job::Constants(job, channel);
+      }
+    }();
     const int64_t last = grid.positions * (split + 1) / grid.splits;
     int64_t position = grid.positions * split / grid.splits + row;
     int64_t outer = position / grid.inner_vectors, inner = position % grid.inner_vectors;
     const int64_t outer_step = rows / grid.inner_vectors, inner_step = rows % grid.inner_vectors;
     for (; position < last; position += rows) {
       const int64_t inside = inner * Job::kWidth;
-      job.visit({(outer * grid.channels + channel) * grid.inner + inside, channel, outer * grid.inner + inside},
-                constants, totals);
+      const int64_t element = (outer * grid.channels + channel) * grid.inner + inside;
+      job.visit({image * grid.image_elements + element, channel, outer * grid.inner + inside}, constants, totals);
       outer += outer_step;
       inner += inner_step;
       if (inner >= grid.inner_vectors) {
@@ -69,7 +81,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerMultiprocess
   if constexpr (!std::is_empty_v<Totals>) {
     merge_rows<kChannelThreads>(totals, row, rows, grid.lanes);
     if (active && row == 0 && partial != nullptr) {
-      totals.store(partial, split, grid.channels, channel);
+      totals.store(partial, part, grid.channels, channel);
     }
   }
 }
@@ -78,6 +90,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelBlocksPerMultiprocess
 template <typename T, int kVectorWidth, bool kAcross>
 struct ChannelJob {
   using Element = T;
+  static constexpr bool kByImage = false;
   static constexpr int kWidth = kVectorWidth;
   static constexpr int kChannels = kAcross ? kVectorWidth : 1;
   __device__ static constexpr int channel_of(int e) { return kAcross ? e : 0; }

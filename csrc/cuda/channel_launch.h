@@ -18,7 +18,9 @@ ChannelGrid make_channel_grid(const ImageShape& shape, const Device& device) {
   grid.channels = shape.channels;
   grid.inner = shape.channels_last ? 1 : shape.area();
   grid.inner_vectors = grid.inner / (Job::kWidth / Job::kChannels);
-  grid.positions = shape.batch * (shape.channels_last ? shape.area() : grid.inner_vectors);
+  grid.images = Job::kByImage ? shape.batch : 1;
+  grid.image_elements = shape.channels * shape.area();
+  grid.positions = shape.batch / grid.images * (shape.channels_last ? shape.area() : grid.inner_vectors);
   const int64_t vectors = shape.channels / Job::kChannels;
   grid.lanes = 1;
   while (shape.channels_last && grid.lanes < std::min<int64_t>(vectors, kWarpSize)) {
@@ -27,22 +29,24 @@ ChannelGrid make_channel_grid(const ImageShape& shape, const Device& device) {
   grid.tiles = ceil_div(vectors, grid.lanes);
   const int64_t most = ceil_div(grid.positions, kMinPlacesPerThread * (kChannelThreads / grid.lanes));
   const int64_t blocks = int64_t{device.multiprocessors} * kChannelBlocksPerMultiprocessor<Job> * kWaves;
-  grid.splits = static_cast<int>(std::min(most, ceil_div(blocks, grid.tiles)));
+  grid.splits = static_cast<int>(std::min(most, ceil_div(blocks, grid.tiles * grid.images)));
   return grid;
 }
 
-// partial receives the totals of the job's splits, in scratch memory; null: they are not wanted.
+// partial receives the totals of the job's splits, in scratch memory; null: they are not wanted. Those of a job that
+// belongs to single images are [split][image].
 template <typename Job>
 cudaError_t launch_job(const Job& job, const ImageShape& shape, const Context& context, Partial* partial) {
   const ChannelGrid grid = make_channel_grid<Job>(shape, context.device);
   float* values = nullptr;
   if constexpr (!std::is_empty_v<typename Job::Totals>) {
     if (partial != nullptr) {
-      values = context.scratch.allocate_array<float>(Job::Totals::kPlanes * grid.splits * grid.channels);
-      *partial = {values, grid.splits};
+      const int64_t parts = grid.splits * grid.images;
+      values = context.scratch.allocate_array<float>(Job::Totals::kPlanes * parts * grid.channels);
+      *partial = {values, static_cast<int>(parts)};
     }
   }
-  return launch(channel_kernel<Job>, grid.tiles * grid.splits, kChannelThreads, DynamicShared{}, context.stream, job,
+  return launch(channel_kernel<Job>, grid.tiles * grid.splits * grid.images, kChannelThreads, DynamicShared{}, context.stream, job,
                 grid, values);
 }
 

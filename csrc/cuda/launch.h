@@ -146,6 +146,36 @@ cudaError_t launch_affine_add_relu_bwd(const ImageShape& shape, Dtype dtype, con
                                        const void* residual, const Affine& residual_affine,
                                        const AffineAddReluGrads& grads);
 
+// Channel attention. act is relu if `relu`, else nothing; mean, gate, dgate and added are (N, C). A residual's affine,
+// where it has one, is given with its values.
+cudaError_t launch_affine_mean(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
+                               const Affine& affine, bool relu, float* mean);
+
+cudaError_t launch_affine_gate(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
+                               const Affine& affine, bool relu, const float* gate, const void* residual,
+                               const Affine& residual_affine, void* out);
+
+struct GateGrads {  // null, all but dgate: not wanted
+  float* dgate;
+  void* dresidual;
+  float *dresidual_scale, *dresidual_shift;
+};
+
+// out null: there was no residual; residual null: none with an affine.
+cudaError_t launch_affine_gate_bwd(const ImageShape& shape, Dtype dtype, const Context& context, const void* dout,
+                                   const void* out, const void* z, const Affine& affine, bool relu,
+                                   const void* residual, const Affine& residual_affine, const GateGrads& grads);
+
+struct GatedGradient {  // gate * (dout where out, if there is one, is above zero) + added; either term may be null
+  const void *dout, *out;
+  const float *gate, *added;
+};
+
+// dscale and dshift may be null.
+cudaError_t launch_gated_affine_bwd(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
+                                    const Affine& affine, bool relu, const GatedGradient& gradient, void* dz,
+                                    float* dscale, float* dshift);
+
 // 3x3, stride 2, padding 1: out and taps (N, C, (H - 1) / 2 + 1, (W - 1) / 2 + 1); taps may be null.
 cudaError_t launch_affine_relu_max_pool(const ImageShape& shape, Dtype dtype, const Context& context, const void* z,
                                         const Affine& affine, void* out, uint8_t* taps);

@@ -66,7 +66,10 @@ struct Call {
             out_sizes[3], option[2],  option[0],    option[1],  option[3] != 0, 3};
   }
 
-  ImageShape image() const { return {x_sizes[0], x_sizes[1], x_sizes[2], x_sizes[3], options[0] != 0}; }
+  // channels_last: the number of that option.
+  ImageShape image(int channels_last = 0) const {
+    return {x_sizes[0], x_sizes[1], x_sizes[2], x_sizes[3], options[channels_last] != 0};
+  }
 };
 
 const std::map<std::string, std::function<cudaError_t(const Call&)>> kOperators = {
@@ -114,6 +117,28 @@ const std::map<std::string, std::function<cudaError_t(const Call&)>> kOperators 
        const AffineAddReluGrads grads{c.get(9), c.get(10), c.get<float>(12), c.get<float>(11), c.get<float>(13)};
        return launch_affine_add_relu_bwd(c.image(), c.dtype, c.context, c.get(0), false, c.get(1), c.get(2),
                                          c.affine(3, 4, 5), c.get(6), c.affine(7, 8, -1), grads);
+     }},
+    {"affine_mean",
+     [](const Call& c) {
+       return launch_affine_mean(c.image(1), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.options[0] != 0,
+                                 c.get<float>(4));
+     }},
+    {"affine_gate",
+     [](const Call& c) {
+       return launch_affine_gate(c.image(1), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.options[0] != 0,
+                                 c.get<float>(4), c.get(5), c.affine(6, 7, 8), c.get(9));
+     }},
+    {"affine_gate_bwd",
+     [](const Call& c) {
+       const GateGrads grads{c.get<float>(9), c.get(10), c.get<float>(11), c.get<float>(12)};
+       return launch_affine_gate_bwd(c.image(1), c.dtype, c.context, c.get(0), c.get(1), c.get(2), c.affine(3, 4, 5),
+                                     c.options[0] != 0, c.get(6), c.affine(7, 8, -1), grads);
+     }},
+    {"gated_affine_bwd",
+     [](const Call& c) {
+       const GatedGradient gradient{c.get(4), c.get(5), c.get<float>(6), c.get<float>(7)};
+       return launch_gated_affine_bwd(c.image(1), c.dtype, c.context, c.get(0), c.affine(1, 2, 3), c.options[0] != 0,
+                                      gradient, c.get(8), c.get<float>(9), c.get<float>(10));
      }},
     {"affine_relu_max_pool",
      [](const Call& c) {
