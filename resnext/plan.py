@@ -331,7 +331,7 @@ class _Planner:
                 rank, activation = taken, ""
             elif self._expands(op, attention):
                 skipped.append(index)
-            elif not activation and (before := self._reshaped_rank(op, rank, attention)) is not None:
+            elif (before := self._reshaped_rank(op, rank, attention)) is not None:
                 skipped.append(index)
                 rank = before
             else:

@@ -73,6 +73,12 @@ def squeezed(m: Attended, x: Tensor) -> Tensor:
     return x * linear_layers(m, mean).reshape((x.size(0), -1, 1, 1))
 
 
+def shaped_before_sigmoid(m: Attended, x: Tensor) -> Tensor:
+    images, channels = x.shape[0], x.shape[1]
+    y = m.linear2(F.relu(m.linear1(m.pool(x).view(images, channels)).unsqueeze(2)).squeeze(2))
+    return x * m.sigmoid(y.view(images, channels, 1, 1))
+
+
 def minus_one(m: Attended, x: Tensor) -> Tensor:
     """A number of images that is left to be found."""
     return x * linear_layers(m, m.pool(x).view(-1, CHANNELS)).view(-1, CHANNELS, 1, 1)
@@ -203,6 +209,7 @@ ATTENTIONS: dict[str, Attend] = {
     "flattened": flattened,
     "unsqueezed": unsqueezed,
     "squeezed": squeezed,
+    "shaped-before-sigmoid": shaped_before_sigmoid,
     "minus-one": minus_one,
     "of-rows": of_rows,
     "hard-sigmoid": lambda m, x: x * F.hardsigmoid(m.fc2(m.relu(m.fc1(m.pool(x))))),

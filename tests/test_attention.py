@@ -347,7 +347,7 @@ def test_a_pool_of_another_size_is_none():
 
 
 LAYERED = ("module", "gate-first", "mean", "torch.mean", "functional", "one-layer", "sizes", "shape")
-LAYERED += ("flattened", "unsqueezed", "squeezed")
+LAYERED += ("flattened", "unsqueezed", "squeezed", "shaped-before-sigmoid")
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
