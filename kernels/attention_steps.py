@@ -133,7 +133,7 @@ class Gate(NamedTuple):
         dgate, dresidual, dscale, dshift = gate_gradients(
             dout, out, z, affine, self.relu, residual, residual_affine, channels_last, wants_residual
         )
-        gradients[self.gate] = dgate.to(z.dtype)
+        add(gradients, self.gate, dgate.to(z.dtype))
         gradients[self.z] = Gated(dout, out, gate)
         if wants_residual:
             if self.residual_norm is None:  # which is dout where ReLU lets it through

@@ -124,7 +124,11 @@ def through_formula(
     needed: Sequence[bool],
     differentiated: bool = True,
 ) -> list[Tensor | None]:
-    """Autograd's gradients, through the formula in plain PyTorch; which can be ``differentiated`` themselves."""
+    """Autograd's gradients, through the formula in plain PyTorch; which can be ``differentiated`` themselves.
+
+    One of the tensors may have been made of another, or be it: the gradients are of aliases, which have not.
+    """
+    tensors = [t.view_as(t) if n and t is not None else t for t, n in zip(tensors, needed, strict=True)]
     outputs = function(*tensors)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad]

@@ -313,7 +313,8 @@ def laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
     _, channels, height, width = tensor.shape
     image = channels * height * width
     strides = (image, 1, width * channels, channels) if channels_last else (image, height * width, width, 1)
-    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+    # No view: results of operators may be written to.
+    return tensor if tensor.stride() == strides else tensor.clone(memory_format=memory_format(channels_last))
 
 
 def _padding(weight: Tensor) -> tuple[int, int]:

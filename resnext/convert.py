@@ -353,7 +353,9 @@ def _attentions(module: nn.Module) -> set[nn.Module]:
     """Modules that `_is_leaf` takes for one step, which pool what they are given: they, and what is in them."""
     found: set[nn.Module] = set()
     for each in module.modules():
-        if each is module or each in found or reasons.why_not_quiet("it", each) or _is_layer(each):
+        if each is module or each in found or _is_layer(each):
+            continue
+        if any(reasons.why_not_quiet("it", part) for part in each.modules()):
             continue
         if _is_leaf(each) and not isinstance(each, FusedModule) and pools_its_input(each):
             found.update(each.modules())
@@ -364,9 +366,7 @@ def _attended_plan(module: nn.Module, tensors: int, attentions: set[nn.Module]) 
     """A plan with what is in attentions as steps of its own, if that fuses one; else None."""
 
     def is_leaf(each: nn.Module) -> bool:
-        if each in attentions:
-            return _is_layer(each) or reasons.why_not_quiet("it", each) is not None
-        return _is_leaf(each)
+        return _is_layer(each) if each in attentions else _is_leaf(each)
 
     try:
         made = plan(module, record(module, tensors, is_leaf, _is_chain))

@@ -260,7 +260,10 @@ def _gate(
     if fits and (residual is None or _is_like(residual, z.shape, z.dtype, step.in_place)):
         return affine_gate(z, gate, affine, step.relu, residual, residual_affine)
     gated = _activated(z, affine, step.relu) * gate
-    return gated if residual is None else torch.relu(gated + _normalised(residual, residual_affine))
+    if residual is None:
+        return gated
+    sum_ = gated + _normalised(residual, residual_affine)
+    return torch.relu(sum_.to(gated.dtype) if step.in_place else sum_)
 
 
 def _activated(z: Tensor, affine: Affine | None, relu: bool) -> Tensor:

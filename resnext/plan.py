@@ -160,6 +160,11 @@ class _Op:
     def name(self) -> str:
         return self.node.target if self.node.kind == "module" else ""
 
+    @property
+    def written(self) -> list[int]:
+        """What an op in place writes to."""
+        return [self.node.kwargs["out"].index] if isinstance(self.node.kwargs.get("out"), Ref) else self.inputs[:1]
+
 
 class _Planner:
     """Makes the program for training or for inference."""
@@ -256,9 +261,14 @@ class _Planner:
         if self.ops[add].in_place and first not in norms + attended and seen:
             return None
         branch = max(attended or norms)
-        start = self.attentions[branch].norm if attended else branch
-        means = self.attentions[branch].means if attended else ()
-        if self._writes(self.ops[start].inputs[0], end, but=add, fresh=means):
+        if attended:
+            if self.ops[add].in_place and first != branch:  # the sum has the shortcut's dtype, whatever a gate's is
+                return None
+            attention = self.attentions[branch]
+            # What the gate was made of is fresh, until it is there; it is read at the end.
+            if self._writes(self.ops[attention.norm].inputs[0], branch, but=add, fresh=attention.means):
+                return None
+        if self._writes(branch if attended else self.ops[branch].inputs[0], end, but=add):
             return None
         return branch, first if branch == second else second
 
@@ -270,7 +280,7 @@ class _Planner:
         fused = {but, *self.activations, *self.ends, *self.attentions}
         own = self._made_of(fresh)
         return any(
-            op.in_place and index not in fused and not own.issuperset(op.inputs[:1] or [index])
+            op.in_place and index not in fused and not own.issuperset(op.written or [index])
             for index, op in enumerate(self.ops[start:end], start)
         )
 
@@ -339,6 +349,8 @@ class _Planner:
             index = op.inputs[0]
         of_mean = 4 if roles.keeps_dims(self.ops[index].node) else 2
         if activation or not found or rank not in (of_mean, roles.ANY_RANK):
+            return attention
+        if any(self._writes(layer.product, layer.out) for layer in found):  # which it is given
             return attention
         self.skipped.update(skipped)
         for layer, before in zip(found, [*(each.out for each in found[1:]), index], strict=True):
@@ -424,7 +436,7 @@ class _Planner:
         """Whether what a program calls writes into memory that it is given."""
         own = self._made_of([mean for each in self.attentions.values() for mean in each.means])
         return any(
-            isinstance(step, Call) and self.ops[step.out].in_place and not own.issuperset(self.ops[step.out].inputs[:1])
+            isinstance(step, Call) and self.ops[step.out].in_place and not own.issuperset(self.ops[step.out].written)
             for step, _ in program.steps
         )
 

@@ -54,7 +54,7 @@ def _of_one_dtype(given: Sequence[Any], segment: Segment) -> Sequence[Tensor] | 
         dtype = torch.get_autocast_dtype(device_type)
     if all(each.dtype == dtype for each in given):
         return given
-    if len(given) > 1 or any(isinstance(step, BlockEnd) for step in segment.steps):
+    if len(given) > 1 or any(getattr(step, "residual", NONE) != NONE for step in segment.steps):
         return None  # sums of two dtypes have the wider one
     return [x.to(dtype)]
 

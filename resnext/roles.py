@@ -50,6 +50,8 @@ def role(root: nn.Module, node: Node) -> tuple[str, bool]:
         alone = len(node.args) == 1 and isinstance(node.args[0], Ref) and not node.kwargs
         return (_role_of(module) if alone else ""), in_place
     refs = node.refs
+    if "out" in node.kwargs:
+        return "", True
     if node.target in _SUMS:
         two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
         return ("add" if two else ""), _SUMS[node.target]
@@ -65,7 +67,7 @@ def role(root: nn.Module, node: Node) -> tuple[str, bool]:
         flags = (*node.args[1:], *node.kwargs.values())
         return ("relu" if len(refs) == 1 and len(flags) < 2 else ""), _RELUS[node.target] or True in flags
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
+    in_place = name.endswith("_") or node.target in _IN_PLACE
     return "", in_place or bool(node.kwargs.get("inplace"))
 
 

@@ -128,6 +128,71 @@ class Written(nn.Module):
         return torch.relu(out * gate + x)
 
 
+class WrittenLate(nn.Module):
+    """What a gate is made of, or the gate, is written to when it has been read: without gradients."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = conv3(8, 8, groups=2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.what = what
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.bn(self.conv(x))
+        mean = out.mean((2, 3), keepdim=True)
+        y = self.fc(mean)
+        if self.what == "mean":
+            mean.mul_(2)
+        gate = torch.sigmoid(y)
+        gated = out * gate
+        if self.what == "gate":
+            gate.mul_(3)
+        return torch.relu(gated + x), mean
+
+
+class WrittenOut(nn.Module):
+    """A product that is written over the shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3(8, 8, groups=2), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = conv3(8, 8, groups=2), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        shortcut = out.detach().clone()
+        out = self.bn2(self.conv2(out))
+        torch.mul(shortcut, 2.0, out=shortcut)
+        return torch.relu(out + shortcut)
+
+
+class GateIsShortcut(nn.Module):
+    """A mean gates one convolution's input, and is the shortcut around that; images have one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv1(8, 8), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = conv3(8, 8, groups=2), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        mean = out.mean((2, 3), keepdim=True)
+        return torch.relu(self.bn2(self.conv2(out * mean)) + mean)
+
+
+class WrittenAfter(nn.Module):
+    """The gated activation is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3(8, 8, groups=2), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn(self.conv(x)))
+        out = out * torch.sigmoid(out.mean((2, 3), keepdim=True))
+        out += 1
+        return out
+
+
 class GateOfAnother(nn.Module):
     """The mean of one activation gates another."""
 
@@ -250,6 +315,9 @@ MODELS = [
     ),
     Other("no-attention-in-place", lambda: Attended(in_place, True), {"": "chain"}),
     Other("attention-written", Written, {"": "chain"}),
+    Other("attention-written-out", WrittenOut, {"": "chain"}),
+    Other("attention-is-shortcut", GateIsShortcut, BLOCK, shapes=((5, 8, 1, 1),)),
+    Other("attention-written-after", WrittenAfter, {"": "chain"}, shapes=((3, 8, 1, 1),)),
     Other("attention-of-another", GateOfAnother, {"": "chain"}),
     Other("attention-unused", Unused, BLOCK),
     Other("attention-returned", Returned, {"": "chain"}),

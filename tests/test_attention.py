@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnext import fuse_, unfuse_, why_not_fused
 from resnext.kernels import affine_gate, affine_mean, attention, excite, extension, extension_attention, reference
 
-from .attention_models import ATTENTIONS, Attended
+from .attention_models import ATTENTIONS, Attended, WrittenLate
 from .attention_numerics import OPTIONS, check_attention
 from .fused_numerics import ELEMENTWISE_SHAPES, make, make_affine
+from .other_models import SqueezeBlock
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = {**ELEMENTWISE_SHAPES, "several-parts": (3, 20, 11, 63), "several-parts-of-a-plane": (1, 2, 70, 80)}
@@ -431,6 +432,61 @@ def test_gates_of_another_dtype_are_multiplied_as_pytorch_does():
         got, wanted = fused(x), plain(x)
     assert got.dtype == wanted.dtype == torch.float32
     assert float((got - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("spelled", ["out + x", "out += x", "x += out"])
+@pytest.mark.parametrize("one_number", [True, False])
+def test_dtypes_of_sums_in_autocast(spelled, one_number, training):
+    """A branch in bfloat16 and a shortcut in float32; in place, the sum has the dtype of what it is written to."""
+
+    class Summed(Attended):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            gate = torch.sigmoid(self.fc2(self.relu(self.fc1(self.pool(out)))))
+            out = out * (gate.mean(1, keepdim=True) if one_number else gate)
+            shortcut = x * 1
+            if spelled == "out + x":
+                out = out + shortcut
+            elif spelled == "out += x":
+                out += shortcut
+            else:
+                shortcut += out
+                out = shortcut
+            return torch.relu(out)
+
+    torch.manual_seed(0)
+    plain = Summed(ATTENTIONS["module"], True).train(training)
+    fused = copy.deepcopy(plain)
+    fuse_(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = fused(images()), plain(images())
+    assert got.dtype == wanted.dtype
+    assert float((got.float() - wanted.float()).norm() / wanted.float().norm()) < 0.02
+
+
+def test_a_hook_inside_of_an_attention_leaves_it_as_it_is():
+    """The rest is fused, as around anything else that is called."""
+    torch.manual_seed(0)
+    fused = SqueezeBlock(inside=True)
+    calls = []
+    fused.se.fc[0].register_forward_hook(lambda module, args, output: calls.append(output))
+    fuse_(fused)
+    assert not why_not_fused(fused)
+    fused(images())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("what", ["mean", "gate"])
+def test_writes_behind_their_reading_count_for_nothing(what):
+    torch.manual_seed(0)
+    plain = WrittenLate(what)
+    fused = copy.deepcopy(plain)
+    fuse_(fused)
+    for training in (True, False):
+        with torch.no_grad():
+            for got, wanted in zip(fused.train(training)(images()), plain.train(training)(images()), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_saved_tensors_are_raw_outputs_and_vectors():

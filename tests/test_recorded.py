@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -147,6 +148,47 @@ def test_gradients_of_gradients(case, one_by_one):
     assert not torch.equal(before["bn1.running_mean"], block.bn1.running_mean)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Shortened(nn.Module):
+    """A block whose shortcut is made of its input, or of what it is given."""
+
+    def __init__(self, shortcut: Callable[[Tensor], Tensor], gated: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 2, 1, groups=2, bias=False), nn.BatchNorm2d(8)
+        self.fc, self.shortcut = nn.Conv2d(8, 8, 1) if gated else None, shortcut
+        fuse_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.fc is not None:
+            out = out * torch.sigmoid(self.fc(out.mean((2, 3), keepdim=True)))
+        return torch.relu(out + self.shortcut(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    "shortcut",
+    [lambda x: F.avg_pool2d(x, 2, ceil_mode=True), lambda x: torch.exp(-x)[:, :, ::2, ::2]],
+    ids=["pool", "exp"],
+)
+def test_gradients_that_can_be_differentiated_of_what_depends_on_each_other(shortcut, gated, training):
+    """Each way to a tensor counts once: an operand may be made of another."""
+    torch.manual_seed(0)
+    block = Shortened(shortcut, gated).double().train(training)
+    plain = unfuse_(copy.deepcopy(block))
+    x = torch.randn(3, 8, 6, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradients(block: nn.Module) -> list[Tensor]:
+        inputs = (x, *block.parameters())
+        first = torch.autograd.grad(block(x * 1).square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), inputs)
+        return [*first, *second]
+
+    for got, wanted in zip(gradients(block), gradients(plain), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
