@@ -352,13 +352,13 @@ def _plans(module: nn.Module) -> tuple[Plans, str]:
 def _attentions(module: nn.Module) -> set[nn.Module]:
     """Modules that `_is_leaf` takes for one step, which pool what they are given: they, and what is in them."""
     found: set[nn.Module] = set()
-    for each in module.modules():
-        if each is module or each in found or _is_layer(each):
-            continue
-        if any(reasons.why_not_quiet("it", part) for part in each.modules()):
-            continue
-        if _is_leaf(each) and not isinstance(each, FusedModule) and pools_its_input(each):
-            found.update(each.modules())
+    for each in module.children():
+        if not _is_leaf(each):
+            found |= _attentions(each)
+        elif not isinstance(each, FusedModule) and not _is_layer(each):
+            quiet = not any(reasons.why_not_quiet("it", part) for part in each.modules())
+            if quiet and pools_its_input(each):
+                found.update(each.modules())
     return found
 
 

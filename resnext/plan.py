@@ -257,7 +257,7 @@ class _Planner:
         if not attended and not norms:
             return None
         # In place, the caller sees what becomes of an input, and a later node what becomes of a value.
-        seen = self.ops[first].role == "input" or self.users[first] != [add]
+        seen = not self._is_fresh(first) or self.users[first] != [add]
         if self.ops[add].in_place and first not in norms + attended and seen:
             return None
         branch = max(attended or norms)
@@ -271,6 +271,11 @@ class _Planner:
         if self._writes(branch if attended else self.ops[branch].inputs[0], end, but=add):
             return None
         return branch, first if branch == second else second
+
+    def _is_fresh(self, value: int) -> bool:
+        """Whether an op is known to return memory of its own, and not what it is given or a view of that."""
+        op = self.ops[value]
+        return not op.in_place and (op.role in roles.FRESH or op.node.target in roles.ARITHMETIC)
 
     def _writes(self, start: int, end: int, but: int = NONE, fresh: Sequence[int] = ()) -> bool:
         """Whether an op between two others may write into memory that one of them reads.

@@ -22,6 +22,9 @@ _SUMS = {operator.add: False, operator.iadd: True, torch.add: False, "add": Fals
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _MEANS = (torch.mean, "mean")
 _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", torch.sigmoid_, "sigmoid_")
+FRESH = ("conv", "norm", "relu", "add", "pool", "mean", "product", "sigmoid", "linear")
+"""Roles of what returns memory of its own, if it is not in place; and functions that do:"""
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul)
 _IN_PLACE = (operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
 # Modules that pass their input on in evaluation.
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -347,6 +347,10 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "out.add_": lambda out, identity: out.add_(identity).relu_(),
     "relu_": lambda out, identity: F.relu_(out + identity),
 }
+WRITTEN_SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "into a view": lambda out, identity: torch.relu(identity.contiguous().add_(out)),
+    "into a part": lambda out, identity: torch.relu(identity[:, :].add_(out)),
+}
 UNFUSED_SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "alpha": lambda out, identity: torch.relu(torch.add(out, identity, alpha=2)),
     "difference": lambda out, identity: torch.relu(out - identity),

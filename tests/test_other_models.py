@@ -158,6 +158,19 @@ def test_what_is_fused(case):
     assert fuse_(model) == report
 
 
+@pytest.mark.parametrize("end", other_models.WRITTEN_SUMS.values(), ids=other_models.WRITTEN_SUMS.keys())
+def test_what_a_model_writes_to_its_input_is_written(end):
+    plain = build(Other("written", lambda: other_models.SumBlock(end)), torch.float64).eval()
+    model = build(Other("written", lambda: other_models.SumBlock(end)), torch.float64).eval()
+    fuse_(model)
+    (x,) = inputs_of(Other("written", lambda: model), torch.float64)
+    given = [x.clone(), x.clone()]
+    with torch.no_grad():
+        torch.testing.assert_close(model(given[0]), plain(given[1]))
+    torch.testing.assert_close(*given)
+    assert not torch.equal(given[0], x)
+
+
 def test_lazy_modules():
     """They have no shapes before their first input: nothing to convert, and nothing broken."""
     torch.manual_seed(0)
