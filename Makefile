@@ -59,7 +59,7 @@ sanitize: dev
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest tests/test_bindings.py tests/test_extension.py tests/test_extension_fused.py \
-		tests/test_layouts.py tests/test_winograd.py
+		tests/test_layouts.py tests/test_winograd.py tests/test_attention.py
 
 # By way of the source distribution, so that nothing left over in build/ gets in.
 wheel: dev
