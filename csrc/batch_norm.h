@@ -44,6 +44,19 @@ inline void check_statistics_bwd(const Tensor& dz, const Tensor& z, const Tensor
   check.vector(dvar, "dvar", sizes[1], ScalarType::Float, z, "z");
 }
 
+// A residual that may be absent, and its affine, which may be too.
+inline void check_residual(const Checks& check, const OptionalTensor& residual, const OptionalTensor& residual_center,
+                           const OptionalTensor& residual_scale, const OptionalTensor& residual_shift, const Tensor& z,
+                           bool channels_last) {
+  check_image_if_given(check, residual, "residual", z, channels_last);
+  check.vector(residual_center, "residual_center", z.size(1), z, "z");
+  check.vector(residual_scale, "residual_scale", z.size(1), z, "z");
+  check.vector(residual_shift, "residual_shift", z.size(1), z, "z");
+  const bool mapped = check.together({&residual_scale, &residual_shift}, "residual_scale and residual_shift");
+  check.given_with(residual_center, "residual_center", mapped, "residual_scale");
+  check.given_with(residual_scale, "residual_scale", residual.has_value(), "residual");
+}
+
 // The residual's affine map is scale and shift (forward) or scale alone (backward), with or without a center.
 inline void check_affine_add_relu(const Tensor& z, const OptionalTensor& center, const Tensor& scale,
                                   const Tensor& shift, const OptionalTensor& residual,
@@ -52,13 +65,7 @@ inline void check_affine_add_relu(const Tensor& z, const OptionalTensor& center,
   const Checks check("affine_add_relu");
   const Sizes4 sizes = check_z(check, z, channels_last);
   check_affine(check, center, scale, shift, z);
-  check_image_if_given(check, residual, "residual", z, channels_last);
-  check.vector(residual_center, "residual_center", sizes[1], z, "z");
-  check.vector(residual_scale, "residual_scale", sizes[1], z, "z");
-  check.vector(residual_shift, "residual_shift", sizes[1], z, "z");
-  const bool mapped = check.together({&residual_scale, &residual_shift}, "residual_scale and residual_shift");
-  check.given_with(residual_center, "residual_center", mapped, "residual_scale");
-  check.given_with(residual_scale, "residual_scale", residual.has_value(), "residual");
+  check_residual(check, residual, residual_center, residual_scale, residual_shift, z, channels_last);
   check.image(out, "output", sizes, z, "z", channels_last);
 }
 
@@ -126,13 +133,7 @@ inline void check_affine_gate(const Tensor& z, const OptionalTensor& center, con
   const Sizes4 sizes = check_z(check, z, channels_last);
   check_affine_if_given(check, center, scale, shift, z);
   check_of_images(check, gate, "gate", z);
-  check_image_if_given(check, residual, "residual", z, channels_last);
-  check.vector(residual_center, "residual_center", sizes[1], z, "z");
-  check.vector(residual_scale, "residual_scale", sizes[1], z, "z");
-  check.vector(residual_shift, "residual_shift", sizes[1], z, "z");
-  const bool mapped = check.together({&residual_scale, &residual_shift}, "residual_scale and residual_shift");
-  check.given_with(residual_center, "residual_center", mapped, "residual_scale");
-  check.given_with(residual_scale, "residual_scale", residual.has_value(), "residual");
+  check_residual(check, residual, residual_center, residual_scale, residual_shift, z, channels_last);
   check.image(out, "output", sizes, z, "z", channels_last);
 }
 

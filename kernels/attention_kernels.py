@@ -27,12 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_kernels import load_affine, relu
-from .config import Affine, elementwise_config
+from .config import NO_AFFINE, Affine, elementwise_config
 from .grouped_conv_tiles import aligned
 from .launch import Launch, empty, num_sms
 from .statistics import sum_partials
-
-_NO_AFFINE = (None, None, None)
 
 
 @triton.jit
@@ -97,6 +95,15 @@ def load_passed(dout_ptr, out_ptr, offs, mask):
 
 
 @triton.jit
+def load_activation(z_ptr, offs, mask, center, scale, shift, RELU: tl.constexpr):
+    """affine(z), or with RELU relu of that."""
+    a = scale * (tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - center) + shift
+    if RELU:
+        a = relu(a)
+    return a
+
+
+@triton.jit
 def affine_mean_kernel(
     z_ptr,
     center_ptr,  # float32 (channels,) like scale and shift, or None
@@ -122,9 +129,7 @@ def affine_mean_kernel(
     for block in range(first, last):
         offs, mask_m = image_offsets(image, block, pixels, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
         mask = mask_m[:, None] & mask_c[None, :]
-        a = scale * (tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - center) + shift
-        if RELU:
-            a = relu(a)
+        a = load_activation(z_ptr, offs, mask, center, scale, shift, RELU)
         total += tl.where(mask, a, 0.0)
     ptrs = sums_ptr + (tl.cast(split, tl.int64) * images + image) * channels + channel
     tl.store(ptrs, factor * tl.sum(total, axis=0), mask=mask_c)
@@ -164,9 +169,7 @@ def affine_gate_kernel(
     for block in range(first, last):
         offs, mask_m = image_offsets(image, block, pixels, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
         mask = mask_m[:, None] & mask_c[None, :]
-        a = scale * (tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - center) + shift
-        if RELU:
-            a = relu(a)
+        a = load_activation(z_ptr, offs, mask, center, scale, shift, RELU)
         out = gate * a
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -212,9 +215,7 @@ def affine_gate_bwd_kernel(
         offs, mask_m = image_offsets(image, block, pixels, channels, channel, CHANNELS_LAST, ALIGN, BLOCK_M)
         mask = mask_m[:, None] & mask_c[None, :]
         t = load_passed(dout_ptr, out_ptr, offs, mask)
-        a = scale * (tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32) - center) + shift
-        if RELU:
-            a = relu(a)
+        a = load_activation(z_ptr, offs, mask, center, scale, shift, RELU)
         dgate += t * a
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offs, (residual_scale * t).to(dresidual_ptr.dtype.element_ty), mask=mask)
@@ -283,7 +284,7 @@ def affine_mean(z: Tensor, affine: Affine | None, relu: bool, channels_last: boo
     """Mean (N, C, 1, 1) of each image's channels of act(affine(z)); ``affine`` None: the identity."""
     launch, splits = _walk("mean", relu, z, channels_last)
     sums = _of_images(z, splits)
-    center, scale, shift = affine or _NO_AFFINE
+    center, scale, shift = affine or NO_AFFINE
     launch(z_ptr=z, center_ptr=center, scale_ptr=scale, shift_ptr=shift, sums_ptr=sums)
     return _added_up(sums, z)
 
@@ -300,8 +301,8 @@ def affine_gate(
     """Gate * act(affine(z)), with a residual relu(that + residual); rounded once."""
     out = empty(z, z.shape, channels_last)
     launch, _ = _walk("gate", relu, z, channels_last)
-    center, scale, shift = affine or _NO_AFFINE
-    residual_center, residual_scale, residual_shift = residual_affine or _NO_AFFINE
+    center, scale, shift = affine or NO_AFFINE
+    residual_center, residual_scale, residual_shift = residual_affine or NO_AFFINE
     launch(
         z_ptr=z,
         center_ptr=center,
@@ -336,8 +337,8 @@ def affine_gate_bwd(
     sums = _of_images(z, splits)
     partials = _of_channels(z, splits) if residual is not None else None
     dresidual = empty(z, z.shape, channels_last) if wants_residual else None
-    center, scale, shift = affine or _NO_AFFINE
-    residual_center, residual_scale, _ = residual_affine or _NO_AFFINE
+    center, scale, shift = affine or NO_AFFINE
+    residual_center, residual_scale, _ = residual_affine or NO_AFFINE
     launch(
         z_ptr=z,
         dout_ptr=dout,
@@ -375,7 +376,7 @@ def gated_affine_bwd(
     dz = empty(z, z.shape, channels_last)
     launch, splits = _walk("gated_affine_bwd", relu, z, channels_last)
     partials = None if affine is None else _of_channels(z, splits)
-    center, scale, shift = affine or _NO_AFFINE
+    center, scale, shift = affine or NO_AFFINE
     launch(
         z_ptr=z,
         center_ptr=center,

@@ -36,7 +36,7 @@ from .batch_norm_kernels import (
     statistics_bwd_kernel,
     statistics_kernel,
 )
-from .config import Affine, Norm, elementwise_config
+from .config import NO_AFFINE, Affine, Norm, elementwise_config
 from .launch import Launch, empty, num_sms
 from .statistics import PartialSums, merge_partials, sum_partials, walk_down
 
@@ -114,7 +114,7 @@ def _affine_add(
     out = empty(z, z.shape, channels_last)
     launch, _ = _walk(name, z, channels_last)
     center, scale, shift = affine
-    residual_center, residual_scale, residual_shift = residual_affine or (None, None, None)
+    residual_center, residual_scale, residual_shift = residual_affine or NO_AFFINE
     launch(
         z_ptr=z,
         center_ptr=center,
@@ -164,7 +164,7 @@ def affine_add_relu_bwd(
     dresidual = empty(z, z.shape, channels_last) if wanted[1] else None
     launch, shares = _walk("affine_add_relu_bwd_unscaled" if unscaled else "affine_add_relu_bwd", z, channels_last)
     center, scale, shift = affine
-    residual_center, residual_scale, _ = residual_affine or (None, None, None)
+    residual_center, residual_scale, _ = residual_affine or NO_AFFINE
     partials = None
     if wanted[2]:
         sums = 2 if residual is None else 3

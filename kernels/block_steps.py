@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import checks, dispatch
-from .config import Norm, Running
+from .config import NO_AFFINE, Norm, Running
 from .fused import affine_add_relu, affine_relu_max_pool, conv_norm, conv_stats
 from .fused_checks import check_conv
 from .fused_conv_ops import CONV_STATS, cast_weight, compute_conv_norm, conv_stats_gradients
@@ -250,7 +250,7 @@ def at(values: Values, place: int | None) -> Any:
 
 def affine_at(values: Values, place: int | None) -> tuple[Tensor | None, ...]:
     """The three vectors of a norm at a place that may be None."""
-    return (None, None, None) if place is None else values[place][:3]
+    return NO_AFFINE if place is None else values[place][:3]
 
 
 def _conv_backward(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # (center or None, scale, shift), one value per channel each: the map v -> scale * (v - center) + shift.
 Affine = tuple[Tensor | None, Tensor, Tensor]
+NO_AFFINE = (None, None, None)  # its parts, where there is none
 
 
 class Running(NamedTuple):

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
-from .config import Affine
+from .config import NO_AFFINE, Affine
 
-_NO_AFFINE = (None, None, None)
 _NO_STATISTICS = (None, None, None, None)
 
 _C: Any = None  # resnext._C, once it is loaded
@@ -121,7 +120,7 @@ def conv_stats_fwd(
     size = _output_size(x, weight, stride)
     vector = size[1] if stats else None
     made = _C.conv_stats_fwd(
-        x, *(prologue or _NO_AFFINE), weight, size, vector, vector, stride[0], stride[1], groups, channels_last
+        x, *(prologue or NO_AFFINE), weight, size, vector, vector, stride[0], stride[1], groups, channels_last
     )
     return made if stats else (made, None, None)
 
@@ -150,13 +149,13 @@ def conv_stats_bwd(
         if prologue or x.is_cuda or weight.shape[2] != 1:
             onto = None
         vector = x.shape[1] if prologue else None
-        masked = (x, *prologue) if prologue else (None, *_NO_AFFINE)
+        masked = (x, *prologue) if prologue else (None, *NO_AFFINE)
         results = (x.shape if onto is None else onto, vector, vector)
         made = _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, *results, onto, *geometry)
         dx, dscale, dshift = made if prologue else (made if onto is None else onto, None, None)
     if wanted[1]:
         size = weight.shape if weight.dtype == x.dtype else (*weight.shape, True)
-        dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or _NO_AFFINE), size, *geometry)
+        dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or NO_AFFINE), size, *geometry)
     return dx, dscale, dshift, dw
 
 
@@ -318,7 +317,7 @@ def affine_add_relu(
     z: Tensor, affine: Affine, residual: Tensor | None, residual_affine: Affine | None, channels_last: bool
 ) -> Tensor:
     """relu(affine(z) + residual), the residual through an affine of its own if there is one."""
-    return _C.affine_add_relu(z, *affine, residual, *(residual_affine or _NO_AFFINE), z.shape, channels_last)
+    return _C.affine_add_relu(z, *affine, residual, *(residual_affine or NO_AFFINE), z.shape, channels_last)
 
 
 affine_add = reference.affine_add
@@ -341,7 +340,7 @@ def affine_add_relu_bwd(
     """
     size = z.shape
     vector = size[1] if wanted[2] else None
-    residual_center, residual_scale, _ = residual_affine or _NO_AFFINE
+    residual_center, residual_scale, _ = residual_affine or NO_AFFINE
     sizes = (
         size if wanted[0] else None,
         size if wanted[1] else None,

@@ -5,14 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import extension
-from .config import Affine
-
-_NO_AFFINE = (None, None, None)
+from .config import NO_AFFINE, Affine
 
 
 def affine_mean(z: Tensor, affine: Affine | None, relu: bool, channels_last: bool) -> Tensor:
     """Mean (N, C, 1, 1) of each image's channels of act(affine(z)); act is ReLU or nothing, no affine the identity."""
-    return extension._C.affine_mean(z, *(affine or _NO_AFFINE), relu, _of_images(z), channels_last)
+    return extension._C.affine_mean(z, *(affine or NO_AFFINE), relu, _of_images(z), channels_last)
 
 
 def affine_gate(
@@ -25,8 +23,8 @@ def affine_gate(
     channels_last: bool,
 ) -> Tensor:
     """Compute gate * act(affine(z)), with a residual relu(that + residual); ``gate``: (N, C, 1, 1)."""
-    operands = (gate, residual, *(residual_affine or _NO_AFFINE))
-    return extension._C.affine_gate(z, *(affine or _NO_AFFINE), relu, *operands, z.shape, channels_last)
+    operands = (gate, residual, *(residual_affine or NO_AFFINE))
+    return extension._C.affine_gate(z, *(affine or NO_AFFINE), relu, *operands, z.shape, channels_last)
 
 
 def affine_gate_bwd(
@@ -41,11 +39,11 @@ def affine_gate_bwd(
     wants_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the gate, the residual, and its scale and shift; of the rest: `gated_affine_bwd`."""
-    residual_center, residual_scale, _ = residual_affine or _NO_AFFINE
+    residual_center, residual_scale, _ = residual_affine or NO_AFFINE
     vector = z.shape[1] if residual is not None else None
     sizes = (_of_images(z), z.shape if wants_residual else None, vector, vector)
     made = extension._C.affine_gate_bwd(
-        *(dout, out, z, *(affine or _NO_AFFINE), relu),
+        *(dout, out, z, *(affine or NO_AFFINE), relu),
         *(residual, residual_center, residual_scale, *sizes, channels_last),
     )
     return extension.placed(made, sizes)  # type: ignore[return-value]
@@ -64,9 +62,7 @@ def gated_affine_bwd(
     """Gradients of z, scale and shift, where that of act(affine(z)) is gate * dout + added."""
     vector = None if affine is None else z.shape[1]
     sizes = (z.shape, vector, vector)
-    made = extension._C.gated_affine_bwd(
-        z, *(affine or _NO_AFFINE), relu, dout, out, gate, added, *sizes, channels_last
-    )
+    made = extension._C.gated_affine_bwd(z, *(affine or NO_AFFINE), relu, dout, out, gate, added, *sizes, channels_last)
     return extension.placed(made, sizes)  # type: ignore[return-value]
 
 

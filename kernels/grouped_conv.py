@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Affine, Config, ConvProblem, Norm, TapsConfig, choose_config, problem_of
+from .config import NO_AFFINE, Affine, Config, ConvProblem, Norm, TapsConfig, choose_config, problem_of
 from .grouped_conv_plan import fusion_of, is_crowded, partial_rows, plan
 from .grouped_conv_tiles import probe_kernel
 from .launch import Prepared, empty, nhwc, num_sms, to_layout
@@ -286,7 +286,7 @@ def conv_affine(
 
 
 def _vectors(affine: Affine | None) -> dict[str, Tensor | None]:
-    center, scale, shift = affine or (None, None, None)
+    center, scale, shift = affine or NO_AFFINE
     return {"center_ptr": center, "scale_ptr": scale, "shift_ptr": shift}
 
 

@@ -128,7 +128,7 @@ def affine_add_relu_bwd(
     """
     if out is None:
         out = affine_add_relu(z, affine, None, None, channels_last)
-    t = _wide(dout).masked_fill(out <= 0, 0)
+    t = _passed(dout, out)
     dz = dresidual = dscale = dshift = dresidual_scale = None
     if wanted[0]:
         dz = _stored(t * _per_channel(affine[1]), z, channels_last)
@@ -159,7 +159,7 @@ def affine_gate(
     """Compute gate * act(affine(z)), with a residual relu(that + residual); ``gate``: (N, C, 1, 1)."""
     out = gate * _activated(z, affine, relu)
     if residual is not None:
-        out = torch.relu(out + (_wide(residual) if residual_affine is None else _apply(residual_affine, residual)))
+        out = torch.relu(out + _apply(residual_affine, residual))
     return _stored(out, z, channels_last)
 
 
@@ -208,7 +208,7 @@ def gated_affine_bwd(
     if added is not None:
         t = t + added
     if relu:
-        t = t.masked_fill((_wide(z) if affine is None else _apply(affine, z)).to(z.dtype) <= 0, 0)
+        t = t.masked_fill(_apply(affine, z).to(z.dtype) <= 0, 0)
     if affine is None:
         return _stored(t, z, channels_last), None, None
     dscale = (t * _centered(z, affine[0])).sum(_ALL_BUT_CHANNELS)
@@ -281,13 +281,15 @@ def _centered(v: Tensor, center: Tensor | None) -> Tensor:
     return _wide(v) if center is None else _wide(v) - _per_channel(center)
 
 
-def _apply(affine: Affine, v: Tensor) -> Tensor:
+def _apply(affine: Affine | None, v: Tensor) -> Tensor:
+    if affine is None:
+        return _wide(v)
     center, scale, shift = affine
     return _per_channel(scale) * _centered(v, center) + _per_channel(shift)
 
 
 def _activated(z: Tensor, affine: Affine | None, relu: bool) -> Tensor:
-    value = _wide(z) if affine is None else _apply(affine, z)
+    value = _apply(affine, z)
     return torch.relu(value) if relu else value
 
 
@@ -300,7 +302,7 @@ def _affine_sum(z: Tensor, affine: Affine, residual: Tensor | None, residual_aff
     total = _apply(affine, z)
     if residual is None:
         return total
-    return total + (_wide(residual) if residual_affine is None else _apply(residual_affine, residual))
+    return total + _apply(residual_affine, residual)
 
 
 def _stored(value: Tensor, like: Tensor, channels_last: bool) -> Tensor:

@@ -344,7 +344,7 @@ class _Planner:
                     return attention
                 found.append(_Layer(index, activation, last if activation else index))
                 rank, activation = taken, ""
-            elif self._expands(op, attention):
+            elif roles.expands_to(op.node, attention.source):
                 skipped.append(index)
             elif (before := self._reshaped_rank(op, rank, attention)) is not None:
                 skipped.append(index)
@@ -361,10 +361,6 @@ class _Planner:
         for layer, before in zip(found, [*(each.out for each in found[1:]), index], strict=True):
             self.excites[layer.out] = layer, before
         return replace(attention, gate=found[0].out)
-
-    def _expands(self, op: _Op, attention: _Attention) -> bool:
-        """Whether an op gives the gate the shape of the activation."""
-        return op.node.target == "expand_as" and op.inputs[1:] == [attention.source] and op.inputs[0] != op.inputs[1]
 
     def _reshaped_rank(self, op: _Op, rank: int, attention: _Attention) -> int | None:
         if op.role == "flatten":

@@ -22,14 +22,14 @@ _SUMS = {operator.add: False, operator.iadd: True, torch.add: False, "add": Fals
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _MEANS = (torch.mean, "mean")
 _SIGMOIDS = (torch.sigmoid, F.sigmoid, "sigmoid", torch.sigmoid_, "sigmoid_")
+# What returns memory of its own, if it is not in place: roles, and functions without one.
 FRESH = ("conv", "norm", "relu", "add", "pool", "mean", "product", "sigmoid", "linear")
-"""Roles of what returns memory of its own, if it is not in place; and functions that do:"""
 ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul)
 _IN_PLACE = (operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)
 # Modules that pass their input on in evaluation.
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-ANY_RANK = 0
+ANY_RANK = 0  # of `reshaped_rank`: whatever it is
 
 # What asks for strides or depends on them, by the names of methods and functions; where other functions are harmless.
 _OF_LAYOUT = frozenset(
@@ -43,7 +43,7 @@ def role(root: nn.Module, node: Node) -> tuple[str, bool]:
     """What a node of a recording of ``root`` is, and whether it writes into memory that it is given.
 
     "input", "output", "conv", "norm", "relu", "add", "pool" (the stem's), "dropout", "identity"; of an attention "mean"
-    (over an image's pixels), "product", "sigmoid"; "" for the rest.
+    (over an image's pixels), "product", "sigmoid", "linear", "flatten"; "" for the rest.
     """
     if node.kind in ("input", "output"):
         return node.kind, False
@@ -55,11 +55,10 @@ def role(root: nn.Module, node: Node) -> tuple[str, bool]:
     refs = node.refs
     if "out" in node.kwargs:
         return "", True
+    two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
     if node.target in _SUMS:
-        two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
         return ("add" if two else ""), _SUMS[node.target]
     if node.target in _PRODUCTS:
-        two = node.args == tuple(map(Ref, refs)) and len(refs) == 2 and refs[0] != refs[1] and not node.kwargs
         return ("product" if two else ""), False
     if len(refs) == 1 and node.args[:1] == (Ref(refs[0]),):
         if _is_mean(node):
@@ -150,10 +149,15 @@ def reshaped_rank(node: Node, rank: int, is_batch: Callable[[Any], bool]) -> int
     return None
 
 
+def expands_to(node: Node, value: int) -> bool:
+    """Whether a node gives another value the shape of a value."""
+    return node.kind == "method" and node.target == "expand_as" and node.refs[1:] == [value] and node.refs[0] != value
+
+
 def asks_for_shape(node: Node, value: int) -> bool:
     """Whether a node wants to know nothing but the shape of a value that is among its arguments."""
-    if node.kind == "method" and node.target == "expand_as":
-        return node.refs[1:] == [value] and node.refs[0] != value
+    if expands_to(node, value):
+        return True
     if node.kind == "method":
         return node.target in ("size", "dim") and node.refs == [value]
     return node.target is builtins.getattr and node.args[1:] == ("shape",)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ahead_of_time import (
     Usage,
     compile_launch,
     describe,
-    machine_code,  # noqa: F401  # for the tests, as what they need for reading machine code
+    machine_code,
     pointers,
     specialization,
     usage,
@@ -117,6 +118,18 @@ def all_builds(models: Sequence[str] = tuple(STAGES)) -> list[Build]:
 def measure(build: Build, arch: int) -> Usage:
     """Compile, and read what the machine code uses."""
     return usage(compile_launch(build.launch, pointers(build.launch, build.problem.dtype), arch))
+
+
+def assert_no_spills(launch: Launch, tensors: Mapping[str, torch.Tensor | None], arch: int, wide_loads: bool) -> None:
+    """Compile a launch, and read the machine code; ``wide_loads``: whether there must be loads of 16 bytes."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    kernel = compile_launch(launch, dtypes, arch)
+    code = machine_code(kernel)
+    name = launch.kernel.__name__
+    assert "EXIT" in code
+    assert not re.findall(r"\b(?:STL|LDL)\b", code), f"{name}: registers spill"
+    assert kernel.metadata.shared <= SHARED_LIMITS[arch]
+    assert not wide_loads or re.search(r"LDG(?:STS)?\.E(?:\.\w+)*\.128", code), f"{name}: no 16-byte loads"
 
 
 def main() -> None:

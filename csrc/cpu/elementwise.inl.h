@@ -81,7 +81,7 @@ struct AffineAddReluGradientOperation {
   }
 };
 
-template <class T, class Channels>
+template <class Channels>
 RESNEXT_INLINE Vec activated(const Elementwise& e, const AffineVectors<Channels>& affine, Vec z) {
   return e.relu ? relu(affine(z)) : affine(z);
 }
@@ -104,7 +104,7 @@ struct MeanOperation {
       : e(elementwise), channels(lanes), affine(e.affine, lanes), sums(partial) {}
   template <bool kWhole>
   RESNEXT_INLINE void run(int64_t offset, int64_t count) {
-    sum += only_first<kWhole>(activated<T>(e, affine, get<T, kWhole>(e.z, offset, count)), count);
+    sum += only_first<kWhole>(activated(e, affine, get<T, kWhole>(e.z, offset, count)), count);
   }
   RESNEXT_INLINE void finish() const { channels.add(sums, sum); }
 };
@@ -121,7 +121,7 @@ struct GateOperation {
         gate(channels.get(e.gate)) {}
   template <bool kWhole>
   RESNEXT_INLINE void run(int64_t offset, int64_t count) const {
-    Vec value = gate * activated<T>(e, affine, get<T, kWhole>(e.z, offset, count));
+    Vec value = gate * activated(e, affine, get<T, kWhole>(e.z, offset, count));
     if (e.residual != nullptr) value = relu(value + residual_affine(get<T, kWhole>(e.residual, offset, count)));
     put<T, kWhole>(e.result, offset, value, count);
   }
@@ -144,7 +144,7 @@ struct GateSumsOperation {
   template <bool kWhole>
   RESNEXT_INLINE void run(int64_t offset, int64_t count) {
     const Vec t = passed_gradient<T, kWhole>(e, offset, count);
-    dgate += t * activated<T>(e, affine, get<T, kWhole>(e.z, offset, count));
+    dgate += t * activated(e, affine, get<T, kWhole>(e.z, offset, count));
     if (e.residual != nullptr) {
       dshift += t;
       dscale += t * (get<T, kWhole>(e.residual, offset, count) - residual_affine.center);
@@ -182,7 +182,7 @@ struct GateGradientOperation {
     t = only_first<kWhole>(e.relu && affine(z) <= kLargestZero<T> ? Vec{} : t, count);
     dshift += t;
     dscale += t * (z - affine.center);
-    if (e.result != nullptr) put<T, kWhole>(e.result, offset, affine.scale * t, count);
+    put<T, kWhole>(e.result, offset, affine.scale * t, count);
   }
   RESNEXT_INLINE void finish() const {
     if (sums == nullptr) return;

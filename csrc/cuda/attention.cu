@@ -6,10 +6,6 @@
 namespace resnext::cuda {
 namespace {
 
-ImageShape image_shape(const Tensor& z, bool channels_last) {
-  return {z.size(0), z.size(1), z.size(2), z.size(3), channels_last};
-}
-
 void affine_mean(const Tensor& z, const OptionalTensor& center, const OptionalTensor& scale,
                  const OptionalTensor& shift, bool relu, const Tensor& mean, bool channels_last) {
   check_affine_mean(z, center, scale, shift, mean, channels_last);

@@ -7,10 +7,6 @@
 namespace resnext::cuda {
 namespace {
 
-ImageShape image_shape(const Tensor& z, bool channels_last) {
-  return {z.size(0), z.size(1), z.size(2), z.size(3), channels_last};
-}
-
 void statistics(const Tensor& z, const Tensor& mean, const Tensor& var, bool channels_last) {
   check_statistics(z, mean, var, channels_last);
   STD_CUDA_CHECK(launch_statistics(image_shape(z, channels_last), kernel_dtype(z), Call(z), z.const_data_ptr(),

@@ -85,6 +85,10 @@ inline Weight weight_of(const Tensor& weight) { return {weight.const_data_ptr(),
 
 inline WeightResult weight_result(const Tensor& weight) { return {weight.mutable_data_ptr(), !weight.is_contiguous()}; }
 
+inline ImageShape image_shape(const Tensor& z, bool channels_last) {
+  return {z.size(0), z.size(1), z.size(2), z.size(3), channels_last};
+}
+
 inline const void* data(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
