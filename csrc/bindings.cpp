@@ -167,8 +167,8 @@ bool truth(PyObject* object) {
 }
 
 // The arguments of a call, and the results that are made for it. In place of a tensor stands the size of a new one:
-// four numbers, of the first tensor's dtype, dense in the layout that the last argument tells, and a fifth that is true
-// for float32; or one number, float32.
+// four numbers, of the first tensor's dtype, dense in the layout that the last argument tells; a fifth that is true for
+// float32, and a sixth that tells the layout instead; or one number, float32.
 class Call {
  public:
   Call(PyObject* const* objects, Py_ssize_t count) : objects_(objects), count_(count) {}
@@ -217,16 +217,17 @@ class Call {
     STD_TORCH_CHECK(made_ < kMost, "resnext._C: expected fewer results");
     int64_t sizes[4];
     const bool vector = PyLong_Check(size) != 0;
-    bool wide = vector;
+    bool wide = vector, channels_last = false;
     if (vector) {
       sizes[0] = integer(size);
     } else {
       const Py_ssize_t count = PyTuple_Size(size);
-      STD_TORCH_CHECK(count == 4 || count == 5, "resnext._C: expected a size (N, C, H, W), got ", count, " numbers");
+      STD_TORCH_CHECK(count >= 4 && count <= 6, "resnext._C: expected a size (N, C, H, W), got ", count, " numbers");
       for (int i = 0; i < 4; ++i) sizes[i] = integer(PyTuple_GetItem(size, i));
-      wide = count == 5 && truth(PyTuple_GetItem(size, 4));
+      wide = count > 4 && truth(PyTuple_GetItem(size, 4));
+      channels_last = truth(count == 6 ? PyTuple_GetItem(size, 5) : objects_[count_ - 1]);
     }
-    const Shape shape(sizes, vector ? 1 : 4, !vector && truth(objects_[count_ - 1]));
+    const Shape shape(sizes, vector ? 1 : 4, channels_last);
     const dlpack::TensorView like = view_of(objects_[0]);
     PyObject* const result = like.device.type != dlpack::kCpu
                                  ? allocate_like(objects_[0], shape, wide ? float32 : nullptr)

@@ -56,6 +56,16 @@ def is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
+def gradient_channels_last(weight: Tensor, channels_last: bool) -> bool:
+    """Whether the gradient of a weight, dense in either layout, is made in channels_last: in the weight's own layout.
+
+    In another autograd would copy it. A weight that is dense in both takes the layout of the images, ``channels_last``.
+    """
+    if weight.is_contiguous():
+        return channels_last and weight.is_contiguous(memory_format=torch.channels_last)
+    return True
+
+
 def output_channels_last(x: Tensor, weight: Tensor) -> bool:
     """Whether ``F.conv2d`` returns channels_last: if the input or the weight is, except on GPUs in float64."""
     if x.dtype == torch.float64 and x.device.type == "cuda":

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
+from .checks import gradient_channels_last
 from .config import NO_AFFINE, Affine
 
 _NO_STATISTICS = (None, None, None, None)
@@ -140,7 +141,7 @@ def conv_stats_bwd(
     """Gradients of x, scale, shift and weight; ``grad_prologue``: z, mean, dmean, dvar; ``wanted``: x, weight.
 
     ``onto``: like x, in channels_last; that of x is added to it, and it is returned, where the operator can. The
-    weight's gradient has its dtype, which may be float32 where `takes_weight`.
+    weight's gradient has its layout and its dtype, which may be float32 where `takes_weight`.
     """
     dx = dscale = dshift = dw = None
     statistics_of_z = grad_prologue or _NO_STATISTICS
@@ -154,7 +155,7 @@ def conv_stats_bwd(
         made = _C.conv_stats_dgrad(dz, *statistics_of_z, weight, *masked, *results, onto, *geometry)
         dx, dscale, dshift = made if prologue else (made if onto is None else onto, None, None)
     if wanted[1]:
-        size = weight.shape if weight.dtype == x.dtype else (*weight.shape, True)
+        size = (*weight.shape, weight.dtype != x.dtype, gradient_channels_last(weight, channels_last))
         dw = _C.conv_stats_wgrad(dz, *statistics_of_z, x, *(prologue or NO_AFFINE), size, *geometry)
     return dx, dscale, dshift, dw
 

@@ -229,7 +229,8 @@ def prefers_channels_last(x: Tensor) -> bool:
     """
     if x.dim() != 4 or x.device.type != "cpu" or not x.is_contiguous() or is_dense(x, True) or 0 in x.shape:
         return False
-    return not torch.is_autocast_enabled("cpu") and _fuses_1x1_in_channels_last(x.dtype)
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return _fuses_1x1_in_channels_last(torch.get_autocast_dtype("cpu") if autocast else x.dtype)
 
 
 def _fuses_1x1_in_channels_last(dtype: torch.dtype) -> bool:

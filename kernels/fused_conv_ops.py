@@ -108,10 +108,11 @@ def conv_stats_gradients(
 ):
     """What `CONV_STATS_BWD` returns; ``source``: z, its mean, dmean and dvar, or None.
 
-    ``weight`` may be what `cast_weight` returns, and has a gradient of its own dtype then. ``deferred``: whether dscale
-    may come as partial sums of dscale and dshift, which `fused_ops.compute_bn_affine_bwd` takes, with dshift None, and
-    the weight's gradient as float32. ``grad_scale``: what ``dz`` is yet to be multiplied by, a vector over channels, or
-    None; there is a ``source`` then. ``onto``: a tensor like x that x's gradient is added to and returned as, or None.
+    ``weight`` may be what `cast_weight` returns, and has a gradient of its own dtype then; its layout is that of
+    `checks.gradient_channels_last`. ``deferred``: whether dscale may come as partial sums of dscale and dshift, which
+    `fused_ops.compute_bn_affine_bwd` takes, with dshift None, and the weight's gradient as float32. ``grad_scale``:
+    what ``dz`` is yet to be multiplied by, a vector over channels, or None; there is a ``source`` then. ``onto``: a
+    tensor like x that x's gradient is added to and returned as, or None.
     """
     launchers, arguments = _served("dgrad", x, affine, weight, stride, groups, channels_last)
     if source is not None:
@@ -126,10 +127,16 @@ def conv_stats_gradients(
             dz = multiplied(dz, grad_scale)
     if onto is not None and channels_last and getattr(launchers, "adds", False) and is_dense(onto, True):
         also["onto"] = onto
-    dx, *others = launchers.conv_stats_bwd(dz, source, *arguments, tuple(wanted), **also)
+    dx, *dvectors, dw = launchers.conv_stats_bwd(dz, source, *arguments, tuple(wanted), **also)
     if onto is not None and dx is not None and dx is not onto:
         dx = onto.add_(dx)
-    return dx, *others
+    if dw is not None:
+        dw = dense(dw, _gradient_layout(weight, channels_last))
+    return dx, *dvectors, dw
+
+
+def _gradient_layout(weight, channels_last):
+    return checks.gradient_channels_last(dense_weight(weight), channels_last)
 
 
 def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
@@ -169,7 +176,7 @@ def _fake_conv_stats_bwd(
     dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted
 ):
     dx = empty(x, x.shape, channels_last) if wanted[0] else x.new_empty(0)
-    dw = empty(weight, weight.shape, channels_last) if wanted[1] else x.new_empty(0)
+    dw = empty(weight, weight.shape, _gradient_layout(weight, channels_last)) if wanted[1] else x.new_empty(0)
     if wanted[0] and scale is not None:
         return dx, vector_like(x, x.shape[1]), vector_like(x, x.shape[1]), dw
     return dx, x.new_empty(0), x.new_empty(0), dw

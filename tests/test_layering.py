@@ -104,7 +104,7 @@ ALLOWED = {
     "kernels/config": {"torch"},
     "kernels/candidates": {".config", "torch"},
     "kernels/reference": {".checks", ".config", "torch"},
-    "kernels/extension": {".config", ".reference", "torch", "resnext._C"},
+    "kernels/extension": {".checks", ".config", ".reference", "torch", "resnext._C"},
     "kernels/extension_attention": {".config", ".extension", "torch"},
     "kernels/launch": TRITON,
     "kernels/statistics": TRITON | {".launch"},
