@@ -115,6 +115,15 @@ class FusedModule(Converted):
 
     _fused_plans = Plans()
 
+    def fused_forward(self: Any, args: tuple[Any, ...], turned: bool) -> Any:
+        """Run the plan; where it does not hold the original forward, in NCHW if that is what was ``turned``."""
+        made = self._fused_plans.get(len(args))
+        if made is None or not all(isinstance(each, Tensor) for each in args) or reasons.why_not(self, made, args[0]):
+            return self._fused_from.forward(self, *(map(fusion.in_nchw, args) if turned else args))
+        recompute = made.recomputes and getattr(self, "recompute", False) is True
+        with forced(self._fused_backend):
+            return fusion.run(self, made, args, recompute)
+
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         # Attributes that were read may have been copied too; unpickled modules have no plans.
@@ -440,12 +449,7 @@ def _set_class(module: Any, derived: Callable[[Any], type[nn.Module]]) -> str | 
 def _fused_class(original: Any) -> type[nn.Module]:
     @functools.wraps(original.forward)  # which keeps the signature, for those who trace or inspect it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = None if kwargs else self._fused_plans.get(len(args))
-        if made is None or not all(isinstance(each, Tensor) for each in args) or reasons.why_not(self, made, args[0]):
-            return original.forward(self, *args, **kwargs)
-        recompute = made.recomputes and getattr(self, "recompute", False) is True
-        with forced(self._fused_backend):
-            return fusion.run(self, made, args, recompute)
+        return original.forward(self, *args, **kwargs) if kwargs else self.fused_forward(args, turned=False)
 
     return _derived(original, FusedModule, forward)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from resnext import batch_norm, recorded
 from resnext.batch_norm import BatchNorm, Statistics
 from resnext.folding import Folded, folded, infers
-from resnext.graph import Ref, replaced
+from resnext.graph import Node, Ref, replaced
 from resnext.kernels import (
     affine_add_relu,
     affine_gate,
@@ -26,6 +26,7 @@ from resnext.kernels import (
     prefers_channels_last,
 )
 from resnext.layers import child, held, original_class
+from resnext.reasons import why_not_quiet
 from resnext.steps import Activation, BlockEnd, Call, ConvAffine, ConvStats, Excite, Gate, Mean, Plan, Pool
 
 Affine = tuple[Tensor, Tensor, Tensor]
@@ -51,10 +52,11 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     program = plan.infer if inferring else plan.train
     updates: list[batch_norm.Update] = []
     segments = {} if inferring or recompute else plan.segments
+    returned = Node("output", "", (program.output,)).refs if turned else ()  # copied: nobody else keeps these
     left = 0  # of a segment that has run
     for position, (step, free) in enumerate(program.steps):
         if (segment := segments.get(position)) is not None:
-            out = recorded.run(unit, segment, values, keeps_result=not turned)
+            out = recorded.run(unit, segment, values, keeps_result=segment.steps[-1].out not in returned)
             if out is not None:
                 left, values[segment.steps[-1].out] = len(segment.steps), out
         if left:
@@ -79,7 +81,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
                 updates,
                 step.in_place,
                 recompute,
-                keeps_result=not turned,
+                keeps_result=step.out not in returned,
             )
         elif isinstance(step, ConvAffine):
             values[step.out] = _conv_affine(
@@ -103,7 +105,7 @@ def run(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor], recompute: boo
     _update(updates)
     if not turned:
         return replaced(program.output, lambda ref: values[ref.index])
-    return replaced(program.output, lambda ref: _in_nchw(values[ref.index]))
+    return replaced(program.output, lambda ref: in_nchw(values[ref.index]))
 
 
 def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tensor]) -> bool:
@@ -115,35 +117,67 @@ def works_in_channels_last(unit: nn.Module, plan: Plan, arguments: Sequence[Tens
         return False
     if not all(prefers_channels_last(argument) for argument in arguments):
         return False
-    # A convolution with a weight in channels_last returns channels_last.
-    return all(child(unit, conv).weight.stride(3) == 1 for conv in plan.every_conv)
+    return _has_weights_in_nchw(unit, plan)
 
 
-def _in_nchw(value: Any) -> Any:
+def _has_weights_in_nchw(unit: nn.Module, plan: Plan) -> bool:
+    """Whether no weight is in channels_last: a convolution would return that whatever its input is in."""
+    for name in plan.every_conv:
+        weight = getattr(child(unit, name), "weight", None)  # a unit within may have other children by now
+        if weight is not None and weight.dim() == 4 and weight.stride(3) != 1:
+            return False
+    inner = [child(unit, name) for name in plan.units]
+    return all(
+        _has_weights_in_nchw(each, made) for each in inner for made in getattr(each, "_fused_plans", {}).values()
+    )
+
+
+def in_nchw(value: Any) -> Any:
+    """A tensor of images in NCHW; anything else as it is."""
     return laid_out(value, False) if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
 def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
     node = step.node
-    in_nchw = turned and (step.sees_layout or _is_another(unit, step))
+    module = child(unit, node.target) if node.kind == "module" else None
+    needs_nchw = turned and (step.sees_layout or _is_another(module, step))
+    runs_plan = turned and not needs_nchw and not node.kwargs and _runs_plan(module)
+    if turned and not runs_plan:
+        needs_nchw = needs_nchw or _is_listened_to(module)
 
     def value(ref: Ref) -> Any:
-        return _in_nchw(values[ref.index]) if in_nchw else values[ref.index]
+        return in_nchw(values[ref.index]) if needs_nchw else values[ref.index]
 
     args, kwargs = replaced((node.args, node.kwargs), value)
+    if runs_plan:
+        return module.fused_forward(args, turned)  # type: ignore[union-attr]
     if node.kind == "module":
-        return child(unit, node.target)(*args, **kwargs)
+        return module(*args, **kwargs)
     if node.kind == "function":
         return node.target(*args, **kwargs)
     if node.kind == "method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
-    module, _, name = node.target.rpartition(".")
-    return getattr(child(unit, module) if module else unit, name)
+    owner, _, name = node.target.rpartition(".")
+    return getattr(child(unit, owner) if owner else unit, name)
 
 
-def _is_another(unit: nn.Module, step: Call) -> bool:
-    """Whether another module has taken the place of the one that a step was recorded with."""
-    return step.kind is not None and original_class(child(unit, step.node.target)) is not step.kind
+def _is_another(module: nn.Module | None, step: Call) -> bool:
+    """Whether a module has taken the place of the one that a step was recorded with."""
+    return step.kind is not None and original_class(module) is not step.kind
+
+
+def _runs_plan(module: nn.Module | None) -> bool:
+    """Whether to call a module is to call the forward that `fuse_` has given it."""
+    if module is None or not hasattr(module, "_fused_plans") or why_not_quiet("", module):
+        return False
+    return module._compiled_call_impl is None
+
+
+def _is_listened_to(module: nn.Module | None) -> bool:
+    """Whether there is a hook on a module or in it."""
+    if module is None:
+        return False
+    return why_not_quiet("", module) is not None or any(map(_is_listened_to, module._modules.values()))
 
 
 # --- training, and evaluation with gradients ---

@@ -60,6 +60,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         for step, _ in (*train_program.steps, *infer_program.steps)
         if isinstance(step, Call) and step.kind is not None
     }
+    units = tuple(sorted(name for name in called if _plan_of(root.get_submodule(name)) is not None))
     ends = any(isinstance(step, BlockEnd) or (isinstance(step, Gate) and step.residual != NONE) for step in steps)
     return Plan(
         kind="block" if ends else "chain",
@@ -76,7 +77,9 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         shells=recording.shells,
         watched=recording.watched,
         aliases=recording.aliases,
-        in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in every_conv(pairs, train.convs)),
+        in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in every_conv(pairs, train.convs))
+        + sum(_plan_of(root.get_submodule(name)).in_channels_last for name in units),
+        units=units,
         writes=train.writes(train_program) or infer.writes(infer_program),
         flags=tuple((name, root.get_submodule(name).__dict__.get("inplace")) for name in sorted(called)),
         segments=_segments(train_program),
@@ -574,6 +577,11 @@ class _Planner:
     def _stands_for(self, op: _Op) -> None:
         if op.name:
             self.roles.append((op.name, type(self.root.get_submodule(op.name))))
+
+
+def _plan_of(module: nn.Module) -> Any:
+    """The plan of a module that `fuse_` has converted, else None."""
+    return next(iter(module.__dict__.get("_fused_plans", {}).values()), None)
 
 
 def _gains(conv: Any) -> bool:

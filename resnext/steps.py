@@ -178,7 +178,8 @@ class Plan:
         shells: The modules whose forwards the steps replace.
         watched: Further modules of whose attributes the steps depend.
         aliases: Pairs of names of one module.
-        in_channels_last: How many of the convolutions `gains_in_channels_last`.
+        in_channels_last: How many convolutions `gains_in_channels_last`, those of ``units`` included.
+        units: Names of the modules that are called and have plans themselves.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
         flags: Names of the modules that are called, with their ``inplace``.
         segments: The segments of ``train``, by the number of their first step.
@@ -199,6 +200,7 @@ class Plan:
     watched: tuple[Watched, ...]
     aliases: tuple[tuple[str, str], ...]
     in_channels_last: int
+    units: tuple[str, ...]
     writes: bool
     flags: tuple[tuple[str, Any], ...]
     segments: dict[int, Segment]

@@ -186,6 +186,7 @@ ALLOWED = {
         "resnext.graph",
         "resnext.kernels",
         "resnext.layers",
+        "resnext.reasons",
         "resnext.recorded",
         "resnext.steps",
         "torch",

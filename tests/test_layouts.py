@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from resnext import fuse_, fusion, unfuse_
+from resnext import create_model, fuse_, fusion, unfuse_
 from resnext.blocks import Bottleneck
 from resnext.kernels import dispatch, extension, laid_out, use_backend
 
@@ -170,26 +171,118 @@ def test_what_is_computed_as_it_comes(turned, model, x, backend):
     assert y.dtype == wanted.dtype
 
 
+@pytest.fixture
+def products(monkeypatch) -> Iterator[Callable[[bool], None]]:
+    """Sets whether the CPU's products in 16 bits are ours."""
+
+    def set_(ours: bool) -> None:
+        monkeypatch.setattr(dispatch, "_products_by_cpu", lambda dtype: ours)
+        dispatch._fused_launchers.cache_clear()
+
+    yield set_
+    dispatch._fused_launchers.cache_clear()
+
+
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ours", [True, False])
-def test_16_bit_blocks_are_turned_where_their_products_are_ours(turned, monkeypatch, ours, dtype):
-    monkeypatch.setattr(dispatch, "_products_by_cpu", lambda dtype: ours)
-    dispatch._fused_launchers.cache_clear()
-    try:
-        block, _ = pair()
-        with torch.no_grad():
-            block.eval().to(dtype)(images().to(dtype))
-    finally:
-        dispatch._fused_launchers.cache_clear()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bit_blocks_are_turned_where_their_products_are_ours(turned, products, autocast, ours, dtype):
+    products(ours)
+    block, _ = pair()
+    given = torch.float32 if autocast else dtype
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        y = block.eval().to(given)(images().to(given))
+    assert (y.dtype, y.is_contiguous()) == (dtype, True)
     assert turned == ([True, False] if ours else [])
 
 
 @NEEDS_EXTENSION
-def test_autocast_is_left_alone(turned):
-    block, _ = pair()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert block.eval()(images()).dtype == torch.bfloat16
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_network_is_turned_once(turned, training):
+    model = create_model("resnet18", num_classes=5).train(training)
+    plain = unfuse_(copy.deepcopy(model)).double()
+    x = images(4, 3, 64, 64)
+    with torch.set_grad_enabled(training):
+        y, wanted = model(x), plain(x.double())
+    assert turned == [True]
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-3, atol=1e-3)
+    if training:
+        y.square().sum().backward()
+        wanted.square().sum().backward()
+        for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert float((mine.grad.double() - theirs.grad).norm()) <= 1e-3 * float(theirs.grad.norm()) + 1e-5, name
+            assert mine.grad.is_contiguous(), name
+
+
+class Pyramid(nn.Module):
+    """Returns what its blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.block, self.middle = pair()[0], nn.Sequential(nn.Hardtanh(), nn.Dropout(0.5))
+        self.last = pair(2)[0]
+
+    def forward(self, x):
+        first = self.block(torch.relu(self.bn(self.conv(x))))
+        second = self.middle(first)
+        return {"first": first, "second": second}, self.last(second)
+
+
+def see(model: nn.Module, *names: str) -> list[bool]:
+    """Notes whether what modules are given, and what they return, is in NCHW."""
+    seen: list[bool] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, out: seen.extend(each.is_contiguous() for each in (*args, out))
+        )
+    return seen
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(
+    "names", [(), ("block",), ("block.conv2",), ("middle",), ("middle.0",), ("block", "middle.1", "last.bn2")], ids=str
+)
+def test_what_listens_within_a_network_hears_nchw(turned, names):
+    model = Pyramid().eval()
+    plain = unfuse_(copy.deepcopy(model))
+    fuse_(model)
+    seen, x = see(model, *names), images()
+    with torch.no_grad():
+        results, wanted = model(x), plain(x)
+    assert turned[:1] == [True]
+    assert seen == [True, True] * len(names)
+    for got, expected in zip((*results[0].values(), results[1]), (*wanted[0].values(), wanted[1]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert got.stride() == expected.stride()
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_replaced_block_gets_nchw(inner):
+    model = Pyramid().eval()
+    fuse_(model)
+    if inner:
+        model.block.relu = Flat()  # views, at one place
+        model.block.relu.forward = lambda x: torch.relu(x.view(-1)).view(x.shape)
+    else:
+        model.block = nn.Sequential(Flat(), nn.Identity())
+        model.block[0].forward = lambda x: torch.relu(x.view(-1)).view(x.shape)
+    plain = unfuse_(copy.deepcopy(model))
+    with torch.no_grad():
+        results, wanted = model(images()), plain(images())
+    torch.testing.assert_close(results[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@NEEDS_EXTENSION
+def test_a_network_with_a_weight_in_channels_last_is_not_turned(turned):
+    model = Pyramid().eval()
+    model.block.conv2.to(memory_format=CHANNELS_LAST)
+    plain = unfuse_(copy.deepcopy(model))
+    fuse_(model)
+    with torch.no_grad():
+        assert model(images())[1].stride() == plain(images())[1].stride()
     assert turned == []
 
 
