@@ -240,7 +240,7 @@ def _fused_launchers(forced: str | None, tf32: bool, fusion: str, *problem) -> A
     if kernel_size == checks.KERNEL_SIZE and name != "torch" and (groups > 1 or forced):
         return _module(_MODULES[name])
     if kernel_size == checks.KERNEL_SIZE and name == "cpu":
-        if _fits_winograd(described):
+        if dtype == torch.float32 and channels_last:
             return _module("dense_conv")
         pairs = channels_last and described.in_channels % 2 == 0 and _products_by_cpu(dtype)
         if dtype.itemsize == 2 and (pairs or not onednn_takes(dtype)):
@@ -261,7 +261,7 @@ def composes(*problem) -> bool:
     launchers = fused_launchers(*problem)
     if isinstance(launchers, composed.Composed):
         return True
-    return launchers is _module("dense_conv") and not launchers.serves(*problem[1:3])
+    return launchers is _module("dense_conv") and not launchers.serves(*problem[1:4])
 
 
 def affine_launchers(*problem) -> Any:
@@ -293,12 +293,15 @@ def _fits_winograd(problem: ConvProblem) -> bool:
     return problem.dtype == torch.float32 and problem.channels_last and problem.stride == (1, 1)
 
 
-def by_winograd(problem: ConvProblem) -> bool:
-    """Whether the CPU backend computes the forward of a 3x3 convolution in float32 by Winograd's algorithm."""
-    if not _fits_winograd(problem) or unsupported("cpu", problem.dtype, torch.device(problem.device_type)):
+def gains_in_channels_last(problem: ConvProblem) -> bool:
+    """Whether the CPU backend has a faster way for the forward of a 3x3 convolution in float32 than in NCHW."""
+    if unsupported("cpu", problem.dtype, torch.device(problem.device_type)):
         return False
     image = (problem.batch, problem.in_channels, problem.height, problem.width)
-    return _module("extension").winograd_serves("product", image, (problem.out_channels,), problem.groups)
+    weight = (problem.out_channels, problem.group_in, *checks.KERNEL_SIZE)
+    if problem.groups == 1:
+        return _module("dense_conv").serves(image, weight, problem.stride)
+    return _fits_winograd(problem) and _module("extension").winograd_serves("product", image, weight, problem.groups)
 
 
 @functools.cache

@@ -76,9 +76,14 @@ def force_cpu_capability(name: str) -> None:
     _KEPT.clear()  # each instruction set has its own order
 
 
+def cpu_capability() -> str:
+    """The instruction set that the CPU kernels use, by its name for `force_cpu_capability`."""
+    return _C.cpu_capability()
+
+
 def multiplies_pairs(dtype: torch.dtype) -> bool:
     """Whether the CPU kernels multiply values of a dtype two by two, for twice the rate."""
-    return dtype == torch.bfloat16 and _C.cpu_capability() == "avx512_bf16"
+    return dtype == torch.bfloat16 and cpu_capability() == "avx512_bf16"
 
 
 def fwd(

@@ -201,8 +201,8 @@ def keep_packed(weight: Tensor, x: Tensor, stride: int | Sequence[int] = 1, grou
         groups: Number of groups.
 
     Returns:
-        Whether there is such a kernel. The CPU's are: they compute all but dense convolutions in NCHW, and dense 3x3
-        ones in float32 with stride 2, which are a library's.
+        Whether there is such a kernel. The CPU's are: they compute all but dense convolutions in NCHW, which are a
+        library's.
     """
     if x.device.type != "cpu" or weight.dtype != x.dtype or weight.is_inference():  # which do not tell of writes
         return False
@@ -245,8 +245,8 @@ _fuses_1x1_in_channels_last._dynamo_marked_constant = True  # type: ignore[attr-
 def gains_in_channels_last(weight_shape: Sequence[int], stride: tuple[int, ...], groups: int) -> bool:
     """Whether CPUs have a kernel in channels_last only for a convolution in float32, if its images are large enough.
 
-    They have for dense 1x1 convolutions; and for 3x3 ones with stride 1 and as many channels per group as Winograd's
-    algorithm is for.
+    They have for dense 1x1 convolutions; for 3x3 ones with stride 1 and as many channels per group as Winograd's
+    algorithm is for; and with AVX-512 for all dense 3x3 ones.
 
     Args:
         weight_shape: (C_out, C_in / groups, k, k).
@@ -259,7 +259,7 @@ def gains_in_channels_last(weight_shape: Sequence[int], stride: tuple[int, ...],
         return False
     large = (64, weight_shape[1] * groups, 64, 64)
     place = (stride, groups, torch.float32, torch.device("cpu"), True)
-    return dispatch.by_winograd(dispatch.problem_of("fwd", large, weight_shape, *place))
+    return dispatch.gains_in_channels_last(dispatch.problem_of("fwd", large, weight_shape, *place))
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:

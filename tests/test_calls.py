@@ -238,7 +238,8 @@ def test_which_weights_are_kept_packed():
     assert extension.is_kept(weight)
     assert not keep_packed(weight, X)  # in NCHW a library convolves
     assert keep_packed(torch.randn(16, 8, 3, 3), x)
-    assert not keep_packed(torch.randn(16, 8, 3, 3), x, stride=2)
+    assert keep_packed(torch.randn(16, 8, 3, 3), x, stride=2)
+    assert not keep_packed(torch.randn(16, 8, 3, 3), X)
     assert keep_packed(W, x, groups=4)
     assert keep_packed(W, X, groups=4)
     assert not keep_packed(weight.double(), x.double())

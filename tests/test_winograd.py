@@ -234,34 +234,76 @@ def test_where_it_serves(built, use, shape, channels, groups, expected):
     assert extension.winograd_serves(use, shape, (channels,), groups) is expected
 
 
-@pytest.mark.parametrize(("size", "channels", "products"), [(28, 64, True), (8, 256, False)])
-def test_dense_convolutions_by_the_public_operators(built, size, channels, products):
-    """All by the extension, or the weight's gradient alone."""
+@pytest.mark.parametrize(
+    ("capability", "use", "shape", "channels", "stride", "expected"),
+    [
+        ("avx512", "product", (8, 64, 56, 56), 64, 1, True),  # by Winograd's algorithm
+        ("portable", "product", (8, 64, 56, 56), 64, 1, True),
+        ("avx512", "product", (1, 512, 2, 2), 512, 1, True),
+        ("avx512_bf16", "product", (8, 512, 14, 14), 512, 2, True),
+        ("avx512", "product", (8, 512, 2, 2), 512, 2, False),  # to one pixel
+        ("avx512", "packed_product", (8, 512, 2, 2), 512, 2, True),
+        ("avx512", "gradient", (8, 512, 1, 1), 512, 1, True),
+        ("avx512", "gradient", (8, 3, 224, 224), 32, 2, False),
+        ("avx2", "product", (1, 512, 2, 2), 512, 1, False),
+        ("avx2", "packed_product", (1, 512, 2, 2), 512, 1, True),
+        ("avx2", "packed_product", (128, 512, 1, 1), 512, 1, False),
+        ("avx2", "packed_product", (1, 512, 4, 4), 512, 2, False),
+        ("avx2", "gradient", (8, 512, 14, 14), 512, 2, True),
+        ("portable", "gradient", (8, 512, 14, 14), 512, 2, False),
+    ],
+)
+def test_where_dense_convolutions_are_computed(monkeypatch, built, capability, use, shape, channels, stride, expected):
+    monkeypatch.setattr(extension, "cpu_capability", lambda: capability)
+    weight_shape = (channels, shape[1], 3, 3)
+    assert dense_conv.serves(shape, weight_shape, (stride, stride), use) is expected
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize(
+    ("size", "channels", "stride"), [(28, 64, 1), (8, 256, 1), (9, 48, 2), (1, 64, 1), (2, 64, 2), (5, 20, 1), (6, 3, 2)]
+)
+def test_dense_convolutions_by_the_public_operators(monkeypatch, built, name, size, channels, stride):
+    """All by the extension, or the weight's gradient alone, or by a library."""
+    monkeypatch.setattr(extension, "cpu_capability", lambda: name)
     torch.manual_seed(0)
     x, weight = nhwc(2, channels, size, size), nhwc(channels, channels, 3, 3)
-    assert dense_conv.serves(x.shape, weight.shape) is products
-    assert dense_conv.serves(x.shape, weight.shape, "gradient")
     affine = (torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels))
     results = []
     for backend, dtype in (("auto", torch.float32), ("torch", torch.float64)):
         tensors = [t.detach().to(dtype).requires_grad_() for t in (x, weight, affine[2])]
         with use_backend(backend):
-            z, mean, var = conv_stats(tensors[0], tensors[1], (affine[0].to(dtype), affine[1].to(dtype), tensors[2]))
+            prologue = (affine[0].to(dtype), affine[1].to(dtype), tensors[2])
+            z, mean, var = conv_stats(tensors[0], tensors[1], prologue, stride=stride)
             loss = (z * z).sum() + mean.sum() + (var * var).sum()
             results.append([z, mean, var, *torch.autograd.grad(loss, tensors)])
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-5 * wanted.detach().abs().max().item())
 
 
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (2, 2), (4, 1), (6, 2)])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_dense_convolutions_in_inference(capability, size, stride, keeps):
+    x, weight = nhwc(2, 64, size, size), nhwc(96, 64, 3, 3)
+    if keeps:
+        assert keep_packed(weight, x, stride)
+    scale, shift = torch.rand(96) + 0.5, torch.randn(96)
+    exact = F.conv2d(x.double(), weight.double(), padding=1, stride=stride)
+    exact = F.relu(exact * scale.double()[:, None, None] + shift.double()[:, None, None])
+    for _ in range(2):
+        y = conv_affine(x, weight, scale, shift, stride=stride)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_a_library_serves_what_is_too_small(built, monkeypatch):
     monkeypatch.setattr(extension, "conv_affine", None)
-    x, weight = nhwc(1, 64, 6, 6), nhwc(64, 64, 3, 3)
+    x, weight = nhwc(1, 64, 1, 1), nhwc(64, 64, 3, 3)
     y = conv_affine(x, weight, torch.ones(64), None)
     torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, padding=1)), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_said_to_serve_serves(built):
-    x, small = nhwc(1, 192, 28, 28), nhwc(1, 192, 8, 8)
+    x, small = nhwc(1, 192, 28, 28), nhwc(1, 192, 1, 1)
     weight = nhwc(192, 192, 3, 3)
     assert serving_backend(x, weight, padding=1, fused=True) == "cpu"
     assert serving_backend(small, weight, padding=1, fused=True) == "torch"

@@ -45,8 +45,9 @@ constexpr int pixel_of(int column, int k) {
 template <class Terms, int kStep, int kPhases, int kPixels, int kVectors, int kShared>
 RESNEXT_INLINE void correlate_block(const RowArgs& args, int64_t pixel) {
   constexpr int kColumns = kPhases == 2 ? kPixels / 2 + 1 : (kPixels - 1) * kStep + 3;
-  // Enough accumulators to hide the latency of multiply-adds: of few pixels, one for each tap.
-  constexpr int kChains = kRegisters >= 32 && kPixels * kVectors < 12 ? 3 : 1;
+  // Enough accumulators to hide the latency of multiply-adds: of few pixels, one for each tap, or for every other.
+  constexpr int kSums = kPixels * kVectors;
+  constexpr int kChains = kRegisters < 32 || kSums >= 12 ? 1 : kSums > 8 ? 2 : 3;
   Vec acc[kChains][kPixels][kVectors] = {};
   RESNEXT_UNROLL
   for (int p = 0; p < kPixels; ++p) {
@@ -107,17 +108,39 @@ void correlate_pixels(const RowArgs& args) {
   }
 }
 
-constexpr int kMaxBlockPixels = 14;
+constexpr int kMaxBlockPixels = 16;
 
+// Of the kernels for blocks of these sizes the one that takes least time for a row: each block reads the weights again,
+// which takes as long as about two pixels.
+template <class Terms, int kStep, int kPhases, int kVectors, int kShared, int... kPixels>
+RowKernel row_kernel_of(int64_t pixels) {
+  RowKernel best{};
+  int64_t least = 0;
+  const auto consider = [&](RowKernel kernel) {
+    const int64_t cost = ceil_div(pixels, kernel.block_pixels) * (kernel.block_pixels + 2);
+    if (best.run != nullptr && cost >= least) return;
+    best = kernel;
+    least = cost;
+  };
+  (consider({correlate_pixels<Terms, kStep, kPhases, kPixels, kVectors, kShared>, kPixels}), ...);
+  return best;
+}
+
+// 7, 14, 28 and 56 pixels are the rows of images of 224, and powers of two those of others. With phases blocks are even.
 template <class Terms, int kStep, int kPhases, int kShared>
 RowKernel row_kernel(const Layout& layout, int64_t pixels) {
-  constexpr int kWide = kRegisters >= 32 ? 14 : 6 + kPhases;
-  constexpr int kNarrow = kRegisters >= 32 ? 6 + kPhases : 4;
+  constexpr bool kManyRegisters = kRegisters >= 32;
   if constexpr (kShared == 1) {
-    if (layout.tile_vectors == 2) return {correlate_pixels<Terms, kStep, kPhases, kNarrow, 2, 1>, kNarrow};
+    if (layout.tile_vectors == 2) {
+      if constexpr (!kManyRegisters) return row_kernel_of<Terms, kStep, kPhases, 2, 1, 4>(pixels);
+      if constexpr (kPhases == 2) return row_kernel_of<Terms, kStep, 2, 2, 1, 8, 4>(pixels);
+      return row_kernel_of<Terms, kStep, kPhases, 2, 1, 7, 8, 4, 5>(pixels);
+    }
   }
-  if (pixels >= kWide) return {correlate_pixels<Terms, kStep, kPhases, kWide, 1, kShared>, kWide};
-  return {correlate_pixels<Terms, kStep, kPhases, kNarrow, 1, kShared>, kNarrow};
+  if constexpr (!kManyRegisters && kPhases == 2) return row_kernel_of<Terms, kStep, 2, 1, kShared, 8, 4>(pixels);
+  if constexpr (!kManyRegisters) return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 7, 8, 4>(pixels);
+  if constexpr (kPhases == 2) return row_kernel_of<Terms, kStep, 2, 1, kShared, 14, 16, 8, 4>(pixels);
+  return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 14, 16, 7, 8, 4>(pixels);
 }
 
 template <class Terms, int kShared>
