@@ -80,6 +80,7 @@ RESNEXT_INLINE int64_t filters_size(const Layout& layout) {
 
 // With pairs, also room for a packed tile without.
 int64_t weight_scratch(const Layout& layout) {
+  if (layout.shared == 1) return 0;
   const Layout whole = without_pairs(layout);
   return filters_size(whole) + (layout.pairs ? packed_weight_size(whole) : 0);
 }
@@ -108,21 +109,33 @@ void pack_shared_tile(const Layout& layout, const Filters& f, const float* filte
   }
 }
 
-// Loads a square whose first `rows` rows are filters, `row_stride` weights apart, `columns` weights each, and
-// transposes it: every vector's lanes are then filters.
-template <class T>
-RESNEXT_INLINE void load_transposed(const T* filters, int64_t row_stride, int64_t rows, int64_t columns,
+// --- weights in OIHW: a filter's taps of one input lie together ---
+
+// A square whose rows are filters or inputs, the first `rows` of them, `stride` weights apart, and whose columns are
+// `count` weights of each, or with kPairs pairs of these and the weights that are `partner` further on; transposed.
+template <bool kPairs, class T>
+RESNEXT_INLINE void load_transposed(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t partner,
                                     Vec (&square)[kLanes]) {
   RESNEXT_UNROLL
   for (int row = 0; row < kLanes; ++row) {
-    square[row] = row < rows ? load_first(filters + row * row_stride, columns) : Vec{};
+    square[row] = row < rows ? load_row_terms<kPairs>(from + row * stride, partner, count) : Vec{};
   }
   transpose(square);
 }
 
-// --- weights in OIHW: a filter's taps of one input lie together ---
+// One term of the reduction: nine taps, whose lanes are filters or inputs, as of load_transposed.
+template <bool kPairs, class T>
+RESNEXT_INLINE void pack_term(const Layout& layout, const Filters& f, const T* from, int64_t stride, int64_t rows,
+                              int64_t partner, float* packed) {
+  for (int64_t first = 0; first < 9; first += kLanes) {
+    const int64_t count = min_of(kLanes, 9 - first);
+    Vec square[kLanes];
+    load_transposed<kPairs>(from + first, stride, rows, count, partner, square);
+    for (int64_t tap = 0; tap < count; ++tap) store(packed + packed_tap(layout, f, first + tap), square[tap]);
+  }
+}
 
-// Lanes are filters, up to `rows` of them; the reduction is over what each filter holds.
+// Lanes are filters, up to `rows` of them; the reduction is over inputs, whose taps follow each other in a filter.
 template <class T>
 void pack_filters(const Layout& layout, const Filters& f, const T* filters, int64_t rows, float* packed) {
   const int64_t filter_size = layout.group_src * 9;
@@ -130,7 +143,7 @@ void pack_filters(const Layout& layout, const Filters& f, const T* filters, int6
   int64_t tap = 0;
   for (int64_t column = 0; column < filter_size; column += kLanes) {
     const int64_t count = min_of(kLanes, filter_size - column);
-    load_transposed(filters + column, filter_size, rows, count, square);
+    load_transposed<false>(filters + column, filter_size, rows, count, 0, square);
     for (int64_t k = 0; k < count; ++k) {
       store(packed + packed_tap(layout, f, tap), square[k]);
       if (++tap < 9) continue;
@@ -140,31 +153,26 @@ void pack_filters(const Layout& layout, const Filters& f, const T* filters, int6
   }
 }
 
-// Lanes are the inputs of one filter, from the first of `filter` on, up to `inputs` of them: one term of the reduction.
-template <class T>
-void pack_inputs(const Layout& layout, const Filters& f, const T* filter, int64_t inputs, float* packed) {
-  for (int64_t first = 0; first < 9; first += kLanes) {
-    Vec square[kLanes];
-    load_transposed(filter + first, 9, inputs, min_of(kLanes, 9 - first), square);
-    for (int64_t tap = first; tap < min_of(9, first + kLanes); ++tap) {
-      store(packed + packed_tap(layout, f, tap), square[tap - first]);
-    }
-  }
-}
-
-// A tile of one group, whose weights begin at `filters`, without pairs.
-template <class T>
+// A tile of one group, whose weights begin at `filters`.
+template <bool kPairs, class T>
 void pack_oihw(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed_tile) {
+  constexpr int kTerms = kPairs ? 2 : 1;  // source channels of a lane
+  const int64_t term_size = 3 * tile_lanes(layout);
   for (int64_t v = 0; v < layout.tile_vectors; ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
     float* packed = packed_tile + v * kLanes;
-    if (!f.transposed) {
-      pack_filters(layout, f, filters + dst * layout.group_src * 9, rows, packed);
+    const int64_t filter_size = (f.transposed ? layout.group_dst : layout.group_src * kTerms) * 9;
+    if (!f.transposed && !kPairs) {
+      pack_filters(layout, f, filters + dst * filter_size, rows, packed);
       continue;
     }
-    for (int64_t i = 0; i < layout.group_src; ++i) {
-      pack_inputs(layout, f, filters + (i * layout.group_dst + dst) * 9, rows, packed + i * 3 * tile_lanes(layout));
+    for (int64_t i = 0; i < layout.group_src; ++i, packed += term_size) {
+      if (f.transposed) {  // lanes are inputs
+        pack_term<kPairs>(layout, f, filters + i * kTerms * filter_size + dst * 9, 9, rows, filter_size, packed);
+      } else {
+        pack_term<kPairs>(layout, f, filters + dst * filter_size + i * kTerms * 9, filter_size, rows, 9, packed);
+      }
     }
   }
 }
@@ -238,21 +246,17 @@ void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, i
   const Layout layout = without_pairs(packed_layout);
   const int64_t group_size = layout.group_src * layout.group_dst * 9;
   const T* filters = static_cast<const T*>(f.weight) + bundle * layout.shared * group_size;
-  const bool inputs_inside = f.strides.tap != 1 && layout.shared == 1;
   const int64_t groups = bundle_dst_channels(layout, bundle) / layout.group_dst;
   if (layout.shared > 1) widen(filters, groups * group_size, scratch);
+  const auto of_inputs_inside = f.transposed ? pack_inputs_ohwi<kPairs, T> : pack_filters_ohwi<kPairs, T>;
+  const auto of_one_group = f.strides.tap == 1 ? pack_oihw<kPairs, T> : of_inputs_inside;
   for (int64_t tile = begin; tile < end; ++tile, packed += packed_weight_size(packed_layout)) {
-    if (inputs_inside) {
-      const auto pack = f.transposed ? pack_inputs_ohwi<kPairs, T> : pack_filters_ohwi<kPairs, T>;
-      pack(packed_layout, f, filters, tile, packed);
+    if (layout.shared == 1) {
+      of_one_group(packed_layout, f, filters, tile, packed);
       continue;
     }
     float* whole = kPairs ? scratch + filters_size(layout) : packed;
-    if (layout.shared > 1) {
-      pack_shared_tile(layout, f, scratch, groups, whole);
-    } else {
-      pack_oihw(layout, f, filters, tile, whole);
-    }
+    pack_shared_tile(layout, f, scratch, groups, whole);
     if (kPairs) {
       const int64_t term_size = 3 * tile_lanes(layout);
       pair_pieces(whole, 3 * layout.group_src, term_size, term_size, packed);
