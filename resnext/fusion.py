@@ -139,7 +139,7 @@ def in_nchw(value: Any) -> Any:
 
 def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
     node = step.node
-    module = child(unit, node.target) if node.kind == "module" else None
+    module: Any = child(unit, node.target) if node.kind == "module" else None
     needs_nchw = turned and (step.sees_layout or _is_another(module, step))
     runs_plan = turned and not needs_nchw and not node.kwargs and _runs_plan(module)
     if turned and not runs_plan:
@@ -150,7 +150,7 @@ def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
 
     args, kwargs = replaced((node.args, node.kwargs), value)
     if runs_plan:
-        return module.fused_forward(args, turned)  # type: ignore[union-attr]
+        return module.fused_forward(args, turned)
     if node.kind == "module":
         return module(*args, **kwargs)
     if node.kind == "function":
@@ -161,12 +161,12 @@ def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
     return getattr(child(unit, owner) if owner else unit, name)
 
 
-def _is_another(module: nn.Module | None, step: Call) -> bool:
+def _is_another(module: Any, step: Call) -> bool:
     """Whether a module has taken the place of the one that a step was recorded with."""
     return step.kind is not None and original_class(module) is not step.kind
 
 
-def _runs_plan(module: nn.Module | None) -> bool:
+def _runs_plan(module: Any) -> bool:
     """Whether to call a module is to call the forward that `fuse_` has given it."""
     if module is None or not hasattr(module, "_fused_plans") or why_not_quiet("", module):
         return False

@@ -61,6 +61,8 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         if isinstance(step, Call) and step.kind is not None
     }
     units = tuple(sorted(name for name in called if _plan_of(root.get_submodule(name)) is not None))
+    own = sum(_gains(root.get_submodule(conv)) for conv in every_conv(pairs, train.convs))
+    within = sum(_plan_of(root.get_submodule(name)).in_channels_last for name in units)
     ends = any(isinstance(step, BlockEnd) or (isinstance(step, Gate) and step.residual != NONE) for step in steps)
     return Plan(
         kind="block" if ends else "chain",
@@ -77,8 +79,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         shells=recording.shells,
         watched=recording.watched,
         aliases=recording.aliases,
-        in_channels_last=sum(_gains(root.get_submodule(conv)) for conv in every_conv(pairs, train.convs))
-        + sum(_plan_of(root.get_submodule(name)).in_channels_last for name in units),
+        in_channels_last=0 if any(map(roles.adds_dimensions, recording.nodes)) else own + within,
         units=units,
         writes=train.writes(train_program) or infer.writes(infer_program),
         flags=tuple((name, root.get_submodule(name).__dict__.get("inplace")) for name in sorted(called)),

@@ -203,6 +203,14 @@ def sees_layout(root: nn.Module, node: Node) -> bool:
     return home.partition(".")[0] not in _HOMES or getattr(node.target, "__name__", "") in _OF_LAYOUT
 
 
+def adds_dimensions(node: Node) -> bool:
+    """Whether a node makes more than four dimensions of images: PyTorch computes with these slowly in channels_last."""
+    if getattr(node.target, "__name__", node.target) in ("stack", "unflatten"):
+        return True
+    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return node.target in ("view", "reshape") and len(sizes) > 4
+
+
 def _module_sees_layout(module: nn.Module, tensors: int) -> bool:
     if is_layer(module) or batch_norm.is_known(module):
         return False

@@ -178,7 +178,7 @@ class Plan:
         shells: The modules whose forwards the steps replace.
         watched: Further modules of whose attributes the steps depend.
         aliases: Pairs of names of one module.
-        in_channels_last: How many convolutions `gains_in_channels_last`, those of ``units`` included.
+        in_channels_last: How many convolutions gain by channels_last, those of ``units`` included; 0 if more is lost.
         units: Names of the modules that are called and have plans themselves.
         writes: Whether a node that is called as it was recorded writes into memory that it is given.
         flags: Names of the modules that are called, with their ``inplace``.

@@ -100,12 +100,13 @@ class Emulator:
     def _run(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """As the bindings do: results are made where a size stands in place of a tensor, and returned."""
         trailing = 4 if name in WEIGHTS else 1
-        layout = torch.channels_last if arguments[-1] else torch.contiguous_format
         results = []
 
         def filled(argument: Any) -> Any:
             if isinstance(argument, tuple):
-                dtype = torch.float32 if argument[4:] == (True,) else arguments[0].dtype
+                wide, channels_last = (*argument[4:], *(False, arguments[-1])[len(argument) - 4 :])
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                dtype = torch.float32 if wide else arguments[0].dtype
                 results.append(torch.empty(argument[:4], dtype=dtype, memory_format=layout))
             elif type(argument) is int:
                 results.append(torch.empty(argument))

@@ -597,3 +597,18 @@ def test_bad_calls_say_what_was_expected(name):
     held = tensors(torch.float32, requires_grad=False)
     with pytest.raises(ValueError, match=message):
         call(held["x"], held["weight"], held["shift"])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_weights_gradient_has_its_layout(backend, kernel, groups):
+    """Else autograd would copy it."""
+    for of_x in (torch.contiguous_format, torch.channels_last):
+        for of_weight in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 16, 5, 6).contiguous(memory_format=of_x)
+            weight = torch.randn(24, 16 // groups, kernel, kernel).contiguous(memory_format=of_weight).requires_grad_()
+            with use_backend(backend):
+                z, _, _ = conv_stats(x, weight, None, groups=groups)
+                (dweight,) = torch.autograd.grad(z.square().sum(), weight)
+            assert dweight.is_contiguous(memory_format=of_weight)

@@ -351,3 +351,40 @@ def test_laid_out_of_other_tensors():
     assert laid_out(torch.ones(2, 3, 4, 5, dtype=torch.int64), True).is_contiguous(memory_format=CHANNELS_LAST)
     with pytest.raises(ValueError, match=r"laid_out: expected x \(N, C, H, W\), got \(3, 4\)"):
         laid_out(torch.ones(3, 4), True)
+
+
+class Spread(nn.Module):
+    """Five dimensions in the middle."""
+
+    def __init__(self, spread: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(32, 64, 1), nn.BatchNorm2d(64)
+        self.conv2, self.bn2 = nn.Conv2d(32, 64, 1), nn.BatchNorm2d(64)
+        self.spread = spread
+
+    def forward(self, x):
+        x = self.spread(torch.relu(self.bn1(self.conv1(x)))).sum(1)
+        return torch.relu(self.bn2(self.conv2(x)))
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(
+    ("spread", "stays"),
+    [
+        (lambda x: x.view(x.size(0), 2, 32, x.size(2), x.size(3)), True),
+        (lambda x: x.reshape((x.size(0), 2, 32, x.size(2), x.size(3))), True),
+        (lambda x: torch.stack(x.chunk(2, 1), 1), True),
+        (lambda x: torch.unflatten(x, 1, (2, 32)), True),
+        (lambda x: x[:, None, :32], False),
+        (lambda x: x.unsqueeze(1)[:, :, :32], False),
+    ],
+    ids=["view", "reshape", "stack", "unflatten", "index", "unsqueeze"],
+)
+def test_five_dimensions_stay_in_nchw(turned, spread, stays):
+    torch.manual_seed(0)
+    model = Spread(spread).eval()
+    plain = copy.deepcopy(model)
+    assert fuse_(model).fused
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), plain(images()), rtol=1e-4, atol=1e-4)
+    assert (turned == []) == stays

@@ -65,7 +65,7 @@ def test_the_same_bits_as_one_by_one(case, layout, one_by_one):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_same_bits_in_autocast(case, layout, one_by_one):
-    """But for what a block rounds once less: gradients of convolutions' weights, and its input's where a kernel adds it.
+    """But for what a block rounds once less: gradients of convolutions' weights; its input's, where a kernel adds it.
 
     Those of the input may differ by a rounding of both summands, whose norms are about that of the sum.
     """

@@ -261,7 +261,8 @@ def test_where_dense_convolutions_are_computed(monkeypatch, built, capability, u
 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize(
-    ("size", "channels", "stride"), [(28, 64, 1), (8, 256, 1), (9, 48, 2), (1, 64, 1), (2, 64, 2), (5, 20, 1), (6, 3, 2)]
+    ("size", "channels", "stride"),
+    [(28, 64, 1), (8, 256, 1), (9, 48, 2), (1, 64, 1), (2, 64, 2), (5, 20, 1), (6, 3, 2)],
 )
 def test_dense_convolutions_by_the_public_operators(monkeypatch, built, name, size, channels, stride):
     """All by the extension, or the weight's gradient alone, or by a library."""
