@@ -25,7 +25,8 @@ from resnext.effects import Snapshot
 from resnext.layers import original_class
 
 # What every module has, and what belongs to the conversion; a recording may depend on all other attributes.
-_INTERNAL = frozenset(dir(nn.Module())) | {"_fused_plans", "_fused_backend", "_fused_from", "recompute"}
+_OF_CONVERSION = frozenset(("_fused_plans", "_fused_backend", "_fused_from", "fused_forward", "recompute"))
+_INTERNAL = _OF_CONVERSION.union(dir(nn.Module()))
 
 # Recording patches what all threads share: one at a time, and for its own thread alone.
 _LOCK = threading.RLock()

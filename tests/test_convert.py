@@ -180,6 +180,32 @@ def test_unfused_models_are_plain_pytorch():
     assert unfuse_(model) is model
 
 
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class OfChains(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.chain, self.conv, self.bn = Chain(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(self.chain(x))) + x)
+
+
+def test_parts_may_be_unfused():
+    """What a part's conversion adds to its class is nothing that the whole depends on."""
+    model = OfChains()
+    assert [each.name for each in fuse_(model).fused] == ["", "chain"]
+    unfuse_(model.chain)
+    assert why_not_fused(model) == {}
+
+
 class FreezesNorms(nn.Sequential):
     """A common pattern: norms that stay in evaluation."""
 
