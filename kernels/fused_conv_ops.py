@@ -131,12 +131,8 @@ def conv_stats_gradients(
     if onto is not None and dx is not None and dx is not onto:
         dx = onto.add_(dx)
     if dw is not None:
-        dw = dense(dw, _gradient_layout(weight, channels_last))
+        dw = dense(dw, checks.gradient_channels_last(arguments[2], channels_last))
     return dx, *dvectors, dw
-
-
-def _gradient_layout(weight, channels_last):
-    return checks.gradient_channels_last(dense_weight(weight), channels_last)
 
 
 def _conv_affine(x, weight, scale, shift, residual, relu, stride, groups, channels_last):
@@ -176,7 +172,8 @@ def _fake_conv_stats_bwd(
     dz, z, mean, dmean, dvar, x, center, scale, shift, weight, stride, groups, channels_last, wanted
 ):
     dx = empty(x, x.shape, channels_last) if wanted[0] else x.new_empty(0)
-    dw = empty(weight, weight.shape, _gradient_layout(weight, channels_last)) if wanted[1] else x.new_empty(0)
+    of_dw = checks.gradient_channels_last(dense_weight(weight), channels_last)
+    dw = empty(weight, weight.shape, of_dw) if wanted[1] else x.new_empty(0)
     if wanted[0] and scale is not None:
         return dx, vector_like(x, x.shape[1]), vector_like(x, x.shape[1]), dw
     return dx, x.new_empty(0), x.new_empty(0), dw

@@ -26,7 +26,7 @@ from resnext.kernels import grouped_conv2d, use_backend
 from resnext.layers import GroupedConv2d, is_layer, original_class
 from resnext.plan import plan
 from resnext.roles import pools_its_input
-from resnext.steps import Plan
+from resnext.steps import Plan, plan_of
 
 
 class Fused(NamedTuple):
@@ -275,14 +275,9 @@ def why_not_fused(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:
 
 
 def _why_not(unit: FusedModule, x: Tensor | None = None) -> str | None:
-    if (made := plan_of(unit)) is None:
+    if (made := plan_of(unit)) is None:  # type: ignore[arg-type]
         return "it was made out of a converted module and not converted itself; call fuse_ again"
     return reasons.why_not(unit, made, x)  # type: ignore[arg-type]
-
-
-def plan_of(unit: FusedModule) -> Plan | None:
-    """The plan for calls of ``unit`` with as few tensors as it takes; None without any."""
-    return next(iter(unit._fused_plans.values()), None)
 
 
 def _fuse_module(module: Any, name: str, report: FuseReport) -> None:

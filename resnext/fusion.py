@@ -150,7 +150,7 @@ def _call(unit: nn.Module, step: Call, values: list[Any], turned: bool) -> Any:
 
     args, kwargs = replaced((node.args, node.kwargs), value)
     if runs_plan:
-        return module.fused_forward(args, turned)
+        return module.fused_forward(args, turned=True)
     if node.kind == "module":
         return module(*args, **kwargs)
     if node.kind == "function":

@@ -35,6 +35,7 @@ from resnext.steps import (
     Segment,
     Step,
     every_conv,
+    plan_of,
     reads,
     reads_affines,
     writes,
@@ -60,9 +61,9 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         for step, _ in (*train_program.steps, *infer_program.steps)
         if isinstance(step, Call) and step.kind is not None
     }
-    units = tuple(sorted(name for name in called if _plan_of(root.get_submodule(name)) is not None))
+    units = {name: made for name in sorted(called) if (made := plan_of(root.get_submodule(name))) is not None}
     own = sum(_gains(root.get_submodule(conv)) for conv in every_conv(pairs, train.convs))
-    within = sum(_plan_of(root.get_submodule(name)).in_channels_last for name in units)
+    within = sum(made.in_channels_last for made in units.values())
     ends = any(isinstance(step, BlockEnd) or (isinstance(step, Gate) and step.residual != NONE) for step in steps)
     return Plan(
         kind="block" if ends else "chain",
@@ -80,7 +81,7 @@ def plan(root: nn.Module, recording: Recording) -> Plan | None:
         watched=recording.watched,
         aliases=recording.aliases,
         in_channels_last=0 if any(map(roles.adds_dimensions, recording.nodes)) else own + within,
-        units=units,
+        units=tuple(units),
         writes=train.writes(train_program) or infer.writes(infer_program),
         flags=tuple((name, root.get_submodule(name).__dict__.get("inplace")) for name in sorted(called)),
         segments=_segments(train_program),
@@ -578,11 +579,6 @@ class _Planner:
     def _stands_for(self, op: _Op) -> None:
         if op.name:
             self.roles.append((op.name, type(self.root.get_submodule(op.name))))
-
-
-def _plan_of(module: nn.Module) -> Any:
-    """The plan of a module that `fuse_` has converted, else None."""
-    return next(iter(module.__dict__.get("_fused_plans", {}).values()), None)
 
 
 def _gains(conv: Any) -> bool:

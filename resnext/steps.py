@@ -221,6 +221,11 @@ class Plan:
         return any(isinstance(step, Gate) for step, _ in self.train.steps)
 
 
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan for calls of a converted module with as few tensors as it takes; None without any."""
+    return next(iter(module.__dict__.get("_fused_plans", {}).values()), None)
+
+
 def every_conv(pairs: Iterable[tuple[str, str]], convs: Iterable[str]) -> tuple[str, ...]:
     """Names of the convolutions of pairs and of others."""
     return (*(conv for conv, _ in pairs), *convs)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnext import fusion
-from resnext.convert import Converted, FusedModule, forced, plan_of, why_not_fused
+from resnext.convert import Converted, FusedModule, forced, why_not_fused
 from resnext.effects import modes_kept
 from resnext.kernels import serving_backend
 from resnext.layers import GroupedConv2d, child
-from resnext.steps import Plan
+from resnext.steps import Plan, plan_of
 
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics

@@ -132,15 +132,24 @@ RowKernel row_kernel(const Layout& layout, int64_t pixels) {
   constexpr bool kManyRegisters = kRegisters >= 32;
   if constexpr (kShared == 1) {
     if (layout.tile_vectors == 2) {
-      if constexpr (!kManyRegisters) return row_kernel_of<Terms, kStep, kPhases, 2, 1, 4>(pixels);
-      if constexpr (kPhases == 2) return row_kernel_of<Terms, kStep, 2, 2, 1, 8, 4>(pixels);
-      return row_kernel_of<Terms, kStep, kPhases, 2, 1, 7, 8, 4, 5>(pixels);
+      if constexpr (!kManyRegisters) {
+        return row_kernel_of<Terms, kStep, kPhases, 2, 1, 4>(pixels);
+      } else if constexpr (kPhases == 2) {
+        return row_kernel_of<Terms, kStep, kPhases, 2, 1, 8, 4>(pixels);
+      } else {
+        return row_kernel_of<Terms, kStep, kPhases, 2, 1, 7, 8, 4, 5>(pixels);
+      }
     }
   }
-  if constexpr (!kManyRegisters && kPhases == 2) return row_kernel_of<Terms, kStep, 2, 1, kShared, 8, 4>(pixels);
-  if constexpr (!kManyRegisters) return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 7, 8, 4>(pixels);
-  if constexpr (kPhases == 2) return row_kernel_of<Terms, kStep, 2, 1, kShared, 14, 16, 8, 4>(pixels);
-  return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 14, 16, 7, 8, 4>(pixels);
+  if constexpr (!kManyRegisters && kPhases == 2) {
+    return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 8, 4>(pixels);
+  } else if constexpr (!kManyRegisters) {
+    return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 7, 8, 4>(pixels);
+  } else if constexpr (kPhases == 2) {
+    return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 14, 16, 8, 4>(pixels);
+  } else {
+    return row_kernel_of<Terms, kStep, kPhases, 1, kShared, 14, 16, 7, 8, 4>(pixels);
+  }
 }
 
 template <class Terms, int kShared>

@@ -75,7 +75,7 @@ RESNEXT_INLINE Layout without_pairs(Layout layout) {
 
 // Floats of a bundle's weights in whole vectors, of groups that share a vector: others are read where they are.
 RESNEXT_INLINE int64_t filters_size(const Layout& layout) {
-  return layout.shared > 1 ? round_up(layout.src_channels * layout.group_dst * 9, kLanes) : 0;
+  return round_up(layout.src_channels * layout.group_dst * 9, kLanes);
 }
 
 // With pairs, also room for a packed tile without.
