@@ -67,7 +67,7 @@ def force_cpu_capability(name: str) -> None:
     """Let the CPU kernels use one instruction set; ``""`` is the best that the machine has.
 
     Args:
-        name: ``"avx512_bf16"`` (AVX-512 with products of bfloat16), ``"avx512"``, ``"avx2"``, ``"portable"``, ``""``.
+        name: ``"amx_bf16"`` (AVX-512 and AMX, with products of bfloat16), ``"avx512_bf16"`` (the former), ``"avx512"``, ``"avx2"``, ``"portable"``, ``""``.
 
     Raises:
         RuntimeError: If there is none of that name, or the machine lacks it.
@@ -83,7 +83,7 @@ def cpu_capability() -> str:
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:
     """Whether the CPU kernels multiply values of a dtype two by two, for twice the rate."""
-    return dtype == torch.bfloat16 and cpu_capability() == "avx512_bf16"
+    return dtype == torch.bfloat16 and cpu_capability() in ("amx_bf16", "avx512_bf16")
 
 
 def fwd(

@@ -110,7 +110,7 @@ def built() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 def capability(built: None, request: pytest.FixtureRequest) -> Iterator[str]:
     """Force one instruction set of the extension for the length of a test."""
     from resnext.kernels import dispatch, extension

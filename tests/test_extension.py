@@ -175,12 +175,12 @@ def test_inputs_that_start_in_the_middle_of_a_vector(capability):
 def test_capability_can_be_forced_and_released(capability):
     assert extension._C.cpu_capability() == capability
     extension.force_cpu_capability("")
-    assert extension._C.cpu_capability() in ("avx512_bf16", "avx512", "avx2", "portable")
+    assert extension._C.cpu_capability() in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 def test_unknown_capability_is_refused(built):
     before = extension._C.cpu_capability()
-    with pytest.raises(RuntimeError, match=r"expected avx512_bf16, avx512, avx2, portable or an empty name.*got 'mmx'"):
+    with pytest.raises(RuntimeError, match=r"expected amx_bf16, avx512_bf16, avx512, avx2, portable or an empty name.*got 'mmx'"):
         extension.force_cpu_capability("mmx")
     assert extension._C.cpu_capability() == before
 

@@ -167,7 +167,7 @@ def test_winograds_algorithm_keeps_weights_of_dense_convolutions_only(built, siz
 def test_packed_weights_are_the_same_for_every_instruction_set(built):
     weight = nhwc(70, 42, 3, 3)
     packed = {}
-    for capability in ("avx512_bf16", "avx512", "avx2", "portable"):
+    for capability in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"):
         try:
             extension.force_cpu_capability(capability)
         except RuntimeError:

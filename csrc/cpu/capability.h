@@ -19,8 +19,8 @@ inline bool channels_by_pairs(const Kernels& kernels, Dtype dtype, int64_t chann
   return by_pairs(kernels, dtype) && channels % 2 == 0;
 }
 
-// Forces "avx512_bf16", "avx512", "avx2" or "portable" for the whole process; "" goes back to the automatic choice.
-// Throws std::runtime_error for a name that is unknown or that this machine lacks.
+// Forces "amx_bf16", "avx512_bf16", "avx512", "avx2" or "portable" for the whole process; "" goes back to the automatic
+// choice. Throws std::runtime_error for a name that is unknown or that this machine lacks.
 void force_capability(const std::string& name);
 
 }  // namespace resnext::cpu

@@ -26,7 +26,7 @@ namespace {
 
 const Kernels* avx2_kernels() {
   using namespace avx2;
-  static constexpr Kernels kernels = RESNEXT_KERNELS("avx2", false);
+  static constexpr Kernels kernels = RESNEXT_KERNELS("avx2", false, false);
   return &kernels;
 }
 

@@ -1,4 +1,4 @@
-// The kernels for AVX-512, and the same with products of pairs of bfloat16 where the machine has them.
+// The kernels for AVX-512, and the same with products of pairs, or matrices, of bfloat16 where the machine has them.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -27,13 +27,19 @@ namespace {
 
 const Kernels* avx512_kernels() {
   using namespace avx512;
-  static constexpr Kernels kernels = RESNEXT_KERNELS("avx512", false);
+  static constexpr Kernels kernels = RESNEXT_KERNELS("avx512", false, false);
   return &kernels;
 }
 
 const Kernels* avx512_bf16_kernels() {
   using namespace avx512;
-  static constexpr Kernels kernels = RESNEXT_KERNELS("avx512_bf16", true);
+  static constexpr Kernels kernels = RESNEXT_KERNELS("avx512_bf16", true, false);
+  return &kernels;
+}
+
+const Kernels* amx_bf16_kernels() {
+  using namespace avx512;
+  static constexpr Kernels kernels = RESNEXT_KERNELS("amx_bf16", true, true);
   return &kernels;
 }
 
@@ -49,6 +55,7 @@ const Kernels* avx512_bf16_kernels() {
 namespace resnext::cpu {
 const Kernels* avx512_kernels() { return nullptr; }
 const Kernels* avx512_bf16_kernels() { return nullptr; }
+const Kernels* amx_bf16_kernels() { return nullptr; }
 }  // namespace resnext::cpu
 
 #endif

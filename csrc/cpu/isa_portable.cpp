@@ -15,7 +15,7 @@ namespace {
 
 const Kernels* portable_kernels() {
   using namespace portable;
-  static constexpr Kernels kernels = RESNEXT_KERNELS("portable", false);
+  static constexpr Kernels kernels = RESNEXT_KERNELS("portable", false, false);
   return &kernels;
 }
 

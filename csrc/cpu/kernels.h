@@ -225,7 +225,8 @@ struct WeightMatrix {
 };
 
 // A panel's pixels share what is read of them, and are a part of what is summed over the images. Without packed weights
-// every tile is packed where it is used. With `pairs`, lanes hold two source channels that follow each other, bfloat16.
+// every tile is packed where it is used. With `pairs`, lanes hold two source channels that follow each other, bfloat16;
+// with `amx` too, they are multiplied by the matrix unit.
 struct PixelProduct {
   GridImage src, dst;
   PixelGrid grid;
@@ -234,18 +235,19 @@ struct PixelProduct {
   WeightMatrix weight;
   const float* packed;
   bool pairs;
+  bool amx;
   int64_t panel_pixels;
 };
 
 // Tasks take blocks of both images' channels, chunks of the pixels. Of several chunks each has a slice of partial
 // results, [chunk][block of grad][block of x], of the size that a function of that name tells, to be reduced
 // afterwards; a single one is stored where it was made. With `pairs`, lanes hold two pixels that follow each other in
-// the grid, bfloat16.
+// the grid, bfloat16; with `amx` too, they are multiplied by the matrix unit.
 struct PixelGradient {
   GridImage grad, x;
   PixelGrid grid;
   ReadMap read_grad, read_x;
-  bool pairs;
+  bool pairs, amx;
   int64_t grad_block, x_block;  // channels
   int64_t chunks, panel_pixels;
   float* partial;  // null with a single chunk
@@ -305,6 +307,7 @@ struct LayoutChange {
 struct Kernels {
   const char* name;
   bool multiplies_pairs;  // of bfloat16
+  bool amx;               // which multiplies matrices of them
 
   Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs);
   int64_t (*packed_weight_size)(const Layout&);  // of a tile
@@ -354,7 +357,8 @@ struct Kernels {
   void (*change_layout)(const LayoutChange&, float* scratch, int64_t begin, int64_t end);  // over rows * blocks
 };
 
-const Kernels* avx512_bf16_kernels();  // null where the binary does not hold them
+const Kernels* amx_bf16_kernels();  // null where the binary does not hold them
+const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

@@ -6,6 +6,7 @@
 #include "moments.inl.h"
 #include "rows.inl.h"
 #include "layout.inl.h"
+#include "amx.inl.h"
 #include "correlate.inl.h"
 #include "wgrad.inl.h"
 #include "pointwise.inl.h"
@@ -14,9 +15,9 @@
 #include "max_pool.inl.h"
 #include "layout_change.inl.h"
 
-#define RESNEXT_KERNELS(name, pairs)                                                                   \
+#define RESNEXT_KERNELS(name, pairs, amx)                                                              \
   {                                                                                                    \
-    name, pairs, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight,       \
+    name, pairs, amx, make_layout, packed_weight_size, packed_bias_size, weight_scratch, pack_weight,  \
         correlate_scratch, correlate, wgrad_slice_size, wgrad_scratch, wgrad, reduce_wgrad,            \
         pack_matrix, product_scratch, multiply, gradient_slice_size, gradient_scratch, pixel_gradient, \
         reduce_gradient, make_tile_layout, tile_weight_size, tile_weight_scratch, pack_tile_weights,   \

@@ -8,7 +8,7 @@
 // memory. Lanes, pixels and weights that are not there are zero.
 //
 // With pairs of bfloat16, a lane of the products' panels and weights holds two source channels, and one of the
-// gradient's panels two pixels.
+// gradient's panels two pixels. AMX multiplies the same panels, in blocks of 16 pixels.
 //
 // fp32 accumulation, in an order that depends on neither threads nor, without pairs, instruction sets: channels, or
 // pixels of a chunk.
@@ -330,12 +330,70 @@ RESNEXT_INLINE decltype(&mapped_product<Terms, ScaleShift<false>>) mapped_produc
   return nullptr;
 }
 
-RESNEXT_INLINE int64_t whole_blocks(int64_t pixels) { return round_up(pixels, kProductPixels); }
+// Pixels whose products are made together, and pixels of a block of the panel.
+template <class Terms>
+constexpr int kTogether = kProductPixels;
+template <class Terms>
+constexpr int kPanelBlock = kProductPixels;
+
+// Products of the first `count` pixels of a panel's block with a tile of `channels` channels, to results[pixel][lane].
+template <class Terms>
+RESNEXT_INLINE void product_results(const float* panel, int64_t, const float* weight, int64_t terms, int64_t count,
+                                    int64_t channels, float* results) {
+  for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
+    const auto product = channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
+    product(panel, weight + lane, terms, kTileChannels, count, results + lane);
+  }
+}
+
+#if RESNEXT_LANES == 16
+template <>
+constexpr int kTogether<AmxTerms> = 2 * kAmxRows;
+template <>
+constexpr int kPanelBlock<AmxTerms> = kAmxRows;
+
+template <>  // they are not in registers that could be mapped
+RESNEXT_INLINE decltype(&mapped_product<AmxTerms, ScaleShift<false>>) mapped_product_of<AmxTerms>(const PixelProduct&) {
+  return nullptr;
+}
+
+template <>
+RESNEXT_INLINE void product_results<AmxTerms>(const float* panel, int64_t lanes, const float* weight, int64_t,
+                                              int64_t count, int64_t channels, float* results) {
+  static_assert(kTileChannels == 2 * kLanes);
+  with_amx_sums(count > kAmxRows, channels > kLanes, [&](auto sums) RESNEXT_ALWAYS {
+    sums.clear();
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      sums.add(panel + i * kAmxRows, kLanes, kAmxRows * lanes, weight + i * kTileChannels, kTileChannels, kLanes);
+    }
+    sums.store(results, kTileChannels, kAmxRows * kTileChannels, kLanes);
+  });
+}
+#endif
+
+// Floats of a panel, and of results.
+template <class Terms>
+RESNEXT_INLINE int64_t product_panel(const PixelProduct& p) {
+  return round_up(p.panel_pixels, kPanelBlock<Terms>) * paired_lanes(p.src.image.channels, p.pairs);
+}
+template <class Terms>
+constexpr int64_t kResults = int64_t{kTogether<Terms>} * kTileChannels;
+
+// work(the terms) of a PixelProduct or PixelGradient.
+template <class Problem, class Work>
+RESNEXT_INLINE auto with_product_terms(const Problem& p, Work work) {
+#if RESNEXT_LANES == 16
+  if (p.amx) return work(AmxTerms{});
+#endif
+  return with_terms(p.pairs, work);
+}
 
 int64_t product_scratch(const PixelProduct& p) {
   const int64_t tile = p.packed == nullptr ? packed_tile_size(p.weight, p.pairs) : 0;
-  const int64_t lanes = paired_lanes(p.src.image.channels, p.pairs);
-  return whole_blocks(p.panel_pixels) * lanes + kProductPixels * kTileChannels + tile;
+  return tile + with_product_terms(p, [&](auto terms) {
+           using Terms = decltype(terms);
+           return product_panel<Terms>(p) + kResults<Terms>;
+         });
 }
 
 // `pixels` pixels of an image that follow each other in memory, as an image of one row.
@@ -370,7 +428,9 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
 template <class Terms>
 void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
   using T = ImageType<Terms>;
+  [[maybe_unused]] const typename Terms::Registers registers;
   const auto mapped = mapped_product_of<Terms>(p);
+  constexpr int kPixels = kTogether<Terms>;
   const int64_t src_channels = p.src.image.channels;
   const int64_t dst_channels = p.dst.image.channels;
   const int64_t terms = p.pairs ? src_channels / 2 : src_channels;
@@ -378,8 +438,8 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
   const int64_t tiles = ceil_div(dst_channels, kTileChannels);
   const int64_t all_pixels = p.grid.batch * p.grid.height * p.grid.width;
   float* panel = scratch;
-  float* results = panel + whole_blocks(p.panel_pixels) * lanes;
-  float* own_tile = results + kProductPixels * kTileChannels;
+  float* results = panel + product_panel<Terms>(p);
+  float* own_tile = results + kResults<Terms>;
   int64_t read = -1;  // the panel
   for (int64_t task = begin; task < end; ++task) {
     const int64_t tile = task % tiles;
@@ -390,17 +450,17 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
     if (task / tiles != read) {
       read = task / tiles;
       const auto read_terms = p.pairs ? read_panel_pairs : read_panel<1>;
-      read_terms(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kProductPixels, panel);
+      read_terms(p.src, p.grid, p.read, {first, pixels, 0, src_channels}, kPanelBlock<Terms>, panel);
     }
     WriteMap write = p.write;
     if (write.partial != nullptr) write.partial += read * kPartialSums * dst_channels;
     if (p.packed == nullptr) pack_tile(p.weight, p.pairs, tile, 0, p.pairs ? 2 * lanes : lanes, own_tile);
     const float* weight = p.packed == nullptr ? own_tile : p.packed + tile * packed_tile_size(p.weight, p.pairs);
-    for (int64_t pixel = 0; pixel < pixels; pixel += kProductPixels) {
-      const int64_t count = min_of(kProductPixels, pixels - pixel);
+    for (int64_t pixel = 0; pixel < pixels; pixel += kPixels) {
+      const int64_t count = min_of(kPixels, pixels - pixel);
       write.before = pixel;
       const bool starts = p.write.kind == WriteMap::kMoments && pixel == 0;  // which looks at all values first
-      if (mapped != nullptr && !starts && count == kProductPixels && channels == kTileChannels) {
+      if (mapped != nullptr && !starts && count == kPixels && channels == kTileChannels) {
         for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
           const int64_t offset = (first + pixel) * dst_channels + c + lane;
           const auto* other = static_cast<const T*>(p.write.other);
@@ -410,18 +470,14 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
         }
         continue;
       }
-      for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
-        const auto product =
-            channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
-        product(panel + pixel * lanes, weight + lane, terms, kTileChannels, count, results + lane);
-      }
+      product_results<Terms>(panel + pixel * lanes, lanes, weight, terms, count, channels, results);
       write_block(p, write, {first + pixel, count, c, channels}, results);
     }
   }
 }
 
 void multiply(const PixelProduct& p, float* scratch, int64_t begin, int64_t end) {
-  with_terms(p.pairs, [&](auto terms) { multiply_as<decltype(terms)>(p, scratch, begin, end); });
+  with_product_terms(p, [&](auto terms) { multiply_as<decltype(terms)>(p, scratch, begin, end); });
 }
 
 // --- weight gradient ---
@@ -466,7 +522,7 @@ int64_t gradient_slice_size(const PixelGradient& g) { return grad_lanes(g) * x_l
 
 // The pixels, or pairs, of a panel that holds so many pixels.
 RESNEXT_INLINE int64_t whole_iterations(const PixelGradient& g, int64_t pixels) {
-  return round_up(g.pairs ? ceil_div(pixels, 2) : pixels, kGradientPixels);
+  return round_up(g.pairs ? ceil_div(pixels, 2) : pixels, g.amx ? kLanes : kGradientPixels);
 }
 
 // Floats of both panels.
@@ -549,8 +605,58 @@ class PanelAhead {
   }
 };
 
+// Adds a panel's sums to a slice, `ask`ing for the next one meanwhile. Of `terms` terms, as of gradient_tile.
+template <class Terms>
+struct PanelSums {
+  static constexpr int kGradChannels = kGradientChannels;
+  template <class Ask>
+  static void add(const float* grad, int64_t grad_channels, const float* x, int64_t x_channels, int64_t terms,
+                  bool adds, int64_t grad_lanes, float* slice, Ask ask) {
+    for (int64_t i = 0; i < x_channels; i += kProductLanes) {
+      for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
+        ask();
+        const auto tile = x_channels - i > kLanes ? gradient_tile<Terms, kProductVectors> : gradient_tile<Terms, 1>;
+        tile(grad + o / kLanes * kLanes * terms + o % kLanes, x + i * terms, terms, terms * kLanes, adds,
+             slice + i * grad_lanes + o * kProductLanes);
+      }
+    }
+  }
+};
+
+#if RESNEXT_LANES == 16
+// By AMX, whose first operand has rows of terms: grad is turned, square by square.
+template <>
+struct PanelSums<AmxTerms> {
+  static constexpr int kGradChannels = 2 * kAmxRows;
+  template <class Ask>
+  static void add(float* grad, int64_t grad_channels, const float* x, int64_t x_channels, int64_t terms, bool adds,
+                  int64_t grad_lanes, float* slice, Ask ask) {
+    const int64_t vector = terms * kLanes;
+    for (int64_t i = 0; i < panel_lanes(grad_channels) * terms; i += kAmxFloats) transpose_in_place(grad + i);
+    for (int64_t i = 0; i < x_channels; i += kProductLanes) {
+      for (int64_t o = 0; o < grad_channels; o += kGradChannels) {
+        ask();
+        float* to = slice + i * grad_lanes + o * kProductLanes;
+        with_amx_sums(grad_channels - o > kLanes, x_channels - i > kLanes, [&](auto sums) RESNEXT_ALWAYS {
+          if (adds) {
+            sums.load(to, kProductLanes, kAmxRows * kProductLanes, kLanes);
+          } else {
+            sums.clear();
+          }
+          for (int64_t term = 0; term < vector; term += kAmxFloats) {
+            sums.add(grad + o * terms + term, kLanes, vector, x + i * terms + term, kLanes, vector);
+          }
+          sums.store(to, kProductLanes, kAmxRows * kProductLanes, kLanes);
+        });
+      }
+    }
+  }
+};
+#endif
+
 template <class Terms>
 void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
+  [[maybe_unused]] const typename Terms::Registers registers;
   const int64_t x_blocks = ceil_div(g.x.image.channels, g.x_block);
   const int64_t grad_blocks = ceil_div(g.grad.image.channels, g.grad_block);
   const int64_t all_pixels = g.grid.batch * g.grid.height * g.grid.width;
@@ -581,25 +687,22 @@ void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, in
                        (x_lanes(g) - panel_lanes(x_channels)) * terms * sizeof(float));
       const int64_t next = first + g.panel_pixels;
       const int64_t next_count = next < chunk_end ? min_of(g.panel_pixels, chunk_end - next) : 0;
-      const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, kGradientChannels);
+      const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, PanelSums<Terms>::kGradChannels);
       PanelAhead x_ahead(g.x, g.grid, g.read_x, {next, next_count, x_c, x_channels}, tiles);
       PanelAhead grad_ahead(g.grad, g.grid, g.read_grad, {next, next_count, grad_c, grad_channels}, tiles);
-      for (int64_t i = 0; i < x_channels; i += kProductLanes) {
-        for (int64_t o = 0; o < grad_channels; o += kGradientChannels) {
-          x_ahead.ask();
-          grad_ahead.ask();
-          const auto tile = x_channels - i > kLanes ? gradient_tile<Terms, kProductVectors> : gradient_tile<Terms, 1>;
-          tile(grad + o / kLanes * kLanes * terms + o % kLanes, x + i * terms, terms, terms * kLanes,
-               /*adds=*/first != chunk_first, slice + i * grad_lanes(g) + o * kProductLanes);
-        }
-      }
+      const auto ask = [&]() RESNEXT_ALWAYS {
+        x_ahead.ask();
+        grad_ahead.ask();
+      };
+      PanelSums<Terms>::add(grad, grad_channels, x, x_channels, terms, /*adds=*/first != chunk_first, grad_lanes(g),
+                            slice, ask);
     }
     if (g.chunks == 1) store_gradient(g, task, 0, x_lanes(g) / kTileChannels, slice);
   }
 }
 
 void pixel_gradient(const PixelGradient& g, float* scratch, int64_t begin, int64_t end) {
-  with_terms(g.pairs, [&](auto terms) { pixel_gradient_as<decltype(terms)>(g, scratch, begin, end); });
+  with_product_terms(g, [&](auto terms) { pixel_gradient_as<decltype(terms)>(g, scratch, begin, end); });
 }
 
 void reduce_gradient(const PixelGradient& g, int64_t begin, int64_t end) {

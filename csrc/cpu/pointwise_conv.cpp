@@ -13,10 +13,10 @@ constexpr int64_t kPanelFloats = 88 * 1024;  // of a source: a third of an L2 ca
 
 // Pixels of a panel of `lanes` channels: many enough that weights are not read too often, few enough for the cache, and
 // whole blocks of the widest kernel. All panels are of about one size.
-int64_t pixels_of_panel(int64_t pixels, int64_t lanes) {
-  constexpr int64_t kBlock = 14;
-  const int64_t most = std::clamp<int64_t>(kPanelFloats / lanes, 4 * kBlock, 6 * kBlock) / kBlock * kBlock;
-  return round_up(ceil_div(pixels, ceil_div(pixels, most)), kBlock);
+int64_t pixels_of_panel(int64_t pixels, int64_t lanes, bool amx) {
+  const int64_t block = amx ? 32 : 14;
+  const int64_t most = std::clamp<int64_t>(kPanelFloats / lanes, 4 * block, 6 * block) / block * block;
+  return round_up(ceil_div(pixels, ceil_div(pixels, most)), block);
 }
 
 GridImage grid_image(const Tensor& tensor, bool strided, const GroupedConvShape& shape) {
@@ -60,8 +60,9 @@ void run_pointwise(const PointwiseOperands& operands, const ReadMap& read, Write
               operands.transposed,        p.src.image.channels,      channels};
   const int64_t pixels = shape.batch * shape.out_height * shape.out_width;
   p.pairs = channels_by_pairs(kernels, p.src.image.dtype, p.src.image.channels);
+  p.amx = p.pairs && kernels.amx;
   const auto [tiles, lanes, tile_channels] = packed_sizes(p.src.image.channels, channels, p.pairs);
-  p.panel_pixels = pixels_of_panel(pixels, lanes);
+  p.panel_pixels = pixels_of_panel(pixels, lanes, p.amx);
   const int64_t panels = ceil_div(pixels, p.panel_pixels);
 
   Buffer packed;
@@ -94,6 +95,7 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   constexpr int64_t kGradBlock = 256;
   constexpr int64_t kXBlock = 512;
   constexpr int64_t kPanelPixels = 64;
+  constexpr int64_t kAmxPanelPixels = 256;  // sums, which are in memory, are loaded and stored once for so many
   constexpr int64_t kPixelsPerChunk = 8 * kPanelPixels;
   const Kernels& kernels = active_kernels();
   PixelGradient g{};
@@ -105,7 +107,8 @@ void run_pointwise_gradient(const Tensor& grad, const ReadMap& read_grad, const 
   g.grad_block = std::min(shape.out_channels, kGradBlock);
   g.x_block = std::min(shape.in_channels, kXBlock);
   g.pairs = by_pairs(kernels, g.x.image.dtype);
-  g.panel_pixels = kPanelPixels;
+  g.amx = g.pairs && kernels.amx;
+  g.panel_pixels = g.amx ? kAmxPanelPixels : kPanelPixels;
   g.dw = dw.data_ptr();
   g.dtype = dtype_of(dw);
   const int64_t blocks = ceil_div(shape.out_channels, g.grad_block) * ceil_div(shape.in_channels, g.x_block);

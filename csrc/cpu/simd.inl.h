@@ -364,7 +364,9 @@ RESNEXT_INLINE Vec repeat(const float* from) {
 // `add`: acc + a * b, lane by lane. `add_broadcast`: acc + *x * b, with the load and the broadcast in the same
 // instruction where there is one. A value is then loaded for every vector that it meets, but instructions are what the
 // loops run out of if another thread shares the core.
+struct NoRegisters {};  // but the compiler's
 struct FloatTerms {
+  using Registers = NoRegisters;
   static constexpr bool kPairs = false;
   static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) { return acc + a * b; }
   static RESNEXT_INLINE Vec add_broadcast(Vec acc, const float* x, Vec b) {
@@ -381,6 +383,7 @@ struct FloatTerms {
 // takes bfloat16's subnormals for zero.
 #if RESNEXT_LANES == 16
 struct PairTerms {
+  using Registers = NoRegisters;
   static constexpr bool kPairs = true;
   static RESNEXT_INLINE Vec add(Vec acc, Vec a, Vec b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
