@@ -115,4 +115,41 @@ RESNEXT_INLINE void with_amx_sums(bool two_rows, bool two_columns, Work work) {
   two_columns ? work(AmxSums<1, 2>{}) : work(AmxSums<1, 1>{});
 }
 
+// Maps and writes sums, [pixel][kTileChannels], of all channels of a tile: a line of memory for each pixel.
+template <class Map>
+void write_sums_as(const float* sums, WriteMap write, Piece<BFloat16> to) {
+  static_assert(kTileChannels == 2 * kLanes);
+  const auto get = [=](int64_t offset) RESNEXT_ALWAYS {
+    return [=](int64_t pixel) RESNEXT_ALWAYS { return load(sums + pixel * kTileChannels + offset); };
+  };
+  Map low(write, ChannelLanes{to.c, kLanes});
+  Map high(write, ChannelLanes{to.c + kLanes, kLanes});
+  low.start(to.pixels, get(0));
+  high.start(to.pixels, get(kLanes));
+  for_pixels<Map::kChains>(to.pixels, [=, &low, &high](int64_t pixel, int chain) RESNEXT_ALWAYS {
+    const BFloat16* other = to.other + pixel * to.stride;
+    const Vec low_other = Map::kOther ? load(other) : Vec{};
+    const Vec high_other = Map::kOther ? load(other + kLanes) : Vec{};
+    store_rounded(to.data + pixel * to.stride, low(get(0)(pixel), low_other, chain),
+                  high(get(kLanes)(pixel), high_other, chain));
+  });
+  low.finish();
+  high.finish();
+}
+
+void write_sums(const float* sums, const WriteMap& write, const Piece<BFloat16>& to) {
+  switch (write.kind) {
+    case WriteMap::kNone:
+      return write_sums_as<KeepValue<BFloat16, ChannelLanes>>(sums, write, to);
+    case WriteMap::kMoments:
+      return write_sums_as<Moments<FastBFloat16>>(sums, write, to);
+    case WriteMap::kAffine:
+      return write_sums_as<ScaleShift<false>>(sums, write, to);
+    case WriteMap::kAffineAdd:
+      return write_sums_as<ScaleShift<true>>(sums, write, to);
+    case WriteMap::kReluGradient:
+      return write_sums_as<ReluGradient<BFloat16>>(sums, write, to);
+  }
+}
+
 #endif

@@ -423,6 +423,27 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
   }
 }
 
+template <class Terms>
+RESNEXT_INLINE void write_results(const PixelProduct& p, const WriteMap& write, const PanelPart& part,
+                                  const float* results) {
+  write_block(p, write, part, results);
+}
+
+#if RESNEXT_LANES == 16
+template <>
+RESNEXT_INLINE void write_results<AmxTerms>(const PixelProduct& p, const WriteMap& write, const PanelPart& part,
+                                            const float* results) {
+  if (part.channels < kTileChannels || p.dst.step_h != 1 || p.dst.step_w != 1) {
+    return write_block(p, write, part, results);
+  }
+  const int64_t channels = p.dst.image.channels;
+  const int64_t offset = part.first * channels + part.c;
+  const auto* other = static_cast<const BFloat16*>(write.other);
+  write_sums(results, write, {static_cast<BFloat16*>(p.dst.image.data) + offset,
+                              other == nullptr ? nullptr : other + offset, channels, part.pixels, part.c, part.channels});
+}
+#endif
+
 // Results are written block by block: rows of a power of two bytes compete for a few sets of the caches, which hold the
 // lines of one block but not of a panel.
 template <class Terms>
@@ -471,7 +492,7 @@ void multiply_as(const PixelProduct& p, float* scratch, int64_t begin, int64_t e
         continue;
       }
       product_results<Terms>(panel + pixel * lanes, lanes, weight, terms, count, channels, results);
-      write_block(p, write, {first + pixel, count, c, channels}, results);
+      write_results<Terms>(p, write, {first + pixel, count, c, channels}, results);
     }
   }
 }
