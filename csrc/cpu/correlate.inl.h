@@ -192,6 +192,9 @@ RESNEXT_INLINE int64_t unpaired_size(const Correlation& c) {
 }
 
 int64_t correlate_scratch(const Correlation& c) {
+#if RESNEXT_LANES == 16
+  if (c.layout.amx) return amx_correlate_scratch(c);
+#endif
   int64_t size = ring_size(c) + buffer_size(c) + unpaired_size(c);
   if (c.packed.weight == nullptr) {
     const int64_t tiles = c.block * c.tile_block;
@@ -309,6 +312,9 @@ void read_source_row(const Correlation& c, const RowPlan& plan, const TileBlock&
 }
 
 void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {
+#if RESNEXT_LANES == 16
+  if (c.layout.amx) return amx_correlate(c, scratch, begin, end);
+#endif
   const Layout& layout = c.layout;
   const int64_t tile_blocks = ceil_div(layout.tiles, c.tile_block);
   const int64_t blocks = ceil_div(layout.bundles, c.block) * tile_blocks;

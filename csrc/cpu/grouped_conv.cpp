@@ -40,6 +40,11 @@ int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
 int64_t rows_at_once(const Correlation& c, int64_t weight_size) {
   constexpr int64_t kNear = 16384;  // floats
   constexpr int64_t kPixels = 56;
+  constexpr int64_t kAmxPixels = 448;
+  if (c.layout.amx) {  // of all phases
+    const int64_t phases = c.rows.phases;
+    return std::clamp<int64_t>(kAmxPixels / (c.dst.width + 1) / phases, 1, ceil_div(c.dst.height, phases));
+  }
   if (c.rows.in_step == 2 && c.layout.tiles * weight_size <= kNear) return 1;
   return std::clamp<int64_t>(kPixels / c.dst.width, 1, kMostRowsAtOnce);
 }
@@ -64,26 +69,21 @@ struct PackedBefore {
   const float *pointwise, *winograd, *filters;
 };
 
-// `results`: mean and variance, or dshift and dscale, where the write map makes them.
-void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed,
-                     const GroupedConvShape& shape, std::array<float*, 2> results = {},
-                     const PackedBefore& before = {}) {
+// How the kernels lay out a correlation's channels. AMX takes all pairs of bfloat16, where it may; also in narrow groups
+// of an odd number of channels.
+Layout correlation_layout(const Kernels& kernels, Dtype dtype, int64_t groups, int64_t group_src, int64_t group_dst,
+                          bool may_use_amx = true) {
+  constexpr int64_t kMerged = 16;
+  const bool pairs = channels_by_pairs(kernels, dtype, group_src);
+  const bool merged = std::max(group_src, group_dst) <= kMerged && channels_by_pairs(kernels, dtype, groups * group_src);
+  const bool amx = may_use_amx && kernels.amx && (pairs || merged);
+  return kernels.make_layout(groups, group_src, group_dst, pairs || amx, amx);
+}
+
+// `results`: mean and variance, or dshift and dscale, where the write map makes them. Returns whether they are right:
+// where groups are merged, and the source is not finite, they are not.
+bool run_sums(Correlation& c, std::array<float*, 2> results, const float* packed_before) {
   const Kernels& kernels = active_kernels();
-  c.filters = {weight.data_ptr(),
-               filter_strides(weight),
-               bias.has_value() ? bias->data_ptr() : nullptr,
-               dtype_of(weight),
-               c.src.dtype,
-               transposed,
-               /*mirrored=*/transposed && c.cols.phases == 1};
-  const int64_t group_src = c.src.channels / shape.groups;
-  const bool pairs = channels_by_pairs(kernels, c.src.dtype, group_src);
-  const TileUse use = before.winograd == nullptr ? TileUse::kProduct : TileUse::kPackedProduct;
-  if (!pairs && before.filters == nullptr && winograd_serves(shape, use) &&
-      run_winograd({c.src, c.dst, c.filters, before.winograd}, c.read, c.write, shape, results)) {
-    return;
-  }
-  c.layout = kernels.make_layout(shape.groups, group_src, c.dst.channels / shape.groups, pairs);
   const Layout& layout = c.layout;
   c.block = bundle_block(layout, c.src.channels_last, c.dst.batch);
   int64_t blocks = ceil_div(layout.bundles, c.block);
@@ -102,18 +102,48 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
 
   Buffer packed_weight, packed_bias;
   const int64_t bias_size = layout.bundles * layout.tiles * kernels.packed_bias_size(layout);
-  if (before.filters != nullptr) {
+  c.packed = {};
+  if (packed_before != nullptr) {
     packed_bias = allocate_zeros(bias_size);
-    c.packed = {const_cast<float*>(before.filters), packed_bias.get()};
-  } else if (c.dst.batch * c.cuts.bands > 1) {
+    c.packed = {const_cast<float*>(packed_before), packed_bias.get()};
+  } else if (layout.amx || c.dst.batch * c.cuts.bands > 1) {
     packed_weight = allocate(packed_size(kernels, layout));
     packed_bias = allocate(bias_size);
     c.packed = {packed_weight.get(), packed_bias.get()};
     pack(kernels, layout, c.filters, c.packed);
   }
+  int not_finite = 0;
+  c.not_finite = &not_finite;
   run_tasks(c.dst.batch * c.cuts.bands * blocks, 1, kernels.correlate_scratch(c),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.correlate(c, scratch, begin, end); });
+  if (not_finite != 0) return false;
   merge_results(c.write, parts, results);
+  return true;
+}
+
+void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed,
+                     const GroupedConvShape& shape, std::array<float*, 2> results = {},
+                     const PackedBefore& before = {}) {
+  const Kernels& kernels = active_kernels();
+  c.filters = {weight.data_ptr(),
+               filter_strides(weight),
+               bias.has_value() ? bias->data_ptr() : nullptr,
+               dtype_of(weight),
+               c.src.dtype,
+               transposed,
+               /*mirrored=*/transposed && c.cols.phases == 1};
+  const int64_t group_src = c.src.channels / shape.groups;
+  const int64_t group_dst = c.dst.channels / shape.groups;
+  const bool pairs = channels_by_pairs(kernels, c.src.dtype, group_src);
+  const TileUse use = before.winograd == nullptr ? TileUse::kProduct : TileUse::kPackedProduct;
+  if (!pairs && before.filters == nullptr && winograd_serves(shape, use) &&
+      run_winograd({c.src, c.dst, c.filters, before.winograd}, c.read, c.write, shape, results)) {
+    return;
+  }
+  c.layout = correlation_layout(kernels, c.src.dtype, shape.groups, group_src, group_dst);
+  if (run_sums(c, results, before.filters)) return;
+  c.layout = correlation_layout(kernels, c.src.dtype, shape.groups, group_src, group_dst, /*may_use_amx=*/false);
+  run_sums(c, results, nullptr);
 }
 
 Correlation forward(const Tensor& x, const Tensor& out, int64_t stride_h, int64_t stride_w, bool channels_last) {
@@ -171,7 +201,7 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   const Kernels& kernels = active_kernels();
   g.stride_h = shape.stride_h;
   g.stride_w = shape.stride_w;
-  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out(), /*pairs=*/false);
+  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out(), /*pairs=*/false, /*amx=*/false);
   g.pairs = by_pairs(kernels, g.x.dtype);
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
@@ -325,8 +355,7 @@ void conv_stats_wgrad(const Tensor& dz, const OptionalTensor& z, const OptionalT
 }
 
 Layout filters_layout(int64_t groups, int64_t group_in, int64_t group_out, Dtype dtype) {
-  const Kernels& kernels = active_kernels();
-  return kernels.make_layout(groups, group_in, group_out, channels_by_pairs(kernels, dtype, group_in));
+  return correlation_layout(active_kernels(), dtype, groups, group_in, group_out);
 }
 
 const float* packed_filters_data(const OptionalTensor& packed, const Tensor& weight, int64_t groups, Dtype images,

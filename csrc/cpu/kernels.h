@@ -100,10 +100,14 @@ struct Columns {
 //    group. A source channel of all of them, repeated over a vector, is then one load, and meets every destination
 //    channel of its own group only;
 //  - otherwise (shared is 1): one group, whose destination channels are cut into tiles of `tile_vectors` vectors.
-// In a layout of pairs a source "channel" is two that follow each other, bfloat16, in one lane.
+// In a layout of pairs a source "channel" is two that follow each other, bfloat16, in one lane. For AMX `merged` narrow
+// groups count as one, with weights of zero between them, and sums are over whole vectors of source channels.
 struct Layout {
-  bool pairs;
+  bool pairs, amx;
+  int64_t merged;
   int64_t groups, group_src, group_dst;
+  int64_t all_src, all_dst;  // channels of an image
+  int64_t packed_src;        // source channels of a group that have packed weights
   int64_t shared;  // groups of a bundle, a power of two (the last bundle may have fewer)
   int64_t bundles;
   int64_t src_channels, dst_channels;  // channels of a bundle
@@ -144,8 +148,9 @@ struct Correlation {
   PackedFilters packed;  // null where every block is one task's, which packs it for itself
   int64_t block;         // bundles worked on together: their source rows share the ring buffer
   int64_t tile_block;    // tiles of each bundle worked on together; all of them where a block has several bundles
-  int64_t rows_at_once;  // destination rows that a tile's weights meet before the next tile's
+  int64_t rows_at_once;  // destination rows (of a phase, with AMX) that a tile's weights meet before the next tile's
   RowCuts cuts;          // of a destination image
+  int* not_finite;       // becomes 1 where a merged layout meets a source that is not
 };
 
 // A correlation with stride 1 of NHWC images by tiles of 2 x 2 destination pixels (winograd.inl.h). A unit, an image or
@@ -309,7 +314,7 @@ struct Kernels {
   bool multiplies_pairs;  // of bfloat16
   bool amx;               // which multiplies matrices of them
 
-  Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs);
+  Layout (*make_layout)(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs, bool amx);
   int64_t (*packed_weight_size)(const Layout&);  // of a tile
   int64_t (*packed_bias_size)(const Layout&);
   int64_t (*weight_scratch)(const Layout&);

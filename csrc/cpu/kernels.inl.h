@@ -7,6 +7,7 @@
 #include "rows.inl.h"
 #include "layout.inl.h"
 #include "amx.inl.h"
+#include "amx_correlate.inl.h"
 #include "correlate.inl.h"
 #include "wgrad.inl.h"
 #include "pointwise.inl.h"

@@ -1,15 +1,32 @@
 // How channels are laid on vectors, and the packing of weights that follows from it.
 
-Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs) {
+Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs, bool amx) {
   Layout layout{};
-  if (pairs) group_src /= 2;
   layout.pairs = pairs;
+  layout.amx = amx;
+  const int64_t terms = pairs ? 2 : 1;  // source channels of a lane
+  layout.all_src = groups * group_src / terms;
+  layout.all_dst = groups * group_dst;
+  layout.merged = 1;
+  layout.shared = 1;
+  int64_t width = 1;  // of a group, if there is room for several
+  while (width < group_src || width < group_dst) width *= 2;
+  if (amx && width < 2 * kLanes) {
+    layout.merged = 2 * kLanes / width;
+    groups = ceil_div(groups, layout.merged);
+    group_src *= layout.merged;
+    group_dst *= layout.merged;
+  }
+  group_src /= terms;
+  if (!amx) {
+    width = 1;
+    while (width < group_src || width < group_dst) width *= 2;
+    layout.shared = width < kLanes ? kLanes / width : 1;
+  }
   layout.groups = groups;
   layout.group_src = group_src;
   layout.group_dst = group_dst;
-  int64_t width = 1;  // lanes of a group, if a vector has room for several
-  while (width < group_src || width < group_dst) width *= 2;
-  layout.shared = width < kLanes ? kLanes / width : 1;
+  layout.packed_src = amx ? round_up(group_src, kLanes) : group_src;
   layout.bundles = ceil_div(groups, layout.shared);
   layout.src_channels = layout.shared * group_src;
   layout.dst_channels = layout.shared * group_dst;
@@ -17,7 +34,7 @@ Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pa
   layout.tile_vectors = vectors % 2 == 0 ? 2 : 1;
   layout.tiles = vectors / layout.tile_vectors;
   layout.src_lanes = round_up(layout.src_channels, kLanes);
-  layout.panel_bundles = pairs && 2 * layout.src_channels == kLanes ? 2 : 1;
+  layout.panel_bundles = !amx && pairs && 2 * layout.src_channels == kLanes ? 2 : 1;
   return layout;
 }
 
@@ -53,14 +70,14 @@ IntVec lanes_of_channels(const Layout& layout, int64_t width) {
 RESNEXT_INLINE int64_t tile_lanes(const Layout& layout) { return layout.tile_vectors * kLanes; }
 // Source channels of `bundles` bundles.
 RESNEXT_INLINE int64_t bundle_src_channels(const Layout& layout, int64_t first_bundle, int64_t bundles = 1) {
-  return min_of(bundles * layout.src_channels, layout.groups * layout.group_src - first_bundle * layout.src_channels);
+  return min_of(bundles * layout.src_channels, layout.all_src - first_bundle * layout.src_channels);
 }
 RESNEXT_INLINE int64_t bundle_dst_channels(const Layout& layout, int64_t bundle) {
-  return min_of(layout.dst_channels, layout.groups * layout.group_dst - bundle * layout.dst_channels);
+  return min_of(layout.dst_channels, layout.all_dst - bundle * layout.dst_channels);
 }
 
 // Floats of one kernel row of one tile, of a tile, and of its biases.
-RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.group_src * 3 * tile_lanes(layout); }
+RESNEXT_INLINE int64_t packed_row_size(const Layout& layout) { return layout.packed_src * 3 * tile_lanes(layout); }
 int64_t packed_weight_size(const Layout& layout) { return 3 * packed_row_size(layout); }
 int64_t packed_bias_size(const Layout& layout) { return tile_lanes(layout); }
 
@@ -69,6 +86,7 @@ RESNEXT_INLINE Layout without_pairs(Layout layout) {
   if (!layout.pairs) return layout;
   layout.pairs = false;
   layout.group_src *= 2;
+  layout.packed_src *= 2;
   layout.src_channels *= 2;
   return layout;
 }
@@ -224,6 +242,15 @@ void pack_inputs_ohwi(const Layout& layout, const Filters& f, const T* filters, 
   }
 }
 
+// Clears the weights of source channels that only the packed tile has.
+void clear_rest(const Layout& layout, float* packed) {
+  const int64_t used = layout.group_src * 3 * tile_lanes(layout);
+  if (layout.packed_src == layout.group_src) return;
+  for (int row = 0; row < 3; ++row, packed += packed_row_size(layout)) {
+    __builtin_memset(packed + used, 0, (packed_row_size(layout) - used) * sizeof(float));
+  }
+}
+
 // The bias of tile number `tile` of a bundle.
 void pack_bias(const Layout& layout, const Filters& f, int64_t bundle, int64_t tile, float* packed) {
   const int64_t first = tile * tile_lanes(layout);
@@ -239,11 +266,54 @@ void pack_bias(const Layout& layout, const Filters& f, int64_t bundle, int64_t t
   });
 }
 
+// --- narrow groups merged to a wide one, for AMX ---
+
+RESNEXT_INLINE uint16_t rounded_bits(BFloat16 value) { return value.bits; }
+RESNEXT_INLINE uint16_t rounded_bits(Rounded<BFloat16> value) {
+  return static_cast<uint16_t>(round_bfloat16(broadcast(value.value))[0] >> 16);
+}
+
+// A tile of `groups` groups, whose weights begin at `filters`.
+template <class T>
+void pack_merged_tile(const Layout& layout, const Filters& f, const T* filters, int64_t groups, int64_t tile,
+                      float* packed) {
+  const int64_t group_src = 2 * layout.group_src / layout.merged;
+  const int64_t group_dst = layout.group_dst / layout.merged;
+  const int64_t filter_size = (f.transposed ? group_dst : group_src) * 9;
+  const int64_t src_step = f.transposed ? filter_size : f.strides.input;
+  const int64_t dst_step = f.transposed ? f.strides.input : filter_size;
+  const int64_t first = tile * tile_lanes(layout);
+  __builtin_memset(packed, 0, packed_weight_size(layout) * sizeof(float));
+  for (int64_t lane = 0; lane < tile_lanes(layout) && first + lane < groups * group_dst; ++lane) {
+    const int64_t group = (first + lane) / group_dst;
+    const T* from = filters + group * group_src * group_dst * 9 + (first + lane) % group_dst * dst_step;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      auto* to = reinterpret_cast<char*>(packed + packed_tap(layout, f, tap) + lane);
+      for (int64_t i = 0; i < group_src; ++i) {
+        const int64_t src = group * group_src + i;
+        const uint16_t bits = rounded_bits(from[tap * f.strides.tap + i * src_step]);
+        __builtin_memcpy(to + src / 2 * 3 * tile_lanes(layout) * 4 + src % 2 * 2, &bits, sizeof(bits));
+      }
+    }
+  }
+}
+
 // Tiles [begin, end) of one bundle.
 template <bool kPairs, class T>
 void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, int64_t bundle, int64_t begin,
                 int64_t end, float* packed) {
   const Layout layout = without_pairs(packed_layout);
+  if constexpr (kPairs) {
+    if (layout.merged > 1) {
+      const int64_t group_dst = layout.group_dst / layout.merged;
+      const T* filters = static_cast<const T*>(f.weight) + bundle * layout.group_src * group_dst * 9;
+      const int64_t groups = bundle_dst_channels(layout, bundle) / group_dst;
+      for (int64_t tile = begin; tile < end; ++tile, packed += packed_weight_size(packed_layout)) {
+        pack_merged_tile(packed_layout, f, filters, groups, tile, packed);
+      }
+      return;
+    }
+  }
   const int64_t group_size = layout.group_src * layout.group_dst * 9;
   const T* filters = static_cast<const T*>(f.weight) + bundle * layout.shared * group_size;
   const int64_t groups = bundle_dst_channels(layout, bundle) / layout.group_dst;
@@ -253,6 +323,7 @@ void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, i
   for (int64_t tile = begin; tile < end; ++tile, packed += packed_weight_size(packed_layout)) {
     if (layout.shared == 1) {
       of_one_group(packed_layout, f, filters, tile, packed);
+      clear_rest(packed_layout, packed);
       continue;
     }
     float* whole = kPairs ? scratch + filters_size(layout) : packed;

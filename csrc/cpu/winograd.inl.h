@@ -163,9 +163,11 @@ RESNEXT_INLINE void tell_not_finite(Vec check, int* not_finite) {
 Layout make_tile_layout(int64_t groups, int64_t group_src, int64_t group_dst) {
   Layout layout{};
   layout.groups = layout.bundles = groups;
-  layout.group_src = layout.src_channels = group_src;
+  layout.group_src = layout.packed_src = layout.src_channels = group_src;
   layout.group_dst = layout.dst_channels = group_dst;
-  layout.shared = 1;
+  layout.all_src = groups * group_src;
+  layout.all_dst = groups * group_dst;
+  layout.shared = layout.merged = 1;
   layout.src_lanes = round_up(group_src, kLanes);
   layout.tile_vectors = kTileChannels / kLanes;
   layout.tiles = ceil_div(group_dst, kTileChannels);

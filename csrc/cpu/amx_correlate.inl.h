@@ -1,0 +1,241 @@
+// The same correlations by AMX, of whole strips of rows at once: a register has 16 rows, and rows of images are short.
+//
+// A strip's source rows lie behind each other in a *plane*, with one column of zeros between them, for what is left of
+// a row's first pixel and right of the row before. Counting positions in a plane whose rows are `pitch` wide, every tap
+// of every destination position q is at q plus a constant: 16 positions that follow each other are one register, across
+// the ends of rows. (What the columns of zeros make is not stored.) With stride 2 even and odd rows and columns have
+// planes of their own, or in the input gradient, where every phase has fewer taps, destinations of their own.
+//
+// Groups too narrow for a register are merged, with weights of zero: infinity times zero would be NaN in all of them,
+// so that `not_finite` tells of such sources, and the driver takes the other kernels.
+
+#if RESNEXT_LANES == 16
+
+// What the taps of a phase read along an axis: the plane's, `offset` rows or columns further on.
+struct AmxTaps {
+  int count;
+  struct {
+    int tap, plane, offset;
+  } taps[3];
+};
+
+RESNEXT_INLINE AmxTaps row_taps(const Correlation& c, int phase) {
+  const Phase& rows = c.rows.phase[phase];
+  const int step = c.rows.in_step;
+  AmxTaps found{rows.count, {}};
+  for (int k = 0; k < rows.count; ++k) {
+    const int at = rows.first + k + step;  // not negative
+    found.taps[k] = {rows.taps[k], at % step, at / step - 1};
+  }
+  return found;
+}
+
+RESNEXT_INLINE AmxTaps column_taps(const Correlation& c, int phase) {
+  if (c.cols.phases == 2) {  // d = 2 * s + k - 1
+    return phase == 0 ? AmxTaps{1, {{1, 0, 0}}} : AmxTaps{2, {{0, 0, 1}, {2, 0, 0}}};
+  }
+  if (c.cols.in_step == 2) return {3, {{0, 1, -1}, {1, 0, 0}, {2, 1, 0}}};
+  return {3, {{0, 0, -1}, {1, 0, 0}, {2, 0, 1}}};
+}
+
+// Rows of a strip: [first, first + c.rows_at_once) of every phase. Its planes hold one row more before these, and one
+// after them.
+struct AmxStrip {
+  int64_t pitch, lanes;  // of a position
+  int64_t row_planes, column_planes;
+  int64_t plane_size, bundle_size;
+  int64_t dst_pitch, dst_rows;  // pixels, and rows, of the results of all phases
+
+  RESNEXT_INLINE explicit AmxStrip(const Correlation& c)
+      : pitch((c.cols.phases == 2 ? c.src.width : c.dst.width) + 1),
+        lanes(c.layout.src_lanes),
+        row_planes(c.rows.in_step),
+        column_planes(c.cols.in_step),
+        plane_size(((c.rows_at_once + 2) * pitch + 1) * lanes),
+        bundle_size(row_planes * column_planes * plane_size),
+        dst_pitch(c.cols.phases * pitch),
+        dst_rows(c.rows.phases * c.rows_at_once) {}
+
+  // Floats of all planes, with what registers read behind the last, and of the results of a tile.
+  RESNEXT_INLINE int64_t planes_size(const Correlation& c) const { return c.block * bundle_size + 34 * lanes; }
+  RESNEXT_INLINE int64_t results_size(const Correlation& c) const {
+    return (dst_rows * dst_pitch + 32 * c.cols.phases) * tile_lanes(c.layout);
+  }
+};
+
+RESNEXT_INLINE int64_t amx_row_scratch(const Correlation& c) { return c.src.width * 2 * c.layout.src_lanes; }
+
+int64_t amx_correlate_scratch(const Correlation& c) {
+  const AmxStrip strip(c);
+  return strip.planes_size(c) + strip.results_size(c) + 2 * amx_row_scratch(c);
+}
+
+// Whether one of these pairs of bfloat16 is infinite or NaN.
+RESNEXT_INLINE bool any_not_finite(const float* pairs, int64_t count) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 found = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512i bits = bit_cast<__m512i>(load(pairs + i));
+    found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
+  }
+  return found != 0;
+}
+
+// Brings row number `row` of a strip's planes there, of image n, for a bundle: source row `from` of every plane.
+void amx_read_row(const Correlation& c, const AmxStrip& strip, int64_t bundle, int64_t n, int64_t from, int64_t row,
+                  float* scratch, float* planes) {
+  const Layout& layout = c.layout;
+  const int64_t channel = bundle * layout.src_channels;
+  const int64_t channels = bundle_src_channels(layout, bundle);
+  for (int64_t i = 0; i < strip.row_planes; ++i, planes += strip.column_planes * strip.plane_size) {
+    const int64_t h = from * strip.row_planes + i;
+    float* to = planes + (row * strip.pitch + 1) * strip.lanes;
+    if (h < 0 || h >= c.src.height) {
+      for (int64_t j = 0; j < strip.column_planes; ++j, to += strip.plane_size) {
+        __builtin_memset(to, 0, (strip.pitch - 1) * strip.lanes * sizeof(float));
+      }
+      continue;
+    }
+    float* pixels = strip.column_planes == 1 ? to : scratch;
+    read_row_pairs(c.src, c.read, n, h, channel, channels, strip.lanes, in_order(), scratch + amx_row_scratch(c),
+                   pixels);
+    if (layout.merged > 1 && any_not_finite(pixels, c.src.width * strip.lanes)) {
+      __atomic_store_n(c.not_finite, 1, __ATOMIC_RELAXED);
+    }
+    if (strip.column_planes == 1) continue;
+    for (int64_t w = 0; w < c.src.width; ++w) {
+      float* pixel = to + w % 2 * strip.plane_size + w / 2 * strip.lanes;
+      for (int64_t lane = 0; lane < strip.lanes; lane += kLanes) {
+        store(pixel + lane, load(scratch + w * strip.lanes + lane));
+      }
+    }
+  }
+}
+
+// A tap of a phase: where the first position meets the source, and the weights it takes.
+struct AmxTap {
+  const float *source, *weight;
+};
+
+// Results of `positions` positions of one phase for a tile, to [position][lane], `stride` floats apart.
+void amx_positions(const AmxTap (&taps)[9], int count, const Layout& layout, const float* bias, int64_t positions,
+                   float* results, int64_t stride) {
+  const int64_t lanes = layout.src_lanes;
+  const int64_t weight_stride = 3 * tile_lanes(layout);
+  for (int64_t q = 0; q < positions; q += 2 * kAmxRows) {
+    with_amx_sums(positions - q > kAmxRows, layout.tile_vectors == 2, [&](auto sums) RESNEXT_ALWAYS {
+      if (bias == nullptr) {
+        sums.clear();
+      } else {
+        sums.load(bias, 0, 0, kLanes);
+      }
+      for (int tap = 0; tap < count; ++tap) {
+        const float* source = taps[tap].source + q * lanes;
+        const float* weight = taps[tap].weight;
+        for (int64_t i = 0; i < lanes; i += kLanes, weight += kLanes * weight_stride) {
+          sums.add(source + i, lanes, kAmxRows * lanes, weight, weight_stride, kLanes);
+        }
+      }
+      sums.store(results + q * stride, stride, kAmxRows * stride, kLanes);
+    });
+  }
+}
+
+// All phases of the rows of a strip, for one tile.
+void amx_strip(const Correlation& c, const AmxStrip& strip, const float* planes, const float* weight,
+               const float* bias, int64_t rows, float* results) {
+  const Layout& layout = c.layout;
+  const int64_t lanes = tile_lanes(layout);
+  const int64_t positions = rows * strip.pitch - 1;
+  for (int row_phase = 0; row_phase < c.rows.phases; ++row_phase) {
+    for (int column_phase = 0; column_phase < c.cols.phases; ++column_phase) {
+      const AmxTaps in_column = row_taps(c, row_phase);
+      const AmxTaps in_row = column_taps(c, column_phase);
+      AmxTap taps[9];
+      int count = 0;
+      for (int i = 0; i < in_column.count; ++i) {
+        for (int j = 0; j < in_row.count; ++j) {
+          const auto& row = in_column.taps[i];
+          const auto& column = in_row.taps[j];
+          const float* plane = planes + (row.plane * strip.column_planes + column.plane) * strip.plane_size;
+          taps[count++] = {plane + ((row.offset + 1) * strip.pitch + column.offset + 1) * strip.lanes,
+                           weight + row.tap * packed_row_size(layout) + column.tap * lanes};
+        }
+      }
+      amx_positions(taps, count, layout, bias, positions,
+                    results + (row_phase * c.rows_at_once * strip.dst_pitch + column_phase) * lanes,
+                    c.cols.phases * lanes);
+    }
+  }
+}
+
+void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {
+  const AmxRegisters registers;
+  const Layout& layout = c.layout;
+  const AmxStrip strip(c);
+  const int64_t tile_blocks = ceil_div(layout.tiles, c.tile_block);
+  const int64_t blocks = ceil_div(layout.bundles, c.block) * tile_blocks;
+  const int64_t lanes = tile_lanes(layout);
+  const int64_t phases = c.rows.phases;
+  const bool lines = c.dst.channels_last && lanes == kTileChannels;
+  int64_t after = 0;  // rows of planes that the last row of a strip sees behind itself
+  for (int phase = 0; phase < phases; ++phase) {
+    const AmxTaps taps = row_taps(c, phase);
+    for (int k = 0; k < taps.count; ++k) after = taps.taps[k].offset > after ? taps.taps[k].offset : after;
+  }
+  float* planes = scratch;
+  float* results = planes + strip.planes_size(c);
+  float* row_scratch = results + strip.results_size(c);
+  __builtin_memset(planes, 0, strip.planes_size(c) * sizeof(float));
+  for (int64_t task = begin; task < end; ++task) {
+    const BandTask t = band_task(c.cuts, c.dst, blocks, task);
+    const int64_t first_bundle = t.block / tile_blocks * c.block;
+    const int64_t bundles = min_of(c.block, layout.bundles - first_bundle);
+    const int64_t first_tile = t.block % tile_blocks * c.tile_block;
+    const int64_t tiles = min_of(c.tile_block, layout.tiles - first_tile);
+    const int64_t end_row = ceil_div(t.last_row, phases);
+    int64_t have = 0;  // rows that are in the planes already
+    for (int64_t first = t.first_row / phases; first < end_row; first += c.rows_at_once) {
+      const int64_t rows = min_of(c.rows_at_once, end_row - first);
+      const int64_t wanted = rows + 1 + after;
+      for (int64_t b = 0; b < bundles && have > 0; ++b) {  // the last of the strip before
+        float* plane = planes + b * strip.bundle_size;
+        for (int64_t i = 0; i < strip.row_planes * strip.column_planes; ++i, plane += strip.plane_size) {
+          __builtin_memmove(plane, plane + c.rows_at_once * strip.pitch * strip.lanes,
+                            have * strip.pitch * strip.lanes * sizeof(float));
+        }
+      }
+      for (int64_t row = have; row < wanted; ++row) {
+        for (int64_t b = 0; b < bundles; ++b) {
+          amx_read_row(c, strip, first_bundle + b, t.n, first - 1 + row, row, row_scratch,
+                       planes + b * strip.bundle_size);
+        }
+      }
+      have = 1 + after;
+      for (int64_t b = 0; b < bundles; ++b) {
+        const int64_t bundle = first_bundle + b;
+        for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
+          const int64_t packed = bundle * layout.tiles + tile;
+          const float* bias = c.filters.bias == nullptr ? nullptr : c.packed.bias + packed * packed_bias_size(layout);
+          amx_strip(c, strip, planes + b * strip.bundle_size, c.packed.weight + packed * packed_weight_size(layout),
+                    bias, rows, results);
+          const int64_t channel = bundle * layout.dst_channels + tile * lanes;
+          const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
+          for (int64_t i = 0; i < rows * phases; ++i) {
+            const int64_t h = first * phases + i;
+            if (h < t.first_row || h >= t.last_row) continue;
+            const float* row = results + (i % phases * c.rows_at_once + i / phases) * strip.dst_pitch * lanes;
+            const WriteMap write = map_of_row(c.write, c.cuts, c.dst, t.n, h);
+            if (lines && channels == lanes) {
+              write_sums(row, write, piece_of<BFloat16>(c.dst, write.other, t.n, h, channel, channels));
+            } else {
+              write_row(c.dst, write, t.n, h, channel, channels, lanes, row);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+#endif
