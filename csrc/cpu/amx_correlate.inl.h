@@ -30,12 +30,15 @@ RESNEXT_INLINE AmxTaps row_taps(const Correlation& c, int phase) {
   return found;
 }
 
-RESNEXT_INLINE AmxTaps column_taps(const Correlation& c, int phase) {
-  if (c.cols.phases == 2) {  // d = 2 * s + k - 1
-    return phase == 0 ? AmxTaps{1, {{1, 0, 0}}} : AmxTaps{2, {{0, 0, 1}, {2, 0, 0}}};
-  }
-  if (c.cols.in_step == 2) return {3, {{0, 1, -1}, {1, 0, 0}, {2, 1, 0}}};
+// Of a forward pass.
+RESNEXT_INLINE AmxTaps forward_taps(int64_t step) {
+  if (step == 2) return {3, {{0, 1, -1}, {1, 0, 0}, {2, 1, 0}}};
   return {3, {{0, 0, -1}, {1, 0, 0}, {2, 0, 1}}};
+}
+
+RESNEXT_INLINE AmxTaps column_taps(const Correlation& c, int phase) {
+  if (c.cols.phases == 1) return forward_taps(c.cols.in_step);
+  return phase == 0 ? AmxTaps{1, {{1, 0, 0}}} : AmxTaps{2, {{0, 0, 1}, {2, 0, 0}}};  // d = 2 * s + k - 1
 }
 
 // Rows of a strip: [first, first + c.rows_at_once) of every phase. Its planes hold one row more before these, and one

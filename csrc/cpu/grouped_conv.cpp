@@ -121,6 +121,7 @@ bool run_sums(Correlation& c, std::array<float*, 2> results, const float* packed
   return true;
 }
 
+// As of run_sums.
 void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor& bias, bool transposed,
                      const GroupedConvShape& shape, std::array<float*, 2> results = {},
                      const PackedBefore& before = {}) {
@@ -172,11 +173,11 @@ int64_t part_of(int64_t channels, int64_t most) {
 
 // So that a unit's sums stay in the L2 cache. (The limits are measured.)
 void cut_wide_groups(WeightGradient& g) {
-  constexpr int64_t kMostOfX = 64;
+  const int64_t most_of_x = g.layout.amx ? 128 : 64;
   constexpr int64_t kMostOfGrad = 128;
   constexpr int64_t kNear = 1 << 17;
   if (g.x_part * g.grad_part * 9 <= kNear) return;
-  g.x_part = part_of(g.layout.src_channels, kMostOfX);
+  g.x_part = part_of(g.layout.src_channels, most_of_x);
   g.grad_part = part_of(g.layout.dst_channels, kMostOfGrad);
 }
 
@@ -190,26 +191,22 @@ void cut_for_threads(WeightGradient& g) {
   }
 }
 
+// Rows of grad, with one between two images.
+int64_t stacked_rows(const WeightGradient& g) { return g.grad.batch * (g.grad.height + 1) - 1; }
+
 // Rows of grad for which sums are loaded and stored once; those of wide groups come from far.
 int64_t rows_of_sums(const WeightGradient& g, int64_t slice_size) {
+  constexpr int64_t kAmxPixels = 448;
+  if (g.layout.amx) return std::clamp<int64_t>(kAmxPixels / (g.grad.width + 1), 1, ceil_div(stacked_rows(g), g.chunks));
   constexpr int64_t kNear = 16384;  // floats
   const int64_t pixels = slice_size <= kNear ? 49 : 112;  // or pairs
   return std::clamp<int64_t>(pixels / steps_of(g), 1, kMostRowsAtOnce);
 }
 
-void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& shape) {
+// Returns whether the sums are right, as of run_sums.
+bool run_gradient_sums(WeightGradient& g, const GroupedConvShape& shape, bool amx) {
   const Kernels& kernels = active_kernels();
-  g.stride_h = shape.stride_h;
-  g.stride_w = shape.stride_w;
-  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out(), /*pairs=*/false, /*amx=*/false);
-  g.pairs = by_pairs(kernels, g.x.dtype);
-  g.dw = out.data_ptr();
-  g.strides = filter_strides(out);
-  g.dtype = dtype_of(out);
-  if (!g.pairs && winograd_serves(shape, TileUse::kGradient) &&
-      run_winograd_gradient({g.grad, g.x, g.read_grad, g.read_x, g.dw, g.strides, g.dtype}, shape)) {
-    return;
-  }
+  g.layout = kernels.make_layout(shape.groups, shape.group_in(), shape.group_out(), /*pairs=*/false, amx);
   // Chunks depend on the problem alone, so that the result does not depend on the number of threads. (Units may: they
   // are not added up.) Each has enough pixels to be worth adding up its partial result, and all partial results
   // together stay small, unless there were few tasks.
@@ -232,11 +229,30 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   g.block = units > layout.bundles ? 1 : bundle_block(layout, shape.channels_last, g.chunks);
   const Buffer partial = g.chunks > 1 ? allocate(g.chunks * units * slice_size) : nullptr;
   g.partial = partial.get();
+  int not_finite = 0;
+  g.not_finite = &not_finite;
   run_tasks(ceil_div(units, g.block) * g.chunks, 1, kernels.wgrad_scratch(g),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.wgrad(g, scratch, begin, end); });
-  if (g.chunks == 1) return;
+  if (g.chunks == 1) return not_finite == 0;
   run_tasks(units, copies_at_once(g.chunks * slice_size), kernels.weight_scratch(layout),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.reduce_wgrad(g, scratch, begin, end); });
+  return not_finite == 0;
+}
+
+void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& shape) {
+  const Kernels& kernels = active_kernels();
+  g.stride_h = shape.stride_h;
+  g.stride_w = shape.stride_w;
+  g.pairs = by_pairs(kernels, g.x.dtype);
+  g.dw = out.data_ptr();
+  g.strides = filter_strides(out);
+  g.dtype = dtype_of(out);
+  if (!g.pairs && winograd_serves(shape, TileUse::kGradient) &&
+      run_winograd_gradient({g.grad, g.x, g.read_grad, g.read_x, g.dw, g.strides, g.dtype}, shape)) {
+    return;
+  }
+  if (g.pairs && kernels.amx && run_gradient_sums(g, shape, /*amx=*/true)) return;
+  run_gradient_sums(g, shape, /*amx=*/false);
 }
 
 void grouped_conv2d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& out,

@@ -195,12 +195,13 @@ struct WeightGradient {
   bool pairs;
   int64_t x_part, grad_part;  // channels of a unit
   int64_t block;              // units worked on together: of whole bundles, if several
-  int64_t rows_at_once;       // of grad: a unit's sums are loaded and stored once for so many
+  int64_t rows_at_once;       // of grad, with AMX of stacked images: sums are loaded and stored once for so many
   int64_t chunks;
   float* partial;  // null with a single chunk
   void* dw;        // (C_out, C_in / groups, 3, 3)
   FilterStrides strides;
   Dtype dtype;
+  int* not_finite;  // becomes 1 where a result of AMX is not
 };
 
 constexpr int64_t units_of(const WeightGradient& g) {

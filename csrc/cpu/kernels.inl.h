@@ -10,6 +10,7 @@
 #include "amx_correlate.inl.h"
 #include "correlate.inl.h"
 #include "wgrad.inl.h"
+#include "amx_wgrad.inl.h"
 #include "pointwise.inl.h"
 #include "winograd.inl.h"
 #include "elementwise.inl.h"

@@ -144,3 +144,8 @@ RESNEXT_INLINE void for_pixels(int64_t pixels, Work work) {
   }
   for (; pixel < pixels; ++pixel) work(pixel, 0);
 }
+
+// `check`: the sum of what is zero for every finite value.
+RESNEXT_INLINE void tell_not_finite(Vec check, int* not_finite) {
+  if (sum_of_lanes(check) != 0.0f) __atomic_store_n(not_finite, 1, __ATOMIC_RELAXED);
+}

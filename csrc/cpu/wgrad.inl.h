@@ -126,16 +126,27 @@ RESNEXT_INLINE int64_t grad_blocks(const WeightGradient& g) {
 // Floats one (x vector, grad block) takes for one kernel row.
 RESNEXT_INLINE int64_t wgrad_row_size(const Layout& layout) { return 3 * grad_block(layout) * kLanes; }
 
-int64_t wgrad_slice_size(const WeightGradient& g) {
-  return x_lanes(g) / kLanes * grad_blocks(g) * 3 * wgrad_row_size(g.layout);
-}
-
 // The channels of a unit: of x, and of grad, from the first of its bundle on.
 struct WgradUnit {
   int64_t bundle;
   int64_t x_c, x_channels;
   int64_t grad_c, grad_channels;
 };
+
+#if RESNEXT_LANES == 16
+int64_t amx_slice_size(const WeightGradient& g);  // amx_wgrad.inl.h
+int64_t amx_wgrad_scratch(const WeightGradient& g);
+void amx_wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end);
+void store_amx_wgrad(const WeightGradient& g, const WgradUnit& unit, const float* slice);
+#endif
+
+int64_t wgrad_slice_size(const WeightGradient& g) {
+#if RESNEXT_LANES == 16
+  if (g.layout.amx) return amx_slice_size(g);
+#endif
+  return x_lanes(g) / kLanes * grad_blocks(g) * 3 * wgrad_row_size(g.layout);
+}
+
 RESNEXT_INLINE WgradUnit wgrad_unit(const WeightGradient& g, int64_t unit) {
   const Layout& layout = g.layout;
   if (g.x_part == layout.src_channels && g.grad_part == layout.dst_channels) {  // without divisions, which take time
@@ -172,6 +183,9 @@ RESNEXT_INLINE int64_t wgrad_unpaired_size(const WeightGradient& g) {
 }
 
 int64_t wgrad_scratch(const WeightGradient& g) {
+#if RESNEXT_LANES == 16
+  if (g.layout.amx) return amx_wgrad_scratch(g);
+#endif
   int64_t size = wgrad_ring_size(g) + wgrad_grad_size(g) + wgrad_unpaired_size(g);
   if (g.chunks == 1) size += g.block * wgrad_slice_size(g) + weight_scratch(g.layout);
   return size;
@@ -260,6 +274,9 @@ void unpack_slice(const WeightGradient& g, const WgradUnit& unit, const float* s
 
 // Brings a unit's slice to (C_out, C_in / groups, 3, 3).
 void store_wgrad(const WeightGradient& g, const WgradUnit& unit, const float* slice, float* scratch) {
+#if RESNEXT_LANES == 16
+  if (g.layout.amx) return store_amx_wgrad(g, unit, slice);
+#endif
   const Layout& layout = g.layout;
   const int64_t filter_size = layout.group_src * 9;
   with_float_type(g.dtype, [&](auto value) {
@@ -272,6 +289,9 @@ void store_wgrad(const WeightGradient& g, const WgradUnit& unit, const float* sl
 }
 
 void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) {
+#if RESNEXT_LANES == 16
+  if (g.layout.amx) return amx_wgrad(g, scratch, begin, end);
+#endif
   const Layout& layout = g.layout;
   const int64_t units = units_of(g);
   const int64_t slice_size = wgrad_slice_size(g);

@@ -153,10 +153,6 @@ void transform_panel(const TilePanel& p, float* panel) {
   });
 }
 
-RESNEXT_INLINE void tell_not_finite(Vec check, int* not_finite) {
-  if (sum_of_lanes(check) != 0.0f) __atomic_store_n(not_finite, 1, __ATOMIC_RELAXED);
-}
-
 // --- weights: [group][tile of kTileChannels][position][source channel][channel of the tile], whatever the instruction
 // set ---
 
