@@ -4,8 +4,8 @@ Backends in order of preference: ``triton``, ``cuda`` (C++/CUDA extension), ``cp
 PyTorch, which takes everything). This is the only module that reads the environment:
 
 * ``RESNEXT_BACKEND``: force one backend for the whole process (see `use_backend`);
-* ``RESNEXT_CPU_CAPABILITY``: the instruction set of the ``cpu`` backend: ``avx512_bf16``, ``avx512``, ``avx2`` or
-  ``portable``;
+* ``RESNEXT_CPU_CAPABILITY``: the instruction set of the ``cpu`` backend: ``amx_bf16``, ``avx512_bf16``, ``avx512``,
+  ``avx2`` or ``portable``;
 * ``TRITON_INTERPRET``: whether Triton runs in its interpreter, which also takes CPU tensors;
 * ``XDG_CACHE_HOME``, else the home folder: where the user's measured settings are (tuning.py).
 """
@@ -283,9 +283,7 @@ def _affine_launchers(forced: str | None, tf32: bool, *problem) -> Any:
 
 def _products_by_cpu(dtype: torch.dtype) -> bool:
     """Whether the CPU backend has matrix products as fast as libraries', which know processors' 16-bit instructions."""
-    if dtype == torch.float32 or not onednn_takes(dtype):
-        return True
-    return _module("extension").multiplies_pairs(dtype) and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 or not onednn_takes(dtype) or _module("extension").multiplies_pairs(dtype)
 
 
 def _fits_winograd(problem: ConvProblem) -> bool:
@@ -438,8 +436,8 @@ def _force_capability() -> None:
         extension.force_cpu_capability(capability)
     except RuntimeError:
         raise ValueError(
-            "RESNEXT_CPU_CAPABILITY: expected avx512_bf16, avx512, avx2 or portable, and a machine that has it, got "
-            f"{capability!r}; unset it for the best there is"
+            "RESNEXT_CPU_CAPABILITY: expected amx_bf16, avx512_bf16, avx512, avx2 or portable, and a machine that has "
+            f"it, got {capability!r}; unset it for the best there is"
         ) from None
 
 

@@ -261,7 +261,7 @@ def test_environment_forces_the_instruction_set(built):
     result = run_python(code, RESNEXT_CPU_CAPABILITY="mmx")
     assert result.returncode == 1
     assert (
-        "RESNEXT_CPU_CAPABILITY: expected avx512_bf16, avx512, avx2 or portable, and a machine that has it, got 'mmx'"
+        "RESNEXT_CPU_CAPABILITY: expected amx_bf16, avx512_bf16, avx512, avx2 or portable, and a machine that has it, got 'mmx'"
         in result.stderr
     )
 
@@ -408,20 +408,18 @@ def test_who_serves_the_fused_operators_on_the_cpu():
 
 @pytest.mark.skipif(extension.load() is not None, reason="the C++ extension is not built")
 @pytest.mark.parametrize(
-    ("dtype", "library", "pairs", "tiles", "ours"),
+    ("dtype", "library", "pairs", "ours"),
     [
-        (torch.bfloat16, True, True, False, True),
-        (torch.bfloat16, True, True, True, False),
-        (torch.bfloat16, True, False, False, False),
-        (torch.bfloat16, False, False, False, True),
-        (torch.float16, True, True, False, False),
-        (torch.float16, False, True, False, True),
+        (torch.bfloat16, True, True, True),
+        (torch.bfloat16, True, False, False),
+        (torch.bfloat16, False, False, True),
+        (torch.float16, True, True, False),
+        (torch.float16, False, True, True),
     ],
 )
-def test_who_serves_16_bit_convolutions_on_the_cpu(monkeypatch, dtype, library, pairs, tiles, ours):
+def test_who_serves_16_bit_convolutions_on_the_cpu(monkeypatch, dtype, library, pairs, ours):
     monkeypatch.setattr(dispatch, "onednn_takes", lambda dtype: library)
     monkeypatch.setattr(extension, "multiplies_pairs", lambda dtype: pairs and dtype == torch.bfloat16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
 
     def served_by(*weight_shape):
         return dispatch._fused_launchers.__wrapped__(None, False, "stats", *fused_problem(weight_shape, dtype=dtype))
