@@ -110,22 +110,35 @@ void amx_read_grad(const WeightGradient& g, const AmxGradientStrip& strip, const
   }
 }
 
-// Adds what a strip of `steps` steps gives to a unit's slice.
-void amx_add_strip(const WeightGradient& g, const AmxGradientStrip& strip, const AmxTaps& in_column,
-                   const AmxTaps& in_row, int64_t steps, const float* planes, const float* turned, float* slice) {
+// Where the x of a tap's first position is, of vector 0.
+RESNEXT_INLINE const float* amx_tap_source(const WeightGradient& g, const AmxGradientStrip& strip,
+                                           const AmxTaps& in_column, const AmxTaps& in_row, int tap,
+                                           const float* planes) {
+  const auto& row = in_column.taps[tap / 3];
+  const auto& column = in_row.taps[tap % 3];
+  return planes + (row.plane * g.stride_w + column.plane) * strip.plane_size +
+         ((row.offset + 1) * strip.pitch + column.offset + 1) * kLanes;
+}
+
+// Adds what a strip of `steps` steps gives to a unit's slice, or makes it.
+void amx_add_strip(const WeightGradient& g, const AmxGradientStrip& strip, int64_t steps, bool adds,
+                   const float* planes, const float* turned, float* slice) {
+  const AmxTaps in_column = forward_taps(g.stride_h);
+  const AmxTaps in_row = forward_taps(g.stride_w);
   const int64_t vector = strip.steps * kAmxFloats;  // of grad
   const int64_t tap_size = strip.grad_lanes * kLanes;
   for (int64_t v = 0; v < strip.x_vectors; v += 2) {
     for (int64_t o = 0; o < strip.grad_lanes; o += 2 * kAmxRows) {
       for (int tap = 0; tap < 9; ++tap) {
-        const auto& row = in_column.taps[tap / 3];
-        const auto& column = in_row.taps[tap % 3];
-        const float* x = planes + (row.plane * g.stride_w + column.plane) * strip.plane_size + v * strip.vector_size +
-                         ((row.offset + 1) * strip.pitch + column.offset + 1) * kLanes;
+        const float* x = amx_tap_source(g, strip, in_column, in_row, tap, planes) + v * strip.vector_size;
         const float* grad = turned + o / kLanes * vector;
         float* sum = slice + (v * 9 + tap) * tap_size + o * kLanes;
         with_amx_sums(strip.grad_lanes - o > kAmxRows, strip.x_vectors - v > 1, [&](auto sums) RESNEXT_ALWAYS {
-          sums.load(sum, kLanes, kAmxFloats, 9 * tap_size);
+          if (adds) {
+            sums.load(sum, kLanes, kAmxFloats, 9 * tap_size);
+          } else {
+            sums.clear();
+          }
           for (int64_t step = 0; step < steps; ++step) {
             sums.add(grad + step * kAmxFloats, kLanes, vector, x + step * 2 * kAmxRows * kLanes, 2 * kLanes,
                      strip.vector_size);
@@ -134,6 +147,64 @@ void amx_add_strip(const WeightGradient& g, const AmxGradientStrip& strip, const
         });
       }
     }
+  }
+}
+
+// Whether merged groups see only what is in the same square of 16 x 16 channels of theirs.
+RESNEXT_INLINE bool amx_is_diagonal(const Layout& layout) {
+  return layout.merged > 1 && layout.group_src == 2 * kAmxRows && layout.group_dst == 2 * kAmxRows;
+}
+
+// The same where only two squares are wanted: three taps of both at a time, in registers 0 to 5.
+void amx_add_diagonal(const WeightGradient& g, const AmxGradientStrip& strip, int64_t steps, bool adds,
+                      const float* planes, const float* turned, float* slice) {
+  const AmxTaps in_column = forward_taps(g.stride_h);
+  const AmxTaps in_row = forward_taps(g.stride_w);
+  const int64_t vector = strip.steps * kAmxFloats;
+  const int64_t tap_size = strip.grad_lanes * kLanes;
+  const int64_t second = 9 * tap_size + kAmxFloats;  // square, from the first
+  for (int row = 0; row < 3; ++row) {
+    float* sums = slice + row * 3 * tap_size;
+    const float* x[3];
+    for (int k = 0; k < 3; ++k) x[k] = amx_tap_source(g, strip, in_column, in_row, row * 3 + k, planes);
+    if (adds) {
+      amx_load<0>(sums, kLanes);
+      amx_load<1>(sums + tap_size, kLanes);
+      amx_load<2>(sums + 2 * tap_size, kLanes);
+      amx_load<3>(sums + second, kLanes);
+      amx_load<4>(sums + second + tap_size, kLanes);
+      amx_load<5>(sums + second + 2 * tap_size, kLanes);
+    } else {
+      amx_clear<0>();
+      amx_clear<1>();
+      amx_clear<2>();
+      amx_clear<3>();
+      amx_clear<4>();
+      amx_clear<5>();
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t at = step * 2 * kAmxRows * kLanes;
+      amx_load<6>(turned + step * kAmxFloats, kLanes);
+      amx_load<7>(x[0] + at, 2 * kLanes);
+      amx_multiply<0, 6, 7>();
+      amx_load<7>(x[1] + at, 2 * kLanes);
+      amx_multiply<1, 6, 7>();
+      amx_load<7>(x[2] + at, 2 * kLanes);
+      amx_multiply<2, 6, 7>();
+      amx_load<6>(turned + vector + step * kAmxFloats, kLanes);
+      amx_load<7>(x[0] + strip.vector_size + at, 2 * kLanes);
+      amx_multiply<3, 6, 7>();
+      amx_load<7>(x[1] + strip.vector_size + at, 2 * kLanes);
+      amx_multiply<4, 6, 7>();
+      amx_load<7>(x[2] + strip.vector_size + at, 2 * kLanes);
+      amx_multiply<5, 6, 7>();
+    }
+    amx_store<0>(sums, kLanes);
+    amx_store<1>(sums + tap_size, kLanes);
+    amx_store<2>(sums + 2 * tap_size, kLanes);
+    amx_store<3>(sums + second, kLanes);
+    amx_store<4>(sums + second + tap_size, kLanes);
+    amx_store<5>(sums + second + 2 * tap_size, kLanes);
   }
 }
 
@@ -193,8 +264,7 @@ void store_amx_wgrad(const WeightGradient& g, const WgradUnit& unit, const float
 void amx_wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) {
   const AmxRegisters registers;
   const AmxGradientStrip strip(g);
-  const AmxTaps in_column = forward_taps(g.stride_h);
-  const AmxTaps in_row = forward_taps(g.stride_w);
+  const auto add = amx_is_diagonal(g.layout) ? amx_add_diagonal : amx_add_strip;
   const int64_t after = g.stride_h == 1 ? 1 : 0;  // rows of planes that the last row of a strip sees behind itself
   const int64_t units = units_of(g);
   const int64_t slice_size = amx_slice_size(g);
@@ -210,10 +280,10 @@ void amx_wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t e
     const int64_t first_unit = task / g.chunks * g.block;
     const int64_t count = min_of(g.block, units - first_unit);
     float* slices = g.chunks == 1 ? own_slices : g.partial + (chunk * units + first_unit) * slice_size;
-    __builtin_memset(slices, 0, count * slice_size * sizeof(float));
+    const int64_t first_row = all_rows * chunk / g.chunks;
     const int64_t end_row = all_rows * (chunk + 1) / g.chunks;
     int64_t have = 0;  // rows that are in the planes already
-    for (int64_t first = all_rows * chunk / g.chunks; first < end_row; first += g.rows_at_once) {
+    for (int64_t first = first_row; first < end_row; first += g.rows_at_once) {
       const int64_t rows = min_of(g.rows_at_once, end_row - first);
       for (int64_t i = 0; i < count * strip.unit_size && have > 0; i += strip.vector_size) {
         __builtin_memmove(planes + i, planes + i + g.rows_at_once * strip.pitch * kLanes,
@@ -228,8 +298,8 @@ void amx_wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t e
       have = 1 + after;
       for (int64_t i = 0; i < count; ++i) {
         amx_read_grad(g, strip, wgrad_unit(g, first_unit + i), first, rows, pixels, turned);
-        amx_add_strip(g, strip, in_column, in_row, ceil_div(rows * strip.pitch, 2 * kAmxRows),
-                      planes + i * strip.unit_size, turned, slices + i * slice_size);
+        add(g, strip, ceil_div(rows * strip.pitch, 2 * kAmxRows), /*adds=*/first != first_row,
+            planes + i * strip.unit_size, turned, slices + i * slice_size);
       }
     }
     if (g.chunks > 1) continue;

@@ -196,8 +196,10 @@ int64_t stacked_rows(const WeightGradient& g) { return g.grad.batch * (g.grad.he
 
 // Rows of grad for which sums are loaded and stored once; those of wide groups come from far.
 int64_t rows_of_sums(const WeightGradient& g, int64_t slice_size) {
-  constexpr int64_t kAmxPixels = 448;
-  if (g.layout.amx) return std::clamp<int64_t>(kAmxPixels / (g.grad.width + 1), 1, ceil_div(stacked_rows(g), g.chunks));
+  if (g.layout.amx) {  // of narrow groups what two rows meet stays in the L1 cache
+    const int64_t positions = g.layout.merged > 1 ? 240 : 1024;
+    return std::clamp<int64_t>(positions / (g.grad.width + 1), 1, ceil_div(stacked_rows(g), g.chunks));
+  }
   constexpr int64_t kNear = 16384;  // floats
   const int64_t pixels = slice_size <= kNear ? 49 : 112;  // or pairs
   return std::clamp<int64_t>(pixels / steps_of(g), 1, kMostRowsAtOnce);
