@@ -3,7 +3,8 @@
 // A strip's source rows lie behind each other in a *plane*, with one column of zeros between them, for what is left of
 // a row's first pixel and right of the row before. Counting positions in a plane whose rows are `pitch` wide, every tap
 // of every destination position q is at q plus a constant: 16 positions that follow each other are one register, across
-// the ends of rows. (What the columns of zeros make is not stored.) With stride 2 even and odd rows and columns have
+// the ends of rows. (What the columns of zeros make is not stored.) Small images are stacked, with a row of zeros between
+// them: a strip has rows of several, and meets the weights once for all of them. With stride 2 even and odd rows and columns have
 // planes of their own, or in the input gradient, where every phase has fewer taps, destinations of their own.
 //
 // Groups too narrow for a register are merged, with weights of zero: infinity times zero would be NaN in all of them,
@@ -45,6 +46,7 @@ RESNEXT_INLINE AmxTaps column_taps(const Correlation& c, int phase) {
 // after them.
 struct AmxStrip {
   int64_t pitch, lanes;  // of a position
+  int64_t image_rows;    // of a phase, of stacked images: with a row of zeros
   int64_t row_planes, column_planes;
   int64_t plane_size, bundle_size;
   int64_t dst_pitch, dst_rows;  // pixels, and rows, of the results of all phases
@@ -52,6 +54,7 @@ struct AmxStrip {
   RESNEXT_INLINE explicit AmxStrip(const Correlation& c)
       : pitch((c.cols.phases == 2 ? c.src.width : c.dst.width) + 1),
         lanes(c.layout.src_lanes),
+        image_rows(ceil_div(c.dst.height, c.rows.phases) + 1),
         row_planes(c.rows.in_step),
         column_planes(c.cols.in_step),
         plane_size(((c.rows_at_once + 2) * pitch + 1) * lanes),
@@ -84,16 +87,20 @@ RESNEXT_INLINE bool any_not_finite(const float* pairs, int64_t count) {
   return found != 0;
 }
 
-// Brings row number `row` of a strip's planes there, of image n, for a bundle: source row `from` of every plane.
+// Brings row number `row` of a strip's planes there, for a bundle: of every plane row number `from` of the images that
+// are stacked from the n-th on.
 void amx_read_row(const Correlation& c, const AmxStrip& strip, int64_t bundle, int64_t n, int64_t from, int64_t row,
                   float* scratch, float* planes) {
   const Layout& layout = c.layout;
   const int64_t channel = bundle * layout.src_channels;
   const int64_t channels = bundle_src_channels(layout, bundle);
+  const bool between = from < 0 || from % strip.image_rows == strip.image_rows - 1;
+  n += from / strip.image_rows;
+  from %= strip.image_rows;
   for (int64_t i = 0; i < strip.row_planes; ++i, planes += strip.column_planes * strip.plane_size) {
     const int64_t h = from * strip.row_planes + i;
     float* to = planes + (row * strip.pitch + 1) * strip.lanes;
-    if (h < 0 || h >= c.src.height) {
+    if (between || n >= c.src.batch || h >= c.src.height) {
       for (int64_t j = 0; j < strip.column_planes; ++j, to += strip.plane_size) {
         __builtin_memset(to, 0, (strip.pitch - 1) * strip.lanes * sizeof(float));
       }
@@ -196,7 +203,9 @@ void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t 
     const int64_t bundles = min_of(c.block, layout.bundles - first_bundle);
     const int64_t first_tile = t.block % tile_blocks * c.tile_block;
     const int64_t tiles = min_of(c.tile_block, layout.tiles - first_tile);
-    const int64_t end_row = ceil_div(t.last_row, phases);
+    const int64_t first_image = t.n * c.images;
+    const int64_t images = min_of(c.images, c.dst.batch - first_image);
+    const int64_t end_row = images > 1 ? images * strip.image_rows - 1 : ceil_div(t.last_row, phases);
     int64_t have = 0;  // rows that are in the planes already
     for (int64_t first = t.first_row / phases; first < end_row; first += c.rows_at_once) {
       const int64_t rows = min_of(c.rows_at_once, end_row - first);
@@ -210,7 +219,7 @@ void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t 
       }
       for (int64_t row = have; row < wanted; ++row) {
         for (int64_t b = 0; b < bundles; ++b) {
-          amx_read_row(c, strip, first_bundle + b, t.n, first - 1 + row, row, row_scratch,
+          amx_read_row(c, strip, first_bundle + b, first_image, first - 1 + row, row, row_scratch,
                        planes + b * strip.bundle_size);
         }
       }
@@ -225,14 +234,15 @@ void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t 
           const int64_t channel = bundle * layout.dst_channels + tile * lanes;
           const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
           for (int64_t i = 0; i < rows * phases; ++i) {
-            const int64_t h = first * phases + i;
+            const int64_t n = first_image + (first + i / phases) / strip.image_rows;
+            const int64_t h = (first + i / phases) % strip.image_rows * phases + i % phases;
             if (h < t.first_row || h >= t.last_row) continue;
             const float* row = results + (i % phases * c.rows_at_once + i / phases) * strip.dst_pitch * lanes;
-            const WriteMap write = map_of_row(c.write, c.cuts, c.dst, t.n, h);
+            const WriteMap write = map_of_row(c.write, c.cuts, c.dst, n, h);
             if (lines && channels == lanes) {
-              write_sums(row, write, piece_of<BFloat16>(c.dst, write.other, t.n, h, channel, channels));
+              write_sums(row, write, piece_of<BFloat16>(c.dst, write.other, n, h, channel, channels));
             } else {
-              write_row(c.dst, write, t.n, h, channel, channels, lanes, row);
+              write_row(c.dst, write, n, h, channel, channels, lanes, row);
             }
           }
         }

@@ -35,15 +35,26 @@ int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
   return ceil_div(layout.bundles, balanced);
 }
 
+constexpr int64_t kAmxPositions = 448;  // of all phases' rows that weights meet at once
+
+int64_t phase_rows(const Correlation& c) { return ceil_div(c.dst.height, c.rows.phases); }
+
+// Whole images of a task: small ones whose rows meet the weights together, if there are tasks enough.
+int64_t images_together(const Correlation& c) {
+  if (!c.layout.amx) return 1;
+  const int64_t positions = (c.dst.width + 1) * (phase_rows(c) + 1) * c.rows.phases;
+  const int64_t most = c.dst.batch * c.layout.bundles * c.layout.tiles / wanted_tasks();
+  return std::clamp<int64_t>(std::min(kAmxPositions / positions, most), 1, c.dst.batch);
+}
+
 // Rows that weights meet at once: weights of wide groups would otherwise come from far caches for a few pixels. With
 // stride 2 a row needs two more of the source in the ring; weights that are near come faster than these. (Measured.)
 int64_t rows_at_once(const Correlation& c, int64_t weight_size) {
   constexpr int64_t kNear = 16384;  // floats
   constexpr int64_t kPixels = 56;
-  constexpr int64_t kAmxPixels = 448;
-  if (c.layout.amx) {  // of all phases
-    const int64_t phases = c.rows.phases;
-    return std::clamp<int64_t>(kAmxPixels / (c.dst.width + 1) / phases, 1, ceil_div(c.dst.height, phases));
+  if (c.layout.amx) {
+    const int64_t rows = c.images * (phase_rows(c) + 1) - 1;
+    return std::clamp<int64_t>(kAmxPositions / (c.dst.width + 1) / c.rows.phases, 1, rows);
   }
   if (c.rows.in_step == 2 && c.layout.tiles * weight_size <= kNear) return 1;
   return std::clamp<int64_t>(kPixels / c.dst.width, 1, kMostRowsAtOnce);
@@ -85,16 +96,19 @@ Layout correlation_layout(const Kernels& kernels, Dtype dtype, int64_t groups, i
 bool run_sums(Correlation& c, std::array<float*, 2> results, const float* packed_before) {
   const Kernels& kernels = active_kernels();
   const Layout& layout = c.layout;
-  c.block = bundle_block(layout, c.src.channels_last, c.dst.batch);
+  c.images = images_together(c);
+  const int64_t image_groups = ceil_div(c.dst.batch, c.images);
+  c.block = bundle_block(layout, c.src.channels_last, image_groups);
   int64_t blocks = ceil_div(layout.bundles, c.block);
   // Bands would each read all weights of a wide group, its tiles each read all of the image: whichever is less.
   const bool cuts_tiles = c.block == 1 && layout.group_dst * 9 > c.src.height * c.src.width;
-  const int64_t wanted_blocks = cuts_tiles ? wanted_tasks() / (c.dst.batch * blocks) : 1;
+  const int64_t wanted_blocks = cuts_tiles ? wanted_tasks() / (image_groups * blocks) : 1;
   c.tile_block = ceil_div(layout.tiles, std::clamp<int64_t>(wanted_blocks, 1, layout.tiles));
   blocks *= ceil_div(layout.tiles, c.tile_block);
   c.rows_at_once = rows_at_once(c, kernels.packed_weight_size(layout));
   const bool sums = takes_sums(c.write);
   c.cuts = cut_rows(c.dst, blocks, sums);
+  if (c.images > 1) c.cuts.bands = 1;
   const Parts parts = parts_of(c.cuts, c.dst);
   const Buffer partial = sums ? allocate_partial(parts, c.dst.channels) : nullptr;
   c.write.partial = partial.get();
@@ -114,7 +128,7 @@ bool run_sums(Correlation& c, std::array<float*, 2> results, const float* packed
   }
   int not_finite = 0;
   c.not_finite = &not_finite;
-  run_tasks(c.dst.batch * c.cuts.bands * blocks, 1, kernels.correlate_scratch(c),
+  run_tasks(image_groups * c.cuts.bands * blocks, 1, kernels.correlate_scratch(c),
             [&](int64_t begin, int64_t end, float* scratch) { kernels.correlate(c, scratch, begin, end); });
   if (not_finite != 0) return false;
   merge_results(c.write, parts, results);

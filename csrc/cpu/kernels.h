@@ -149,6 +149,7 @@ struct Correlation {
   int64_t block;         // bundles worked on together: their source rows share the ring buffer
   int64_t tile_block;    // tiles of each bundle worked on together; all of them where a block has several bundles
   int64_t rows_at_once;  // destination rows (of a phase, with AMX) that a tile's weights meet before the next tile's
+  int64_t images;        // of a task, which with AMX may have several whole ones
   RowCuts cuts;          // of a destination image
   int* not_finite;       // becomes 1 where a merged layout meets a source that is not
 };
@@ -323,7 +324,7 @@ struct Kernels {
                       const PackedFilters& first);  // over bundles * tiles; `first`: of begin
 
   int64_t (*correlate_scratch)(const Correlation&);
-  // over batch * bands * blocks * blocks of tiles
+  // over batch / images * bands * blocks * blocks of tiles
   void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);
 
   int64_t (*wgrad_slice_size)(const WeightGradient&);  // of a unit

@@ -433,14 +433,22 @@ RESNEXT_INLINE void write_results(const PixelProduct& p, const WriteMap& write, 
 template <>
 RESNEXT_INLINE void write_results<AmxTerms>(const PixelProduct& p, const WriteMap& write, const PanelPart& part,
                                             const float* results) {
-  if (part.channels < kTileChannels || p.dst.step_h != 1 || p.dst.step_w != 1) {
-    return write_block(p, write, part, results);
-  }
+  if (part.channels < kTileChannels) return write_block(p, write, part, results);
   const int64_t channels = p.dst.image.channels;
-  const int64_t offset = part.first * channels + part.c;
-  const auto* other = static_cast<const BFloat16*>(write.other);
-  write_sums(results, write, {static_cast<BFloat16*>(p.dst.image.data) + offset,
-                              other == nullptr ? nullptr : other + offset, channels, part.pixels, part.c, part.channels});
+  const bool dense = p.dst.step_h == 1 && p.dst.step_w == 1;
+  auto* data = static_cast<BFloat16*>(p.dst.image.data) + part.c;
+  const auto* other = write.other == nullptr ? nullptr : static_cast<const BFloat16*>(write.other) + part.c;
+  WriteMap of_run = write;
+  for (int64_t done = 0; done < part.pixels;) {  // pixels that are equally far apart: all, or those of a row
+    const int64_t first = part.first + done;
+    const int64_t run = dense ? part.pixels : min_of(part.pixels - done, p.grid.width - first % p.grid.width);
+    const int64_t offset = image_pixel(p.grid, p.dst, first) * channels;
+    write_sums(results + done * kTileChannels, of_run,
+               {data + offset, other == nullptr ? nullptr : other + offset, p.dst.step_w * channels, run, part.c,
+                part.channels});
+    done += run;
+    of_run.before += run;
+  }
 }
 #endif
 
