@@ -69,22 +69,72 @@ struct AmxStrip {
   }
 };
 
-RESNEXT_INLINE int64_t amx_row_scratch(const Correlation& c) { return c.src.width * 2 * c.layout.src_lanes; }
-
 int64_t amx_correlate_scratch(const Correlation& c) {
   const AmxStrip strip(c);
-  return strip.planes_size(c) + strip.results_size(c) + 2 * amx_row_scratch(c);
+  const int64_t row = c.src.channels_last ? 0 : 3 * c.src.width * strip.lanes;
+  return strip.planes_size(c) + strip.results_size(c) + row;
 }
 
-// Whether one of these pairs of bfloat16 is infinite or NaN.
-RESNEXT_INLINE bool any_not_finite(const float* pairs, int64_t count) {
+// Which of these bfloat16 are infinite or NaN.
+RESNEXT_INLINE __mmask32 not_finite_lanes(Vec pairs) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(bit_cast<__m512i>(pairs), exponent), exponent);
+}
+
+// Where the pixels of a row go: columns w, w + planes, w + 2 * planes, ... follow each other in plane number w.
+struct AmxRow {
+  float* to;
+  int64_t planes, plane_size, lanes;
+};
+
+// Brings a row's pairs of channels to its planes; returns whether all are finite.
+template <template <class, class> class Map>
+bool amx_read_nhwc(Piece<BFloat16> from, ReadMap read, AmxRow row) {
+  const int64_t next_row = from.pixels * from.stride;
   __mmask32 found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512i bits = bit_cast<__m512i>(load(pairs + i));
-    found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
+  const auto read_pairs = [&](auto whole, int64_t offset, int64_t c) RESNEXT_ALWAYS {
+    const int64_t count = from.channels - c;
+    __builtin_prefetch(from.data + offset + next_row, kForReading, kKeepInL2);
+    if (Map<float, ChannelLanes>::kOther) __builtin_prefetch(from.other + offset + next_row, kForReading, kKeepInL2);
+    if constexpr (std::is_same_v<Map<float, ChannelLanes>, KeepValue<float, ChannelLanes>>) {  // only moved
+      const auto* pairs = reinterpret_cast<const float*>(from.data + offset);
+      return load_lanes<decltype(whole)::value>(pairs, count / 2);
+    } else {
+      return read_channel_pairs<decltype(whole)::value, Map>(from.data, from.other, read, offset, from.c + c, count);
+    }
+  };
+  for (int64_t j = 0; j < row.planes; ++j, row.to += row.plane_size) {
+    float* pixel = row.to;
+    for (int64_t w = j; w < from.pixels; w += row.planes, pixel += row.lanes) {
+      int64_t c = 0;
+      for (; c + 2 * kLanes <= from.channels; c += 2 * kLanes) {
+        const Vec pairs = read_pairs(std::true_type{}, w * from.stride + c, c);
+        found |= not_finite_lanes(pairs);
+        store(pixel + c / 2, pairs);
+      }
+      if (c == from.channels) continue;
+      const Vec pairs = read_pairs(std::false_type{}, w * from.stride + c, c);
+      found |= not_finite_lanes(pairs);
+      store(pixel + c / 2, pairs);
+    }
   }
-  return found != 0;
+  return found == 0;
+}
+
+// The same of NCHW. `scratch`: two rows of floats and one of pairs.
+bool amx_read_nchw(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t pairs,
+                   float* scratch, AmxRow row) {
+  float* pixels = scratch + image.width * 2 * row.lanes;
+  read_row_pairs(image, read, n, h, c, pairs, row.lanes, in_order(), scratch, pixels);
+  __mmask32 found = 0;
+  for (int64_t w = 0; w < image.width; ++w) {
+    float* pixel = row.to + w % row.planes * row.plane_size + w / row.planes * row.lanes;
+    for (int64_t lane = 0; lane < row.lanes; lane += kLanes, pixels += kLanes) {
+      found |= not_finite_lanes(load(pixels));
+      store(pixel + lane, load(pixels));
+    }
+  }
+  return found == 0;
 }
 
 // Brings row number `row` of a strip's planes there, for a bundle: of every plane row number `from` of the images that
@@ -106,19 +156,17 @@ void amx_read_row(const Correlation& c, const AmxStrip& strip, int64_t bundle, i
       }
       continue;
     }
-    float* pixels = strip.column_planes == 1 ? to : scratch;
-    read_row_pairs(c.src, c.read, n, h, channel, channels, strip.lanes, in_order(), scratch + amx_row_scratch(c),
-                   pixels);
-    if (layout.merged > 1 && any_not_finite(pixels, c.src.width * strip.lanes)) {
-      __atomic_store_n(c.not_finite, 1, __ATOMIC_RELAXED);
+    const AmxRow pixels = {to, strip.column_planes, strip.plane_size, strip.lanes};
+    bool finite = true;
+    if (c.src.channels_last) {
+      const auto piece = piece_of<BFloat16>(c.src, c.read.other, n, h, 2 * channel, 2 * channels);
+      with_read_map(c.read, [&](auto map) {
+        finite = amx_read_nhwc<decltype(map)::template Map>(piece, c.read, pixels);
+      });
+    } else {
+      finite = amx_read_nchw(c.src, c.read, n, h, channel, channels, scratch, pixels);
     }
-    if (strip.column_planes == 1) continue;
-    for (int64_t w = 0; w < c.src.width; ++w) {
-      float* pixel = to + w % 2 * strip.plane_size + w / 2 * strip.lanes;
-      for (int64_t lane = 0; lane < strip.lanes; lane += kLanes) {
-        store(pixel + lane, load(scratch + w * strip.lanes + lane));
-      }
-    }
+    if (layout.merged > 1 && !finite) __atomic_store_n(c.not_finite, 1, __ATOMIC_RELAXED);
   }
 }
 

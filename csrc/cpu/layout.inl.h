@@ -268,9 +268,11 @@ void pack_bias(const Layout& layout, const Filters& f, int64_t bundle, int64_t t
 
 // --- narrow groups merged to a wide one, for AMX ---
 
-RESNEXT_INLINE uint16_t rounded_bits(BFloat16 value) { return value.bits; }
-RESNEXT_INLINE uint16_t rounded_bits(Rounded<BFloat16> value) {
-  return static_cast<uint16_t>(round_bfloat16(broadcast(value.value))[0] >> 16);
+RESNEXT_INLINE uint32_t rounded_bits(BFloat16 value) { return value.bits; }
+RESNEXT_INLINE uint32_t rounded_bits(Rounded<BFloat16> value) {
+  if (value.value != value.value) return 0x7fc0;
+  const auto bits = bit_cast<uint32_t>(value.value);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 // A tile of `groups` groups, whose weights begin at `filters`.
@@ -283,16 +285,21 @@ void pack_merged_tile(const Layout& layout, const Filters& f, const T* filters, 
   const int64_t src_step = f.transposed ? filter_size : f.strides.input;
   const int64_t dst_step = f.transposed ? f.strides.input : filter_size;
   const int64_t first = tile * tile_lanes(layout);
+  const int64_t lanes = min_of(tile_lanes(layout), groups * group_dst - first);
+  const int64_t term_size = 3 * tile_lanes(layout);
   __builtin_memset(packed, 0, packed_weight_size(layout) * sizeof(float));
-  for (int64_t lane = 0; lane < tile_lanes(layout) && first + lane < groups * group_dst; ++lane) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
     const int64_t group = (first + lane) / group_dst;
+    const int64_t src = group * group_src;  // its first source channel, perhaps the second of a pair
     const T* from = filters + group * group_src * group_dst * 9 + (first + lane) % group_dst * dst_step;
     for (int64_t tap = 0; tap < 9; ++tap) {
-      auto* to = reinterpret_cast<char*>(packed + packed_tap(layout, f, tap) + lane);
-      for (int64_t i = 0; i < group_src; ++i) {
-        const int64_t src = group * group_src + i;
-        const uint16_t bits = rounded_bits(from[tap * f.strides.tap + i * src_step]);
-        __builtin_memcpy(to + src / 2 * 3 * tile_lanes(layout) * 4 + src % 2 * 2, &bits, sizeof(bits));
+      float* to = packed + packed_tap(layout, f, tap) + lane;
+      const T* weight = from + tap * f.strides.tap;
+      for (int64_t i = -(src % 2); i < group_src; i += 2) {
+        const uint32_t low = i < 0 ? 0 : rounded_bits(weight[i * src_step]);
+        const uint32_t high = i + 1 < group_src ? rounded_bits(weight[(i + 1) * src_step]) : 0;
+        const uint32_t pair = low | high << 16;
+        __builtin_memcpy(to + (src + i) / 2 * term_size, &pair, sizeof(pair));
       }
     }
   }
