@@ -67,7 +67,8 @@ def force_cpu_capability(name: str) -> None:
     """Let the CPU kernels use one instruction set; ``""`` is the best that the machine has.
 
     Args:
-        name: ``"amx_bf16"`` (AVX-512 and AMX, with products of bfloat16), ``"avx512_bf16"`` (the former), ``"avx512"``, ``"avx2"``, ``"portable"``, ``""``.
+        name: ``"amx_bf16"`` (AVX-512, with matrix products of bfloat16), ``"avx512_bf16"`` (with products of pairs),
+            ``"avx512"``, ``"avx2"``, ``"portable"``, ``""``.
 
     Raises:
         RuntimeError: If there is none of that name, or the machine lacks it.

@@ -260,10 +260,8 @@ def test_environment_forces_the_instruction_set(built):
     assert run_python(code, RESNEXT_CPU_CAPABILITY="portable").stdout == "portable 18.0\n"
     result = run_python(code, RESNEXT_CPU_CAPABILITY="mmx")
     assert result.returncode == 1
-    assert (
-        "RESNEXT_CPU_CAPABILITY: expected amx_bf16, avx512_bf16, avx512, avx2 or portable, and a machine that has it, got 'mmx'"
-        in result.stderr
-    )
+    expected = "amx_bf16, avx512_bf16, avx512, avx2 or portable, and a machine that has it"
+    assert f"RESNEXT_CPU_CAPABILITY: expected {expected}, got 'mmx'" in result.stderr
 
 
 def test_works_without_triton_and_without_the_extension(monkeypatch):

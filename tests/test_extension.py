@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import subprocess
 from shutil import which
 
@@ -32,6 +33,13 @@ LARGER = [
     Case("wgrad-in-chunks", 3, 16, 16, 31, 33, 4),
     Case("dense-in-parts", 1, 266, 140, 5, 6, 1, bias=True),
     Case("wide-groups-in-parts", 2, 300, 272, 4, 7, 2, (2, 1), True),
+    Case("gw3-pairs-across-groups", 3, 30, 30, 6, 9, 10, (1, 2), True),
+    Case("gw12-merged-by-two", 2, 60, 60, 5, 8, 5, (2, 1)),
+    Case("gw5-to-3-channels", 2, 50, 30, 7, 6, 10),
+    Case("narrow-in-several-strips", 2, 32, 32, 21, 57, 8),
+    Case("stacked-images", 13, 64, 96, 4, 5, 1, bias=True),
+    Case("stacked-images-stride2", 11, 96, 64, 5, 7, 2, (2, 2)),
+    Case("stacked-narrow-groups", 17, 128, 128, 3, 3, 32, (1, 1)),
     *WINOGRAD_CASES,
 ]
 
@@ -145,10 +153,11 @@ def test_an_infinite_pixel_meets_its_own_taps_only(capability, columns, width, s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("width", [4, 16, 64])
 def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, width, stride, dtype):
-    case = Case("threads", 3, 64, 64, 19, 23, 64 // width, stride)
-    for channels_last in LAYOUTS:
+    large = Case("threads", 3, 64, 64, 19, 23, 64 // width, stride)
+    small = Case("threads-small", 9, 128, 128, 5, 6, 128 // width, stride)
+    for case, channels_last in itertools.product((large, small), LAYOUTS):
         tensors = make_tensors(case, dtype, channels_last=channels_last)
         for op in OPS:
             torch.set_num_threads(1)
@@ -180,7 +189,8 @@ def test_capability_can_be_forced_and_released(capability):
 
 def test_unknown_capability_is_refused(built):
     before = extension._C.cpu_capability()
-    with pytest.raises(RuntimeError, match=r"expected amx_bf16, avx512_bf16, avx512, avx2, portable or an empty name.*got 'mmx'"):
+    expected = "expected amx_bf16, avx512_bf16, avx512, avx2, portable or an empty name"
+    with pytest.raises(RuntimeError, match=rf"{expected}.*got 'mmx'"):
         extension.force_cpu_capability("mmx")
     assert extension._C.cpu_capability() == before
 

@@ -26,6 +26,8 @@ LARGER = [
     FusedCase("wgrad-in-chunks", 3, 16, 16, 31, 33, 4),
     FusedCase("dense-in-parts", 2, 150, 136, 9, 10),
     FusedCase("dense-in-parts-stride2", 1, 136, 266, 6, 5, stride=(2, 2)),
+    FusedCase("stacked-images", 9, 64, 96, 4, 5),
+    FusedCase("stacked-images-stride2", 7, 96, 128, 5, 4, 4, stride=(2, 2)),
 ]
 LARGER_POINTWISE = [
     FusedCase("several-panels", 3, 48, 40, 23, 19, kernel=1),
@@ -113,8 +115,12 @@ def make_tensors(case: FusedCase, channels_last: bool, dtype: torch.dtype = torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize(("channels", "width"), [(64, 4), (64, 16), (144, 144)])
-def test_results_do_not_depend_on_threads_or_repetition(capability, restore_threads, channels, width, stride, dtype):
-    case = FusedCase("threads", 3, channels, channels, 39, 53, channels // width, stride=stride)
+@pytest.mark.parametrize("images", [(3, 39, 53), (9, 5, 6)], ids=str)
+def test_results_do_not_depend_on_threads_or_repetition(
+    capability, restore_threads, images, channels, width, stride, dtype
+):
+    batch, height, image_width = images
+    case = FusedCase("threads", batch, channels, channels, height, image_width, channels // width, stride=stride)
     for channels_last in LAYOUTS:
         tensors = make_tensors(case, channels_last, dtype)
         torch.set_num_threads(1)
