@@ -1,6 +1,7 @@
-// Products of bfloat16 by AMX, the matrix unit of Intel's Xeons: C += A * B, of registers of 16 rows of 64 bytes (Intel's
-// "tiles", a word that stands for something else here). C: 16 x 16 floats. A: a row holds 16 pairs of terms. B: a row holds the same
-// pair of terms for 16 columns. So a panel of pairs (rows.inl.h) is made of As, and packed pairs of weights of Bs.
+// Products of bfloat16 by AMX, the matrix unit of Intel's Xeons: C += A * B, of registers of 16 rows of 64 bytes (which
+// Intel calls tiles; here tiles are something else). C: 16 x 16 floats. A: a row holds 16 pairs of terms. B: a row
+// holds the same pair of terms for 16 columns. So a panel of pairs (rows.inl.h) is made of As, and packed pairs of
+// weights of Bs.
 //
 // As PairTerms, it takes subnormals for zero. Written out, and not by intrinsics: these functions are compiled for all
 // machines with AVX-512, and GCC's let stores to what is loaded sink below the load.
@@ -10,8 +11,8 @@
 constexpr int kAmxRows = 16;
 constexpr int64_t kAmxFloats = 256;
 
-// While it lives, this thread's eight registers are there. (Released at the end: other libraries shape them
-// otherwise, and an idle thread's are not saved.)
+// While it lives, this thread's eight registers are there. (Released at the end: other libraries shape them otherwise,
+// and the system saves those of idle threads too.)
 class AmxRegisters {
  public:
   AmxRegisters() {
@@ -127,11 +128,10 @@ void write_sums_as(const float* sums, WriteMap write, Piece<BFloat16> to) {
   low.start(to.pixels, get(0));
   high.start(to.pixels, get(kLanes));
   for_pixels<Map::kChains>(to.pixels, [=, &low, &high](int64_t pixel, int chain) RESNEXT_ALWAYS {
-    const BFloat16* other = to.other + pixel * to.stride;
-    const Vec low_other = Map::kOther ? load(other) : Vec{};
-    const Vec high_other = Map::kOther ? load(other + kLanes) : Vec{};
-    store_rounded(to.data + pixel * to.stride, low(get(0)(pixel), low_other, chain),
-                  high(get(kLanes)(pixel), high_other, chain));
+    const int64_t offset = pixel * to.stride;
+    const Vec low_other = Map::kOther ? load(to.other + offset) : Vec{};
+    const Vec high_other = Map::kOther ? load(to.other + offset + kLanes) : Vec{};
+    store_rounded(to.data + offset, low(get(0)(pixel), low_other, chain), high(get(kLanes)(pixel), high_other, chain));
   });
   low.finish();
   high.finish();

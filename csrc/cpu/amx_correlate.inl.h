@@ -3,9 +3,10 @@
 // A strip's source rows lie behind each other in a *plane*, with one column of zeros between them, for what is left of
 // a row's first pixel and right of the row before. Counting positions in a plane whose rows are `pitch` wide, every tap
 // of every destination position q is at q plus a constant: 16 positions that follow each other are one register, across
-// the ends of rows. (What the columns of zeros make is not stored.) Small images are stacked, with a row of zeros between
-// them: a strip has rows of several, and meets the weights once for all of them. With stride 2 even and odd rows and columns have
-// planes of their own, or in the input gradient, where every phase has fewer taps, destinations of their own.
+// the ends of rows. (What the columns of zeros make is not stored.) Small images are stacked, with a row of zeros
+// between them: a strip has rows of several, and meets the weights once for all of them. With stride 2 even and odd
+// rows and columns have planes of their own, or in the input gradient, where every phase has fewer taps, destinations
+// of their own.
 //
 // Groups too narrow for a register are merged, with weights of zero: infinity times zero would be NaN in all of them,
 // so that `not_finite` tells of such sources, and the driver takes the other kernels.

@@ -3,8 +3,8 @@
 //
 //   sum over positions of grad[position][o] * x[position + constant of the tap][i]
 //
-// Of x there is a pair for every position, of what is there and at the next: any tap's operand, whose rows are pairs, is
-// every second one from somewhere on. grad is turned square by square.
+// Of x there is a pair for every position, of what is there and at the next: any tap's operand, whose rows are pairs,
+// is every second one from somewhere on. grad is turned square by square.
 //
 // What the rows and columns of zeros meet is added too: where the sums are not finite, that may be because of it, and
 // `not_finite` lets the driver take the other kernels.

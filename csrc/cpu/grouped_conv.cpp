@@ -80,13 +80,14 @@ struct PackedBefore {
   const float *pointwise, *winograd, *filters;
 };
 
-// How the kernels lay out a correlation's channels. AMX takes all pairs of bfloat16, where it may; also in narrow groups
-// of an odd number of channels.
+// How the kernels lay out a correlation's channels. AMX takes all pairs of bfloat16, where it may; in narrow groups
+// also those of an odd number of channels.
 Layout correlation_layout(const Kernels& kernels, Dtype dtype, int64_t groups, int64_t group_src, int64_t group_dst,
                           bool may_use_amx = true) {
-  constexpr int64_t kMerged = 16;
+  constexpr int64_t kNarrow = 16;
   const bool pairs = channels_by_pairs(kernels, dtype, group_src);
-  const bool merged = std::max(group_src, group_dst) <= kMerged && channels_by_pairs(kernels, dtype, groups * group_src);
+  const bool narrow = std::max(group_src, group_dst) <= kNarrow;
+  const bool merged = narrow && channels_by_pairs(kernels, dtype, groups * group_src);
   const bool amx = may_use_amx && kernels.amx && (pairs || merged);
   return kernels.make_layout(groups, group_src, group_dst, pairs || amx, amx);
 }

@@ -336,10 +336,11 @@ constexpr int kTogether = kProductPixels;
 template <class Terms>
 constexpr int kPanelBlock = kProductPixels;
 
-// Products of the first `count` pixels of a panel's block with a tile of `channels` channels, to results[pixel][lane].
+// Products of the first `count` pixels of a panel's block, of `lanes` lanes, with a tile of `channels` channels, to
+// results[pixel][lane].
 template <class Terms>
-RESNEXT_INLINE void product_results(const float* panel, int64_t, const float* weight, int64_t terms, int64_t count,
-                                    int64_t channels, float* results) {
+RESNEXT_INLINE void product_results(const float* panel, int64_t /*lanes*/, const float* weight, int64_t terms,
+                                    int64_t count, int64_t channels, float* results) {
   for (int64_t lane = 0; lane < channels; lane += kProductLanes) {
     const auto product = channels - lane > kLanes ? product_pixels<Terms, kProductVectors> : product_pixels<Terms, 1>;
     product(panel, weight + lane, terms, kTileChannels, count, results + lane);
@@ -358,8 +359,8 @@ RESNEXT_INLINE decltype(&mapped_product<AmxTerms, ScaleShift<false>>) mapped_pro
 }
 
 template <>
-RESNEXT_INLINE void product_results<AmxTerms>(const float* panel, int64_t lanes, const float* weight, int64_t,
-                                              int64_t count, int64_t channels, float* results) {
+RESNEXT_INLINE void product_results<AmxTerms>(const float* panel, int64_t lanes, const float* weight,
+                                              int64_t /*terms*/, int64_t count, int64_t channels, float* results) {
   static_assert(kTileChannels == 2 * kLanes);
   with_amx_sums(count > kAmxRows, channels > kLanes, [&](auto sums) RESNEXT_ALWAYS {
     sums.clear();
@@ -423,6 +424,7 @@ void write_block(const PixelProduct& p, const WriteMap& write, const PanelPart& 
   }
 }
 
+// Writes the results of a block of pixels as its terms allow.
 template <class Terms>
 RESNEXT_INLINE void write_results(const PixelProduct& p, const WriteMap& write, const PanelPart& part,
                                   const float* results) {
@@ -716,7 +718,8 @@ void pixel_gradient_as(const PixelGradient& g, float* scratch, int64_t begin, in
                        (x_lanes(g) - panel_lanes(x_channels)) * terms * sizeof(float));
       const int64_t next = first + g.panel_pixels;
       const int64_t next_count = next < chunk_end ? min_of(g.panel_pixels, chunk_end - next) : 0;
-      const int64_t tiles = ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, PanelSums<Terms>::kGradChannels);
+      const int64_t tiles =
+          ceil_div(x_channels, kProductLanes) * ceil_div(grad_channels, PanelSums<Terms>::kGradChannels);
       PanelAhead x_ahead(g.x, g.grid, g.read_x, {next, next_count, x_c, x_channels}, tiles);
       PanelAhead grad_ahead(g.grad, g.grid, g.read_grad, {next, next_count, grad_c, grad_channels}, tiles);
       const auto ask = [&]() RESNEXT_ALWAYS {

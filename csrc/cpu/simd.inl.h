@@ -379,11 +379,13 @@ RESNEXT_INLINE Vec repeat(const float* from) {
   return load(from);
 }
 
+// What kernels have to hold while they run, beside the compiler's registers.
+struct NoRegisters {};
+
 // What the lanes of a sum's terms hold: a float each, or (below) two of bfloat16, whose products are both added.
 // `add`: acc + a * b, lane by lane. `add_broadcast`: acc + *x * b, with the load and the broadcast in the same
 // instruction where there is one. A value is then loaded for every vector that it meets, but instructions are what the
 // loops run out of if another thread shares the core.
-struct NoRegisters {};  // but the compiler's
 struct FloatTerms {
   using Registers = NoRegisters;
   static constexpr bool kPairs = false;
