@@ -80,16 +80,21 @@ struct PackedBefore {
   const float *pointwise, *winograd, *filters;
 };
 
-// How the kernels lay out a correlation's channels. AMX takes all pairs of bfloat16, where it may; in narrow groups
-// also those of an odd number of channels.
+// Whether groups are wide enough for AMX to gain, of whose work in narrow ones most is with weights of zero. (Measured.)
+bool fits_amx(const Kernels& kernels, Dtype dtype, int64_t group_src, int64_t group_dst) {
+  constexpr int64_t kLeast = 5;
+  return kernels.amx && dtype == Dtype::kBFloat16 && std::max(group_src, group_dst) >= kLeast;
+}
+
+// How the kernels lay out a correlation's channels. AMX takes pairs; in narrow groups, which it merges, also of an odd
+// number of channels. What it does not take goes by floats: processors that have it do not multiply pairs faster.
 Layout correlation_layout(const Kernels& kernels, Dtype dtype, int64_t groups, int64_t group_src, int64_t group_dst,
                           bool may_use_amx = true) {
-  constexpr int64_t kNarrow = 16;
-  const bool pairs = channels_by_pairs(kernels, dtype, group_src);
-  const bool narrow = std::max(group_src, group_dst) <= kNarrow;
-  const bool merged = narrow && channels_by_pairs(kernels, dtype, groups * group_src);
-  const bool amx = may_use_amx && kernels.amx && (pairs || merged);
-  return kernels.make_layout(groups, group_src, group_dst, pairs || amx, amx);
+  constexpr int64_t kMerged = 16;
+  const int64_t channels = std::max(group_src, group_dst) <= kMerged ? groups * group_src : group_src;
+  const bool amx = may_use_amx && fits_amx(kernels, dtype, group_src, group_dst) && channels % 2 == 0;
+  const bool pairs = amx || (!kernels.amx && channels_by_pairs(kernels, dtype, group_src));
+  return kernels.make_layout(groups, group_src, group_dst, pairs, amx);
 }
 
 // `results`: mean and variance, or dshift and dscale, where the write map makes them. Returns whether they are right:
@@ -150,13 +155,12 @@ void run_correlation(Correlation& c, const Tensor& weight, const OptionalTensor&
                /*mirrored=*/transposed && c.cols.phases == 1};
   const int64_t group_src = c.src.channels / shape.groups;
   const int64_t group_dst = c.dst.channels / shape.groups;
-  const bool pairs = channels_by_pairs(kernels, c.src.dtype, group_src);
+  c.layout = correlation_layout(kernels, c.src.dtype, shape.groups, group_src, group_dst);
   const TileUse use = before.winograd == nullptr ? TileUse::kProduct : TileUse::kPackedProduct;
-  if (!pairs && before.filters == nullptr && winograd_serves(shape, use) &&
+  if (!c.layout.pairs && before.filters == nullptr && winograd_serves(shape, use) &&
       run_winograd({c.src, c.dst, c.filters, before.winograd}, c.read, c.write, shape, results)) {
     return;
   }
-  c.layout = correlation_layout(kernels, c.src.dtype, shape.groups, group_src, group_dst);
   if (run_sums(c, results, before.filters)) return;
   c.layout = correlation_layout(kernels, c.src.dtype, shape.groups, group_src, group_dst, /*may_use_amx=*/false);
   run_sums(c, results, nullptr);
@@ -260,15 +264,16 @@ void run_wgrad(WeightGradient& g, const Tensor& out, const GroupedConvShape& sha
   const Kernels& kernels = active_kernels();
   g.stride_h = shape.stride_h;
   g.stride_w = shape.stride_w;
-  g.pairs = by_pairs(kernels, g.x.dtype);
+  const bool amx = fits_amx(kernels, g.x.dtype, shape.group_in(), shape.group_out());
+  g.pairs = !kernels.amx && by_pairs(kernels, g.x.dtype);
   g.dw = out.data_ptr();
   g.strides = filter_strides(out);
   g.dtype = dtype_of(out);
-  if (!g.pairs && winograd_serves(shape, TileUse::kGradient) &&
+  if (!amx && !g.pairs && winograd_serves(shape, TileUse::kGradient) &&
       run_winograd_gradient({g.grad, g.x, g.read_grad, g.read_x, g.dw, g.strides, g.dtype}, shape)) {
     return;
   }
-  if (g.pairs && kernels.amx && run_gradient_sums(g, shape, /*amx=*/true)) return;
+  if (amx && run_gradient_sums(g, shape, /*amx=*/true)) return;
   run_gradient_sums(g, shape, /*amx=*/false);
 }
 
