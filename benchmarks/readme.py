@@ -135,6 +135,10 @@ def _settings(results: Repository) -> list[str]:
     return paragraphs
 
 
+def _heading(device: str) -> str:
+    return device.replace("_", " ").upper()
+
+
 def performance(results: Repository) -> list[str]:
     """Of every device: grouped convolutions, networks, memory. And of all together: what is not faster."""
     kinds = {"grouped_conv": _grouped, "model": _networks, "memory": _memory, "kernel_times": _kernel_times}
@@ -142,7 +146,7 @@ def performance(results: Repository) -> list[str]:
     every = [run for runs in found.values() for run in runs]
     paragraphs = []
     for device in sorted({run.device for run in every}):
-        paragraphs.append(f"### {device.upper()}")
+        paragraphs.append(f"### {_heading(device)}")
         for program, write in kinds.items():
             if runs := [run for run in found[program] if run.device == device]:
                 paragraphs += write(runs)
@@ -174,7 +178,7 @@ def rows(results: Repository) -> list[str]:
     for device in sorted({run.device for runs in found.values() for run in runs}):
         for program, (what, write) in kinds.items():
             if runs := [run for run in found[program] if run.device == device]:
-                paragraphs += [f"## {device.upper()}: {what}", *write(runs)]
+                paragraphs += [f"## {_heading(device)}: {what}", *write(runs)]
     return paragraphs
 
 
