@@ -83,7 +83,7 @@ def cpu_capability() -> str:
 
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:
-    """Whether the CPU kernels multiply values of a dtype two by two, for twice the rate."""
+    """Whether the CPU kernels multiply values of a dtype as they are: two by two, or as matrices."""
     return dtype == torch.bfloat16 and cpu_capability() in ("amx_bf16", "avx512_bf16")
 
 
