@@ -138,18 +138,7 @@ void write_sums_as(const float* sums, WriteMap write, Piece<BFloat16> to) {
 }
 
 void write_sums(const float* sums, const WriteMap& write, const Piece<BFloat16>& to) {
-  switch (write.kind) {
-    case WriteMap::kNone:
-      return write_sums_as<KeepValue<BFloat16, ChannelLanes>>(sums, write, to);
-    case WriteMap::kMoments:
-      return write_sums_as<Moments<FastBFloat16>>(sums, write, to);
-    case WriteMap::kAffine:
-      return write_sums_as<ScaleShift<false>>(sums, write, to);
-    case WriteMap::kAffineAdd:
-      return write_sums_as<ScaleShift<true>>(sums, write, to);
-    case WriteMap::kReluGradient:
-      return write_sums_as<ReluGradient<BFloat16>>(sums, write, to);
-  }
+  with_write_map<FastBFloat16>(write, [&](auto map) { write_sums_as<typename decltype(map)::Type>(sums, write, to); });
 }
 
 #endif

@@ -228,20 +228,36 @@ void amx_strip(const Correlation& c, const AmxStrip& strip, const float* planes,
   }
 }
 
+// Maps and writes what a strip's stacked rows [first, first + rows) gave for a tile, the rows of its task.
+void amx_write_rows(const Correlation& c, const AmxStrip& strip, const BandTask& task, int64_t first_image,
+                    int64_t first, int64_t rows, int64_t bundle, int64_t tile, const float* results) {
+  const Layout& layout = c.layout;
+  const int64_t lanes = tile_lanes(layout);
+  const int64_t phases = c.rows.phases;
+  const int64_t channel = bundle * layout.dst_channels + tile * lanes;
+  const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
+  for (int64_t i = 0; i < rows * phases; ++i) {
+    const int64_t n = first_image + (first + i / phases) / strip.image_rows;
+    const int64_t h = (first + i / phases) % strip.image_rows * phases + i % phases;
+    if (h < task.first_row || h >= task.last_row) continue;
+    const float* row = results + (i % phases * c.rows_at_once + i / phases) * strip.dst_pitch * lanes;
+    const WriteMap write = map_of_row(c.write, c.cuts, c.dst, n, h);
+    if (c.dst.channels_last && channels == kTileChannels) {
+      write_sums(row, write, piece_of<BFloat16>(c.dst, write.other, n, h, channel, channels));
+    } else {
+      write_row(c.dst, write, n, h, channel, channels, lanes, row);
+    }
+  }
+}
+
 void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end) {
   const AmxRegisters registers;
   const Layout& layout = c.layout;
   const AmxStrip strip(c);
   const int64_t tile_blocks = ceil_div(layout.tiles, c.tile_block);
   const int64_t blocks = ceil_div(layout.bundles, c.block) * tile_blocks;
-  const int64_t lanes = tile_lanes(layout);
   const int64_t phases = c.rows.phases;
-  const bool lines = c.dst.channels_last && lanes == kTileChannels;
-  int64_t after = 0;  // rows of planes that the last row of a strip sees behind itself
-  for (int phase = 0; phase < phases; ++phase) {
-    const AmxTaps taps = row_taps(c, phase);
-    for (int k = 0; k < taps.count; ++k) after = taps.taps[k].offset > after ? taps.taps[k].offset : after;
-  }
+  const int64_t after = c.rows.in_step == 1 ? 1 : 0;  // rows of planes that a strip's last row sees behind itself
   float* planes = scratch;
   float* results = planes + strip.planes_size(c);
   float* row_scratch = results + strip.results_size(c);
@@ -280,20 +296,7 @@ void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t 
           const float* bias = c.filters.bias == nullptr ? nullptr : c.packed.bias + packed * packed_bias_size(layout);
           amx_strip(c, strip, planes + b * strip.bundle_size, c.packed.weight + packed * packed_weight_size(layout),
                     bias, rows, results);
-          const int64_t channel = bundle * layout.dst_channels + tile * lanes;
-          const int64_t channels = min_of(lanes, bundle_dst_channels(layout, bundle) - tile * lanes);
-          for (int64_t i = 0; i < rows * phases; ++i) {
-            const int64_t n = first_image + (first + i / phases) / strip.image_rows;
-            const int64_t h = (first + i / phases) % strip.image_rows * phases + i % phases;
-            if (h < t.first_row || h >= t.last_row) continue;
-            const float* row = results + (i % phases * c.rows_at_once + i / phases) * strip.dst_pitch * lanes;
-            const WriteMap write = map_of_row(c.write, c.cuts, c.dst, n, h);
-            if (lines && channels == lanes) {
-              write_sums(row, write, piece_of<BFloat16>(c.dst, write.other, n, h, channel, channels));
-            } else {
-              write_row(c.dst, write, n, h, channel, channels, lanes, row);
-            }
-          }
+          amx_write_rows(c, strip, t, first_image, first, rows, bundle, tile, results);
         }
       }
     }

@@ -15,7 +15,7 @@
 
 struct AmxGradientStrip {
   int64_t pitch, image_rows;  // of stacked images, with a column and a row of zeros
-  int64_t grad_lanes, x_vectors;
+  int64_t grad_channels, x_vectors;  // in whole vectors
   int64_t steps;                    // of 32 positions, of a strip
   int64_t vector_size, plane_size;  // floats of the pairs of a vector of x, and of a plane
   int64_t unit_size;                // of all planes of a unit
@@ -23,25 +23,25 @@ struct AmxGradientStrip {
   RESNEXT_INLINE explicit AmxGradientStrip(const WeightGradient& g)
       : pitch(g.grad.width + 1),
         image_rows(g.grad.height + 1),
-        grad_lanes(round_up(g.grad_part, kLanes)),
-        x_vectors(ceil_div(g.x_part, kLanes)),
+        grad_channels(grad_lanes(g)),
+        x_vectors(x_lanes(g) / kLanes),
         steps(ceil_div(g.rows_at_once * pitch, 2 * kAmxRows)),
         vector_size(((g.rows_at_once + 2) * pitch + 2 * kAmxRows + 2) * kLanes),
         plane_size(x_vectors * vector_size),
         unit_size(g.stride_h * g.stride_w * plane_size) {}
 
-  RESNEXT_INLINE int64_t grad_size() const { return steps * 2 * kAmxRows * grad_lanes; }
-  RESNEXT_INLINE int64_t turned_size() const { return steps * kAmxFloats * (grad_lanes / kLanes); }
+  RESNEXT_INLINE int64_t grad_size() const { return steps * 2 * kAmxRows * grad_channels; }
+  RESNEXT_INLINE int64_t turned_size() const { return steps * kAmxFloats * (grad_channels / kLanes); }
 };
 
 int64_t amx_slice_size(const WeightGradient& g) {
   const AmxGradientStrip strip(g);
-  return strip.x_vectors * 9 * strip.grad_lanes * kLanes;
+  return strip.x_vectors * 9 * strip.grad_channels * kLanes;
 }
 
 int64_t amx_wgrad_scratch(const WeightGradient& g) {
   const AmxGradientStrip strip(g);
-  const int64_t row = g.x.width * strip.x_vectors * kLanes;
+  const int64_t row = g.x.width * x_lanes(g);
   return g.block * strip.unit_size + strip.grad_size() + strip.turned_size() + row +
          (g.chunks == 1 ? g.block * amx_slice_size(g) : 0);
 }
@@ -49,7 +49,7 @@ int64_t amx_wgrad_scratch(const WeightGradient& g) {
 // Row number `row` of a strip's planes: stacked row `from` of every plane.
 void amx_read_x_row(const WeightGradient& g, const AmxGradientStrip& strip, const WgradUnit& unit, int64_t from,
                     int64_t row, float* scratch, float* planes) {
-  const int64_t lanes = strip.x_vectors * kLanes;
+  const int64_t lanes = x_lanes(g);
   const int64_t columns = strip.pitch - 1;
   const int64_t n = from / strip.image_rows;
   for (int64_t i = 0; i < g.stride_h; ++i) {
@@ -79,7 +79,7 @@ void amx_read_x_row(const WeightGradient& g, const AmxGradientStrip& strip, cons
 // Brings stacked rows [first, first + rows) of grad to registers' rows of terms.
 void amx_read_grad(const WeightGradient& g, const AmxGradientStrip& strip, const WgradUnit& unit, int64_t first,
                    int64_t rows, float* pixels, float* turned) {
-  const int64_t lanes = strip.grad_lanes;
+  const int64_t lanes = strip.grad_channels;
   const int64_t channel = unit.bundle * g.layout.dst_channels + unit.grad_c;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t h = (first + row) % strip.image_rows;
@@ -126,14 +126,14 @@ void amx_add_strip(const WeightGradient& g, const AmxGradientStrip& strip, int64
   const AmxTaps in_column = forward_taps(g.stride_h);
   const AmxTaps in_row = forward_taps(g.stride_w);
   const int64_t vector = strip.steps * kAmxFloats;  // of grad
-  const int64_t tap_size = strip.grad_lanes * kLanes;
+  const int64_t tap_size = strip.grad_channels * kLanes;
   for (int64_t v = 0; v < strip.x_vectors; v += 2) {
-    for (int64_t o = 0; o < strip.grad_lanes; o += 2 * kAmxRows) {
+    for (int64_t o = 0; o < strip.grad_channels; o += 2 * kAmxRows) {
       for (int tap = 0; tap < 9; ++tap) {
         const float* x = amx_tap_source(g, strip, in_column, in_row, tap, planes) + v * strip.vector_size;
         const float* grad = turned + o / kLanes * vector;
         float* sum = slice + (v * 9 + tap) * tap_size + o * kLanes;
-        with_amx_sums(strip.grad_lanes - o > kAmxRows, strip.x_vectors - v > 1, [&](auto sums) RESNEXT_ALWAYS {
+        with_amx_sums(strip.grad_channels - o > kAmxRows, strip.x_vectors - v > 1, [&](auto sums) RESNEXT_ALWAYS {
           if (adds) {
             sums.load(sum, kLanes, kAmxFloats, 9 * tap_size);
           } else {
@@ -155,56 +155,37 @@ RESNEXT_INLINE bool amx_is_diagonal(const Layout& layout) {
   return layout.merged > 1 && layout.group_src == 2 * kAmxRows && layout.group_dst == 2 * kAmxRows;
 }
 
+using SixIndices = Indices<0, 1, 2, 3, 4, 5>;
+
 // The same where only two squares are wanted: three taps of both at a time, in registers 0 to 5.
 void amx_add_diagonal(const WeightGradient& g, const AmxGradientStrip& strip, int64_t steps, bool adds,
                       const float* planes, const float* turned, float* slice) {
   const AmxTaps in_column = forward_taps(g.stride_h);
   const AmxTaps in_row = forward_taps(g.stride_w);
   const int64_t vector = strip.steps * kAmxFloats;
-  const int64_t tap_size = strip.grad_lanes * kLanes;
+  const int64_t tap_size = strip.grad_channels * kLanes;
   const int64_t second = 9 * tap_size + kAmxFloats;  // square, from the first
   for (int row = 0; row < 3; ++row) {
     float* sums = slice + row * 3 * tap_size;
     const float* x[3];
     for (int k = 0; k < 3; ++k) x[k] = amx_tap_source(g, strip, in_column, in_row, row * 3 + k, planes);
-    if (adds) {
-      amx_load<0>(sums, kLanes);
-      amx_load<1>(sums + tap_size, kLanes);
-      amx_load<2>(sums + 2 * tap_size, kLanes);
-      amx_load<3>(sums + second, kLanes);
-      amx_load<4>(sums + second + tap_size, kLanes);
-      amx_load<5>(sums + second + 2 * tap_size, kLanes);
-    } else {
-      amx_clear<0>();
-      amx_clear<1>();
-      amx_clear<2>();
-      amx_clear<3>();
-      amx_clear<4>();
-      amx_clear<5>();
-    }
+    const auto sum_of = [&](int number) RESNEXT_ALWAYS { return sums + number / 3 * second + number % 3 * tap_size; };
+    for_each_index(SixIndices{}, [&](auto k) RESNEXT_ALWAYS {
+      if (adds) {
+        amx_load<k>(sum_of(k), kLanes);
+      } else {
+        amx_clear<k>();
+      }
+    });
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t at = step * 2 * kAmxRows * kLanes;
-      amx_load<6>(turned + step * kAmxFloats, kLanes);
-      amx_load<7>(x[0] + at, 2 * kLanes);
-      amx_multiply<0, 6, 7>();
-      amx_load<7>(x[1] + at, 2 * kLanes);
-      amx_multiply<1, 6, 7>();
-      amx_load<7>(x[2] + at, 2 * kLanes);
-      amx_multiply<2, 6, 7>();
-      amx_load<6>(turned + vector + step * kAmxFloats, kLanes);
-      amx_load<7>(x[0] + strip.vector_size + at, 2 * kLanes);
-      amx_multiply<3, 6, 7>();
-      amx_load<7>(x[1] + strip.vector_size + at, 2 * kLanes);
-      amx_multiply<4, 6, 7>();
-      amx_load<7>(x[2] + strip.vector_size + at, 2 * kLanes);
-      amx_multiply<5, 6, 7>();
+      for_each_index(SixIndices{}, [&](auto k) RESNEXT_ALWAYS {
+        if (k % 3 == 0) amx_load<6>(turned + k / 3 * vector + step * kAmxFloats, kLanes);
+        amx_load<7>(x[k % 3] + k / 3 * strip.vector_size + at, 2 * kLanes);
+        amx_multiply<k, 6, 7>();
+      });
     }
-    amx_store<0>(sums, kLanes);
-    amx_store<1>(sums + tap_size, kLanes);
-    amx_store<2>(sums + 2 * tap_size, kLanes);
-    amx_store<3>(sums + second, kLanes);
-    amx_store<4>(sums + second + tap_size, kLanes);
-    amx_store<5>(sums + second + 2 * tap_size, kLanes);
+    for_each_index(SixIndices{}, [&](auto k) RESNEXT_ALWAYS { amx_store<k>(sum_of(k), kLanes); });
   }
 }
 
@@ -214,7 +195,7 @@ void unpack_merged_slice(const WeightGradient& g, const WgradUnit& unit, const f
   const Layout& layout = g.layout;
   const int64_t group_src = layout.group_src / layout.merged;
   const int64_t group_dst = layout.group_dst / layout.merged;
-  const int64_t tap_size = round_up(g.grad_part, kLanes) * kLanes;
+  const int64_t tap_size = grad_lanes(g) * kLanes;
   float filter[9 * kLanes] = {};  // merged groups have no more channels
   Vec check{};
   for (int64_t output = 0; output < unit.grad_channels; ++output, filters += group_src * 9) {
@@ -235,7 +216,7 @@ void unpack_merged_slice(const WeightGradient& g, const WgradUnit& unit, const f
 // A slice of a wide group's unit, to the filters of the group, from the unit's first on.
 template <class T>
 void unpack_amx_slice(const WeightGradient& g, const WgradUnit& unit, const float* slice, T* filters) {
-  const int64_t tap_size = round_up(g.grad_part, kLanes) * kLanes;
+  const int64_t tap_size = grad_lanes(g) * kLanes;
   Vec check{};
   for (int64_t output = 0; output < unit.grad_channels; ++output, filters += g.layout.group_src * 9) {
     for (int64_t input = 0; input < unit.x_channels; input += kLanes) {
@@ -273,7 +254,7 @@ void amx_wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t e
   float* pixels = planes + g.block * strip.unit_size;
   float* turned = pixels + strip.grad_size();
   float* row_scratch = turned + strip.turned_size();
-  float* own_slices = row_scratch + g.x.width * strip.x_vectors * kLanes;
+  float* own_slices = row_scratch + g.x.width * x_lanes(g);
   __builtin_memset(planes, 0, g.block * strip.unit_size * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % g.chunks;

@@ -241,8 +241,7 @@ struct PixelProduct {
   WriteMap write;
   WeightMatrix weight;
   const float* packed;
-  bool pairs;
-  bool amx;
+  bool pairs, amx;
   int64_t panel_pixels;
 };
 

@@ -1,5 +1,12 @@
 // How channels are laid on vectors, and the packing of weights that follows from it.
 
+// Lanes of a group, if there is room for several.
+RESNEXT_INLINE int64_t group_width(int64_t group_src, int64_t group_dst) {
+  int64_t width = 1;
+  while (width < group_src || width < group_dst) width *= 2;
+  return width;
+}
+
 Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pairs, bool amx) {
   Layout layout{};
   layout.pairs = pairs;
@@ -7,22 +14,19 @@ Layout make_layout(int64_t groups, int64_t group_src, int64_t group_dst, bool pa
   const int64_t terms = pairs ? 2 : 1;  // source channels of a lane
   layout.all_src = groups * group_src / terms;
   layout.all_dst = groups * group_dst;
-  layout.merged = 1;
-  layout.shared = 1;
-  int64_t width = 1;  // of a group, if there is room for several
-  while (width < group_src || width < group_dst) width *= 2;
-  if (amx && width < 2 * kLanes) {
-    layout.merged = 2 * kLanes / width;
+  if (amx) {
+    const int64_t width = group_width(group_src, group_dst);
+    layout.merged = width < 2 * kLanes ? 2 * kLanes / width : 1;
+    layout.shared = 1;
     groups = ceil_div(groups, layout.merged);
     group_src *= layout.merged;
     group_dst *= layout.merged;
-  }
-  group_src /= terms;
-  if (!amx) {
-    width = 1;
-    while (width < group_src || width < group_dst) width *= 2;
+  } else {
+    const int64_t width = group_width(group_src / terms, group_dst);
+    layout.merged = 1;
     layout.shared = width < kLanes ? kLanes / width : 1;
   }
+  group_src /= terms;
   layout.groups = groups;
   layout.group_src = group_src;
   layout.group_dst = group_dst;

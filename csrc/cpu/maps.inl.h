@@ -32,6 +32,8 @@ template <>
 constexpr float kLargestZero<Half> = 0x1p-25f;
 template <>
 constexpr float kLargestZero<BFloat16> = 0x1p-134f;
+template <>
+constexpr float kLargestZero<FastBFloat16> = kLargestZero<BFloat16>;
 
 template <class T, class Channels>
 struct KeepValue {

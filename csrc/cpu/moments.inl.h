@@ -59,6 +59,30 @@ class Moments {
   Vec center_{}, sums_[kChains] = {}, squares_[kChains] = {};
 };
 
+// A type by name: decltype(name)::Type.
+template <class T>
+struct TypeName {
+  using Type = T;
+};
+
+// work(the name of the map of this kind, for an image of T).
+template <class T, class Work>
+RESNEXT_INLINE auto with_write_map(const WriteMap& write, Work work) {
+  switch (write.kind) {
+    case WriteMap::kMoments:
+      return work(TypeName<Moments<T>>{});
+    case WriteMap::kAffine:
+      return work(TypeName<ScaleShift<false>>{});
+    case WriteMap::kAffineAdd:
+      return work(TypeName<ScaleShift<true>>{});
+    case WriteMap::kReluGradient:
+      return work(TypeName<ReluGradient<T>>{});
+    case WriteMap::kNone:
+      break;
+  }
+  return work(TypeName<KeepValue<T, ChannelLanes>>{});
+}
+
 // A piece of pixels that begin `step` elements apart; map: that of its part.
 template <bool kWhole, class T>
 RESNEXT_INLINE void add_moments(const T* values, int64_t step, int64_t pixels, const ChannelLanes& lanes,

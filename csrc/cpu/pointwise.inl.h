@@ -315,19 +315,7 @@ RESNEXT_INLINE decltype(&mapped_product<Terms, ScaleShift<false>>) mapped_produc
   using T = ImageType<Terms>;
   constexpr Dtype kDtype = Terms::kPairs ? Dtype::kBFloat16 : Dtype::kFloat32;
   if (p.dst.step_h != 1 || p.dst.step_w != 1 || p.dst.image.dtype != kDtype) return nullptr;
-  switch (p.write.kind) {
-    case WriteMap::kNone:
-      return mapped_product<Terms, KeepValue<T, ChannelLanes>>;
-    case WriteMap::kMoments:
-      return mapped_product<Terms, Moments<T>>;
-    case WriteMap::kAffine:
-      return mapped_product<Terms, ScaleShift<false>>;
-    case WriteMap::kAffineAdd:
-      return mapped_product<Terms, ScaleShift<true>>;
-    case WriteMap::kReluGradient:
-      return mapped_product<Terms, ReluGradient<T>>;
-  }
-  return nullptr;
+  return with_write_map<T>(p.write, [](auto map) { return &mapped_product<Terms, typename decltype(map)::Type>; });
 }
 
 // Pixels whose products are made together, and pixels of a block of the panel.

@@ -176,18 +176,9 @@ template <class T>
 void write_row_as(const Image& image, const WriteMap& write, int64_t n, int64_t h, int64_t c, int64_t channels,
                   int64_t lanes, const float* panel) {
   const auto piece = piece_of<T>(image, write.other, n, h, c, channels);
-  switch (write.kind) {
-    case WriteMap::kNone:
-      return write_piece<KeepValue<T, ChannelLanes>>(image, piece, write, lanes, panel);
-    case WriteMap::kMoments:
-      return write_piece<Moments<T>>(image, piece, write, lanes, panel);
-    case WriteMap::kAffine:
-      return write_piece<ScaleShift<false>>(image, piece, write, lanes, panel);
-    case WriteMap::kAffineAdd:
-      return write_piece<ScaleShift<true>>(image, piece, write, lanes, panel);
-    case WriteMap::kReluGradient:
-      return write_piece<ReluGradient<T>>(image, piece, write, lanes, panel);
-  }
+  with_write_map<T>(write, [&](auto map) {
+    write_piece<typename decltype(map)::Type>(image, piece, write, lanes, panel);
+  });
 }
 
 // Pairs of bfloat16, which are given as floats, of `count` pieces of `size` floats that begin `step` floats apart: of

@@ -294,6 +294,12 @@ struct FromStd<std::integer_sequence<int, I...>> {
 };
 using LaneIndices = FromStd<std::make_integer_sequence<int, kLanes>>::Type;
 
+// work(each of them, as a constant), in order.
+template <int... I, class Work>
+RESNEXT_INLINE void for_each_index(Indices<I...>, Work work) {
+  (work(std::integral_constant<int, I>{}), ...);
+}
+
 template <int... I>
 RESNEXT_INLINE IntVec indices(Indices<I...>) {
   return IntVec{I...};
