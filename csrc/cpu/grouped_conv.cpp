@@ -35,7 +35,7 @@ int64_t bundle_block(const Layout& layout, bool channels_last, int64_t tasks) {
   return ceil_div(layout.bundles, balanced);
 }
 
-constexpr int64_t kAmxPositions = 448;  // of all phases' rows that weights meet at once
+constexpr int64_t kAmxPositions = 448;  // of rows that meet the weights, or make up a gradient, at once (measured)
 
 int64_t phase_rows(const Correlation& c) { return ceil_div(c.dst.height, c.rows.phases); }
 
@@ -215,9 +215,8 @@ int64_t stacked_rows(const WeightGradient& g) { return g.grad.batch * (g.grad.he
 
 // Rows of grad for which sums are loaded and stored once; those of wide groups come from far.
 int64_t rows_of_sums(const WeightGradient& g, int64_t slice_size) {
-  if (g.layout.amx) {  // of narrow groups what two rows meet stays in the L1 cache
-    const int64_t positions = g.layout.merged > 1 ? 240 : 1024;
-    return std::clamp<int64_t>(positions / (g.grad.width + 1), 1, ceil_div(stacked_rows(g), g.chunks));
+  if (g.layout.amx) {
+    return std::clamp<int64_t>(kAmxPositions / (g.grad.width + 1), 1, ceil_div(stacked_rows(g), g.chunks));
   }
   constexpr int64_t kNear = 16384;  // floats
   const int64_t pixels = slice_size <= kNear ? 49 : 112;  // or pairs

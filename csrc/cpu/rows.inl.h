@@ -247,27 +247,32 @@ void read_row_pairs_nhwc(Piece<BFloat16> from, ReadMap read, int64_t lanes, IntV
   }
 }
 
+// Rows of any layout as pairs of neighbouring channels, of channels [c, c + channels): nothing follows the last of an odd
+// number. `row`: scratch, width * 2 * lanes floats.
+void read_row_and_pair(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
+                       int64_t lanes, IntVec order, float* row, float* panel) {
+  read_row(image, read, n, h, c, channels, 2 * lanes, in_order(), row);
+  for (int64_t pixel = 0; pixel < image.width; ++pixel) {
+    for (int64_t lane = 0; 2 * lane < channels; lane += kLanes) {
+      const float* from = row + 2 * (pixel * lanes + lane);
+      const Vec high = channels - 2 * lane > kLanes ? load(from + kLanes) : Vec{};
+      store(panel + pixel * lanes + lane, permute(pair_neighbours(load(from), high, LaneIndices{}), order));
+    }
+  }
+}
+
 // The same for a panel of pairs: of neighbouring channels, pairs [c, c + pairs) of those of a bfloat16 image. `row`:
 // scratch, width * 2 * lanes floats.
 void read_row_pairs(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t pairs,
                     int64_t lanes, IntVec order, float* row, float* panel) {
-  if (image.channels_last) {
-    if (read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
-      return read_row(as_pairs(image), read, n, h, c, pairs, lanes, order, panel);
-    }
-    const auto piece = piece_of<BFloat16>(image, read.other, n, h, 2 * c, 2 * pairs);
-    return with_read_map(read, [&](auto map) {
-      read_row_pairs_nhwc<decltype(map)::template Map>(piece, read, lanes, order, panel);
-    });
+  if (!image.channels_last) return read_row_and_pair(image, read, n, h, 2 * c, 2 * pairs, lanes, order, row, panel);
+  if (read.kind == ReadMap::kNone) {  // a pair is as good as a float where it is only moved
+    return read_row(as_pairs(image), read, n, h, c, pairs, lanes, order, panel);
   }
-  read_row(image, read, n, h, 2 * c, 2 * pairs, 2 * lanes, in_order(), row);
-  for (int64_t pixel = 0; pixel < image.width; ++pixel) {
-    for (int64_t lane = 0; lane < pairs; lane += kLanes) {
-      const float* from = row + 2 * (pixel * lanes + lane);
-      const Vec high = 2 * (pairs - lane) > kLanes ? load(from + kLanes) : Vec{};
-      store(panel + pixel * lanes + lane, permute(pair_neighbours(load(from), high, LaneIndices{}), order));
-    }
-  }
+  const auto piece = piece_of<BFloat16>(image, read.other, n, h, 2 * c, 2 * pairs);
+  with_read_map(read, [&](auto map) {
+    read_row_pairs_nhwc<decltype(map)::template Map>(piece, read, lanes, order, panel);
+  });
 }
 
 void write_row(const Image& image, const WriteMap& write, int64_t n, int64_t h, int64_t c, int64_t channels,
