@@ -70,10 +70,10 @@ struct AmxStrip {
   }
 };
 
-int64_t amx_correlate_scratch(const Correlation& c) {
+Scratch amx_correlate_scratch(const Correlation& c) {
   const AmxStrip strip(c);
   const int64_t row = c.src.channels_last ? 0 : 3 * c.src.width * strip.lanes;
-  return strip.planes_size(c) + strip.results_size(c) + row;
+  return {strip.planes_size(c) + strip.results_size(c) + row, strip.planes_size(c)};
 }
 
 // Which of these bfloat16 are infinite or NaN.
@@ -261,7 +261,6 @@ void amx_correlate(const Correlation& c, float* scratch, int64_t begin, int64_t 
   float* planes = scratch;
   float* results = planes + strip.planes_size(c);
   float* row_scratch = results + strip.results_size(c);
-  __builtin_memset(planes, 0, strip.planes_size(c) * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
     const BandTask t = band_task(c.cuts, c.dst, blocks, task);
     const int64_t first_bundle = t.block / tile_blocks * c.block;

@@ -54,7 +54,7 @@ RESNEXT_INLINE int64_t amx_row_scratch(const WeightGradient& g) {
   return 2 * (of_x > of_grad ? of_x : of_grad);
 }
 
-int64_t amx_wgrad_scratch(const WeightGradient& g) {
+Scratch amx_wgrad_scratch(const WeightGradient& g) {
   const AmxGradientStrip strip(g);
   return g.block * strip.unit_size() + strip.grad_size() + strip.turned_size() + amx_x_row_size(g) +
          amx_row_scratch(g) + (g.chunks == 1 ? g.block * amx_slice_size(g) : 0);
@@ -231,45 +231,37 @@ void amx_add_strip(const WeightGradient& g, const AmxGradientStrip& strip, int64
   }
 }
 
-// A slice of merged groups, to the filters of the unit.
+// The sums of x's channels [first, first + count) of a unit, no more than a vector has. `vector_size`: from one vector of
+// channels to the next.
+RESNEXT_INLINE Vec load_sums(const float* from, int64_t vector_size, int64_t first, int64_t count) {
+  const int64_t lane = first % kLanes;
+  from += first / kLanes * vector_size;
+  const Vec sums = load_first(from + lane, min_of(count, kLanes - lane));
+  if (lane + count <= kLanes) return sums;
+  const auto rest = static_cast<__mmask16>(first_lanes(count) & ~first_lanes(kLanes - lane));
+  return bit_cast<Vec>(_mm512_mask_expandloadu_ps(bit_cast<__m512>(sums), rest, from + vector_size));
+}
+
+// A unit's slice, to its filters, whose inputs are those of one of the merged groups, or its x channels.
 template <class T>
-void unpack_merged_slice(const WeightGradient& g, const WgradUnit& unit, const float* slice, T* filters) {
+void unpack_amx_slice(const WeightGradient& g, const WgradUnit& unit, const float* slice, T* filters) {
   const Layout& layout = g.layout;
   const int64_t group_src = layout.group_src / layout.merged;
   const int64_t group_dst = layout.group_dst / layout.merged;
+  const int64_t inputs = min_of(group_src, unit.x_channels);
   const int64_t tap_size = grad_lanes(g) * kLanes;
-  float filter[9 * kLanes] = {};  // merged groups have no more channels
   Vec check{};
   for (int64_t output = 0; output < unit.grad_channels; ++output, filters += group_src * 9) {
-    for (int64_t i = 0; i < group_src; ++i) {
-      const int64_t input = output / group_dst * group_src + i;
-      const float* from = slice + input / kLanes * 9 * tap_size + output * kLanes + input % kLanes;
-      for (int tap = 0; tap < 9; ++tap) filter[i * g.strides.input + tap * g.strides.tap] = from[tap * tap_size];
-    }
-    for (int64_t i = 0; i < group_src * 9; i += kLanes) {
-      const Vec values = load(filter + i);
-      check += values - values;
-      store_first(filters + i, values, min_of(kLanes, group_src * 9 - i));
-    }
-  }
-  tell_not_finite(check, g.not_finite);
-}
-
-// A slice of a wide group's unit, to the filters of the group, from the unit's first on.
-template <class T>
-void unpack_amx_slice(const WeightGradient& g, const WgradUnit& unit, const float* slice, T* filters) {
-  const int64_t tap_size = grad_lanes(g) * kLanes;
-  Vec check{};
-  for (int64_t output = 0; output < unit.grad_channels; ++output, filters += g.layout.group_src * 9) {
-    for (int64_t input = 0; input < unit.x_channels; input += kLanes) {
-      const float* from = slice + input / kLanes * 9 * tap_size + output * kLanes;
+    const int64_t first = layout.merged > 1 ? output / group_dst * group_src : 0;
+    for (int64_t input = 0; input < inputs; input += kLanes) {
+      const int64_t count = min_of(kLanes, inputs - input);
       Vec taps[9];
       RESNEXT_UNROLL
       for (int tap = 0; tap < 9; ++tap) {
-        taps[tap] = load(from + tap * tap_size);
+        taps[tap] = load_sums(slice + tap * tap_size + output * kLanes, 9 * tap_size, first + input, count);
         check += taps[tap] - taps[tap];
       }
-      store_taps(taps, g.strides, filters, unit.x_c + input, min_of(kLanes, unit.x_channels - input));
+      store_taps(taps, g.strides, filters, unit.x_c + input, count);
     }
   }
   tell_not_finite(check, g.not_finite);
@@ -280,7 +272,7 @@ void store_amx_wgrad(const WeightGradient& g, const WgradUnit& unit, const float
     const Layout& layout = g.layout;
     const int64_t first = unit.bundle * layout.dst_channels + unit.grad_c;
     auto* filters = static_cast<decltype(value)*>(g.dw) + first * layout.group_src / layout.merged * 9;
-    layout.merged > 1 ? unpack_merged_slice(g, unit, slice, filters) : unpack_amx_slice(g, unit, slice, filters);
+    unpack_amx_slice(g, unit, slice, filters);
   });
 }
 

@@ -191,7 +191,7 @@ RESNEXT_INLINE int64_t unpaired_size(const Correlation& c) {
   return c.layout.pairs ? c.src.width * 2 * c.layout.src_lanes : 0;
 }
 
-int64_t correlate_scratch(const Correlation& c) {
+Scratch correlate_scratch(const Correlation& c) {
 #if RESNEXT_LANES == 16
   if (c.layout.amx) return amx_correlate_scratch(c);
 #endif
@@ -200,7 +200,7 @@ int64_t correlate_scratch(const Correlation& c) {
     const int64_t tiles = c.block * c.tile_block;
     size += tiles * (packed_weight_size(c.layout) + packed_bias_size(c.layout)) + weight_scratch(c.layout);
   }
-  return size;
+  return {size, ring_size(c)};
 }
 
 // What all destination rows of a call have in common.
@@ -325,7 +325,6 @@ void correlate(const Correlation& c, float* scratch, int64_t begin, int64_t end)
   float* own_weight = unpaired + unpaired_size(c);
   float* own_bias = own_weight + own_tiles * packed_weight_size(layout);
   float* pack_scratch = own_bias + own_tiles * packed_bias_size(layout);
-  __builtin_memset(ring, 0, ring_size(c) * sizeof(float));
   RowPlan plan;
   plan.kernel = with_terms(layout.pairs, [&](auto terms) { return row_kernel<decltype(terms)>(c); });
   const bool fits = c.dst.width >= plan.kernel.block_pixels && c.dst.width % c.cols.phases == 0;

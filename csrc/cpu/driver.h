@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <memory>
 
 #include "../checks.h"
@@ -67,12 +68,13 @@ inline int64_t copies_at_once(int64_t floats) { return std::max<int64_t>(1, 1638
 // Gives tasks [0, count) to threads as these become free, up to `at_once` that follow each other at a time: cores of
 // different speed, or shared with others' work, then end together. Calls work(begin, end, scratch).
 template <class Work>
-void run_tasks(int64_t count, int64_t at_once, int64_t scratch_size, Work work) {
+void run_tasks(int64_t count, int64_t at_once, Scratch needed, Work work) {
   const int64_t pieces = ceil_div(count, at_once);
   const int64_t threads = std::min<int64_t>(pieces, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Buffer scratch = allocate(scratch_size);
+    const Buffer scratch = allocate(needed.size);
+    std::memset(scratch.get(), 0, static_cast<size_t>(needed.zeros) * sizeof(float));
     for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
       work(piece * at_once, std::min(count, (piece + 1) * at_once), scratch.get());
     }

@@ -308,8 +308,14 @@ struct LayoutChange {
   int64_t lanes;  // channels worked on together
 };
 
+// Scratch memory, in floats, the first of which are zero when a thread begins.
+struct Scratch {
+  int64_t size, zeros;
+  Scratch(int64_t size, int64_t zeros = 0) : size(size), zeros(zeros) {}
+};
+
 // Entry points of one instruction set. `run_tasks` of driver.h gives out ranges of tasks; each thread gets scratch
-// memory of its own, as many floats as the function of that name tells (weight_scratch for packing and reducing).
+// memory of its own, as the function of that name tells (weight_scratch for packing and reducing).
 struct Kernels {
   const char* name;
   bool multiplies_pairs;  // of bfloat16
@@ -322,12 +328,12 @@ struct Kernels {
   void (*pack_weight)(const Layout&, const Filters&, float* scratch, int64_t begin, int64_t end,
                       const PackedFilters& first);  // over bundles * tiles; `first`: of begin
 
-  int64_t (*correlate_scratch)(const Correlation&);
+  Scratch (*correlate_scratch)(const Correlation&);
   // over batch / images * bands * blocks * blocks of tiles
   void (*correlate)(const Correlation&, float* scratch, int64_t begin, int64_t end);
 
   int64_t (*wgrad_slice_size)(const WeightGradient&);  // of a unit
-  int64_t (*wgrad_scratch)(const WeightGradient&);
+  Scratch (*wgrad_scratch)(const WeightGradient&);
   void (*wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);         // over blocks * chunks
   void (*reduce_wgrad)(const WeightGradient&, float* scratch, int64_t begin, int64_t end);  // over units
 

@@ -113,6 +113,12 @@ RESNEXT_INLINE int64_t packed_tap(const Layout& layout, const Filters& f, int64_
   return tap / 3 * packed_row_size(layout) + column * tile_lanes(layout);
 }
 
+// Vectors of lanes of a tile that a group has weights for; and such a vector, of which merged groups each have a part.
+RESNEXT_INLINE int64_t packed_vectors(const Layout& layout) { return layout.merged > 1 ? 1 : layout.tile_vectors; }
+RESNEXT_INLINE void store_packed(const Layout& layout, float* to, Vec value) {
+  layout.merged > 1 ? store_first(to, value, layout.group_dst) : store(to, value);
+}
+
 // Groups that share a vector: `groups` of them.
 void pack_shared_tile(const Layout& layout, const Filters& f, const float* filters, int64_t groups, float* packed) {
   const int64_t filter_size = (f.transposed ? layout.group_dst : layout.group_src) * 9;
@@ -153,7 +159,7 @@ RESNEXT_INLINE void pack_term(const Layout& layout, const Filters& f, const T* f
     const int64_t count = min_of(kLanes, 9 - first);
     Vec square[kLanes];
     load_transposed<kPairs>(from + first, stride, rows, count, partner, square);
-    for (int64_t tap = 0; tap < count; ++tap) store(packed + packed_tap(layout, f, first + tap), square[tap]);
+    for (int64_t tap = 0; tap < count; ++tap) store_packed(layout, packed + packed_tap(layout, f, first + tap), square[tap]);
   }
 }
 
@@ -180,7 +186,7 @@ template <bool kPairs, class T>
 void pack_oihw(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed_tile) {
   constexpr int kTerms = kPairs ? 2 : 1;  // source channels of a lane
   const int64_t term_size = 3 * tile_lanes(layout);
-  for (int64_t v = 0; v < layout.tile_vectors; ++v) {
+  for (int64_t v = 0; v < packed_vectors(layout); ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t rows = layout.group_dst - dst;  // may be more than a vector holds, or none
     float* packed = packed_tile + v * kLanes;
@@ -207,7 +213,7 @@ void pack_filters_ohwi(const Layout& layout, const Filters& f, const T* filters,
   constexpr int kTerms = kPairs ? 2 : 1;  // inputs of a lane
   const int64_t inputs = layout.group_src * kTerms;
   const int64_t term_size = 3 * tile_lanes(layout);
-  for (int64_t v = 0; v < layout.tile_vectors; ++v) {
+  for (int64_t v = 0; v < packed_vectors(layout); ++v) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     for (int64_t tap = 0; tap < 9; ++tap) {
       float* to = packed + packed_tap(layout, f, tap) + v * kLanes;
@@ -221,7 +227,7 @@ void pack_filters_ohwi(const Layout& layout, const Filters& f, const T* filters,
         }
         transpose(square);
         const int64_t terms = min_of(kLanes, layout.group_src - i / kTerms);
-        for (int64_t k = 0; k < terms; ++k, to += term_size) store(to, square[k]);
+        for (int64_t k = 0; k < terms; ++k, to += term_size) store_packed(layout, to, square[k]);
       }
     }
   }
@@ -233,14 +239,14 @@ template <bool kPairs, class T>
 void pack_inputs_ohwi(const Layout& layout, const Filters& f, const T* filters, int64_t tile, float* packed) {
   const int64_t filter_size = 9 * layout.group_dst;
   const int64_t term_size = 3 * tile_lanes(layout);
-  for (int64_t v = 0; v < layout.tile_vectors; ++v, packed += kLanes) {
+  for (int64_t v = 0; v < packed_vectors(layout); ++v, packed += kLanes) {
     const int64_t dst = tile * tile_lanes(layout) + v * kLanes;
     const int64_t count = dst < layout.group_dst ? layout.group_dst - dst : 0;
     const T* filter = filters + dst;
     for (int64_t i = 0; i < layout.group_src; ++i, filter += (kPairs ? 2 : 1) * filter_size) {
       for (int64_t tap = 0; tap < 9; ++tap) {
         float* to = packed + packed_tap(layout, f, tap) + i * term_size;
-        store(to, load_row_terms<kPairs>(filter + tap * layout.group_dst, filter_size, count));
+        store_packed(layout, to, load_row_terms<kPairs>(filter + tap * layout.group_dst, filter_size, count));
       }
     }
   }
@@ -279,23 +285,19 @@ RESNEXT_INLINE uint32_t rounded_bits(Rounded<BFloat16> value) {
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// A tile of `groups` groups, whose weights begin at `filters`.
+// Of an odd number of source channels each: a pair may be of two groups.
 template <class T>
-void pack_merged_tile(const Layout& layout, const Filters& f, const T* filters, int64_t groups, int64_t tile,
-                      float* packed) {
+void pack_odd_groups(const Layout& layout, const Filters& f, const T* filters, int64_t groups, float* packed) {
   const int64_t group_src = 2 * layout.group_src / layout.merged;
   const int64_t group_dst = layout.group_dst / layout.merged;
   const int64_t filter_size = (f.transposed ? group_dst : group_src) * 9;
   const int64_t src_step = f.transposed ? filter_size : f.strides.input;
   const int64_t dst_step = f.transposed ? f.strides.input : filter_size;
-  const int64_t first = tile * tile_lanes(layout);
-  const int64_t lanes = min_of(tile_lanes(layout), groups * group_dst - first);
   const int64_t term_size = 3 * tile_lanes(layout);
-  __builtin_memset(packed, 0, packed_weight_size(layout) * sizeof(float));
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    const int64_t group = (first + lane) / group_dst;
+  for (int64_t lane = 0; lane < groups * group_dst; ++lane) {
+    const int64_t group = lane / group_dst;
     const int64_t src = group * group_src;  // its first source channel, perhaps the second of a pair
-    const T* from = filters + group * group_src * group_dst * 9 + (first + lane) % group_dst * dst_step;
+    const T* from = filters + group * group_src * group_dst * 9 + lane % group_dst * dst_step;
     for (int64_t tap = 0; tap < 9; ++tap) {
       float* to = packed + packed_tap(layout, f, tap) + lane;
       const T* weight = from + tap * f.strides.tap;
@@ -309,6 +311,24 @@ void pack_merged_tile(const Layout& layout, const Filters& f, const T* filters, 
   }
 }
 
+// The only tile of `groups` groups, whose weights begin at `filters`.
+template <class T>
+void pack_merged_tile(const Layout& merged, const Filters& f, const T* filters, int64_t groups, float* packed) {
+  __builtin_memset(packed, 0, packed_weight_size(merged) * sizeof(float));
+  Layout layout = merged;  // of one group, beside the others
+  layout.group_src /= merged.merged;
+  layout.group_dst /= merged.merged;
+  if (layout.group_src * merged.merged != merged.group_src) return pack_odd_groups(merged, f, filters, groups, packed);
+  const auto pack_group = f.strides.tap == 1 ? pack_oihw<true, T>
+                          : f.transposed     ? pack_inputs_ohwi<true, T>
+                                             : pack_filters_ohwi<true, T>;
+  for (int64_t group = 0; group < groups; ++group) {
+    pack_group(layout, f, filters, /*tile=*/0, packed);
+    filters += 2 * layout.group_src * layout.group_dst * 9;
+    packed += layout.group_src * 3 * tile_lanes(layout) + layout.group_dst;
+  }
+}
+
 // Tiles [begin, end) of one bundle.
 template <bool kPairs, class T>
 void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, int64_t bundle, int64_t begin,
@@ -318,11 +338,7 @@ void pack_tiles(const Layout& packed_layout, const Filters& f, float* scratch, i
     if (layout.merged > 1) {
       const int64_t group_dst = layout.group_dst / layout.merged;
       const T* filters = static_cast<const T*>(f.weight) + bundle * layout.group_src * group_dst * 9;
-      const int64_t groups = bundle_dst_channels(layout, bundle) / group_dst;
-      for (int64_t tile = begin; tile < end; ++tile, packed += packed_weight_size(packed_layout)) {
-        pack_merged_tile(packed_layout, f, filters, groups, tile, packed);
-      }
-      return;
+      return pack_merged_tile(packed_layout, f, filters, bundle_dst_channels(layout, bundle) / group_dst, packed);
     }
   }
   const int64_t group_size = layout.group_src * layout.group_dst * 9;

@@ -135,7 +135,7 @@ struct WgradUnit {
 
 #if RESNEXT_LANES == 16
 int64_t amx_slice_size(const WeightGradient& g);  // amx_wgrad.inl.h
-int64_t amx_wgrad_scratch(const WeightGradient& g);
+Scratch amx_wgrad_scratch(const WeightGradient& g);
 void amx_wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end);
 void store_amx_wgrad(const WeightGradient& g, const WgradUnit& unit, const float* slice);
 #endif
@@ -182,13 +182,13 @@ RESNEXT_INLINE int64_t wgrad_unpaired_size(const WeightGradient& g) {
   return wgrad_row_columns(g) * x_lanes(g) + g.grad.width * grad_lanes(g);
 }
 
-int64_t wgrad_scratch(const WeightGradient& g) {
+Scratch wgrad_scratch(const WeightGradient& g) {
 #if RESNEXT_LANES == 16
   if (g.layout.amx) return amx_wgrad_scratch(g);
 #endif
-  int64_t size = wgrad_ring_size(g) + wgrad_grad_size(g) + wgrad_unpaired_size(g);
-  if (g.chunks == 1) size += g.block * wgrad_slice_size(g) + weight_scratch(g.layout);
-  return size;
+  const int64_t zeros = wgrad_ring_size(g) + wgrad_unpaired_size(g);
+  const int64_t own = g.chunks == 1 ? g.block * wgrad_slice_size(g) + weight_scratch(g.layout) : 0;
+  return {zeros + wgrad_grad_size(g) + own, zeros};
 }
 
 // Adds what grad rows [begin, end) of an image give to one unit's slice.
@@ -301,13 +301,11 @@ void wgrad(const WeightGradient& g, float* scratch, int64_t begin, int64_t end) 
   const IntVec x_order = channels_of_lanes(layout, layout.group_src);
   const IntVec grad_order = channels_of_lanes(layout, layout.group_dst);
   float* ring = scratch;
-  float* grad = ring + wgrad_ring_size(g);
-  float* unpaired_x = grad + wgrad_grad_size(g);
+  float* unpaired_x = ring + wgrad_ring_size(g);
   float* unpaired_grad = unpaired_x + wgrad_row_columns(g) * x_lanes(g);
-  float* own_slices = unpaired_x + wgrad_unpaired_size(g);
+  float* grad = unpaired_x + wgrad_unpaired_size(g);
+  float* own_slices = grad + wgrad_grad_size(g);
   float* store_scratch = own_slices + g.block * slice_size;
-  __builtin_memset(ring, 0, wgrad_ring_size(g) * sizeof(float));
-  __builtin_memset(unpaired_x, 0, wgrad_unpaired_size(g) * sizeof(float));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task % g.chunks;
     const int64_t first_unit = task / g.chunks * g.block;
