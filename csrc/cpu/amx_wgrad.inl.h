@@ -231,8 +231,8 @@ void amx_add_strip(const WeightGradient& g, const AmxGradientStrip& strip, int64
   }
 }
 
-// The sums of x's channels [first, first + count) of a unit, no more than a vector has. `vector_size`: from one vector of
-// channels to the next.
+// The sums of x's channels [first, first + count) of a unit, no more than a vector has. `vector_size`: from one vector
+// of channels to the next.
 RESNEXT_INLINE Vec load_sums(const float* from, int64_t vector_size, int64_t first, int64_t count) {
   const int64_t lane = first % kLanes;
   from += first / kLanes * vector_size;

@@ -113,8 +113,10 @@ RESNEXT_INLINE int64_t packed_tap(const Layout& layout, const Filters& f, int64_
   return tap / 3 * packed_row_size(layout) + column * tile_lanes(layout);
 }
 
-// Vectors of lanes of a tile that a group has weights for; and such a vector, of which merged groups each have a part.
+// Vectors of lanes of a tile that a group has weights for.
 RESNEXT_INLINE int64_t packed_vectors(const Layout& layout) { return layout.merged > 1 ? 1 : layout.tile_vectors; }
+
+// Stores such a vector, of which merged groups have a part each.
 RESNEXT_INLINE void store_packed(const Layout& layout, float* to, Vec value) {
   layout.merged > 1 ? store_first(to, value, layout.group_dst) : store(to, value);
 }
@@ -159,7 +161,9 @@ RESNEXT_INLINE void pack_term(const Layout& layout, const Filters& f, const T* f
     const int64_t count = min_of(kLanes, 9 - first);
     Vec square[kLanes];
     load_transposed<kPairs>(from + first, stride, rows, count, partner, square);
-    for (int64_t tap = 0; tap < count; ++tap) store_packed(layout, packed + packed_tap(layout, f, first + tap), square[tap]);
+    for (int64_t tap = 0; tap < count; ++tap) {
+      store_packed(layout, packed + packed_tap(layout, f, first + tap), square[tap]);
+    }
   }
 }
 

@@ -247,8 +247,8 @@ void read_row_pairs_nhwc(Piece<BFloat16> from, ReadMap read, int64_t lanes, IntV
   }
 }
 
-// Rows of any layout as pairs of neighbouring channels, of channels [c, c + channels): nothing follows the last of an odd
-// number. `row`: scratch, width * 2 * lanes floats.
+// A row of bfloat16 in any layout, channels [c, c + channels), to a panel of pairs of neighbouring channels: nothing
+// follows the last of an odd number. `row`: scratch, width * 2 * lanes floats.
 void read_row_and_pair(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t channels,
                        int64_t lanes, IntVec order, float* row, float* panel) {
   read_row(image, read, n, h, c, channels, 2 * lanes, in_order(), row);
@@ -261,8 +261,7 @@ void read_row_and_pair(const Image& image, const ReadMap& read, int64_t n, int64
   }
 }
 
-// The same for a panel of pairs: of neighbouring channels, pairs [c, c + pairs) of those of a bfloat16 image. `row`:
-// scratch, width * 2 * lanes floats.
+// The same of an even number of channels, from an even one on: pairs [c, c + pairs) of the image's.
 void read_row_pairs(const Image& image, const ReadMap& read, int64_t n, int64_t h, int64_t c, int64_t pairs,
                     int64_t lanes, IntVec order, float* row, float* panel) {
   if (!image.channels_last) return read_row_and_pair(image, read, n, h, 2 * c, 2 * pairs, lanes, order, row, panel);
