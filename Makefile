@@ -49,7 +49,7 @@ lint: dev
 	$(BIN)/mypy
 
 test: dev
-	$(BIN)/python -m pytest tests --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The CPU kernels' tests under the address and undefined-behaviour sanitizers; building takes minutes.
 sanitize: dev

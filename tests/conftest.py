@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files with a long test first, so that no process is left with one at the end.
+    long = {item.path for item in items if item.name == "test_in_the_interpreter"}
+    items.sort(key=lambda item: item.path not in long)
     if (shard := config.getoption("--shard")) is None:
         return
     part, parts = map(int, shard.split("/"))
