@@ -88,8 +88,8 @@ void amx_read_x_row(const WeightGradient& g, const AmxGradientStrip& strip, cons
     const int64_t h = from % strip.image_rows * g.stride_h + i;
     const bool inside = from >= 0 && n < g.x.batch && h < g.x.height && from % strip.image_rows < g.grad.height;
     if (inside) {
-      amx_read_pixels(g.x, g.read_x, n, h, unit.bundle * g.layout.src_channels + unit.x_c, unit.x_channels,
-                      lanes, scratch + amx_x_row_size(g), scratch);
+      amx_read_pixels(g.x, g.read_x, n, h, unit.bundle * g.layout.src_channels + unit.x_c, unit.x_channels, lanes,
+                      scratch + amx_x_row_size(g), scratch);
     }
     for (int64_t j = 0; j < g.stride_w; ++j, planes += strip.plane_size) {
       const int64_t there = inside ? (g.x.width - j + g.stride_w - 1) / g.stride_w : 0;  // columns of the plane
@@ -138,15 +138,15 @@ void amx_read_grad(const WeightGradient& g, const AmxGradientStrip& strip, const
   const int64_t steps = strip.steps(rows);
   const int64_t behind = steps * 2 * kAmxRows - rows * strip.pitch;
   __builtin_memset(to, 0, behind * lanes * sizeof(float));
-  for (int64_t channel = 0; channel < strip.grad_channels; channel += kLanes) {
-    float* square = turned + channel * strip.most_steps * kLanes;
+  for (int64_t lane = 0; lane < strip.grad_channels; lane += kLanes) {
+    float* square = turned + lane * strip.most_steps * kLanes;
     for (int64_t step = 0; step < steps; ++step, square += kAmxFloats) {
       const float* from = pixels + step * 2 * kAmxRows * lanes;
       Vec terms[kLanes];
       RESNEXT_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        terms[i] = pair_halves(load_halves(from + 2 * i * lanes, channel),
-                               load_halves(from + (2 * i + 1) * lanes, channel));
+        terms[i] = pair_halves(load_halves(from + 2 * i * lanes, lane),
+                               load_halves(from + (2 * i + 1) * lanes, lane));
       }
       transpose(terms);
       RESNEXT_UNROLL
